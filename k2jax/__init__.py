@@ -1,0 +1,33 @@
+"""Kimi K2 in JAX and Flax: train, evaluate, sample, convert, plan."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Imported on first use, so that `import k2jax` and `import k2jax.optim` load neither flax nor orbax.
+_HOMES = {
+    "ConfigError": "k2jax.config",
+    "ModelConfig": "k2jax.config",
+    "RunConfig": "k2jax.config",
+    "ParamSpec": "k2jax.spec",
+    "Model": "k2jax.model",
+    "forward": "k2jax.model",
+    "generate": "k2jax.sampling",
+    "load": "k2jax.checkpoint",
+    "muonclip": "k2jax.optim",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'k2jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, loaded or not."""
+    return [*globals(), *__all__]

@@ -1,0 +1,435 @@
+"""Every knob of a run, as frozen dataclasses. A size has the name of its axis.
+
+This module imports nothing heavy, so that a mistake on the command line is answered at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# Logical axes whose length follows from fields. Two arrays of one size that are laid out
+# differently have two axis names.
+DERIVED_AXES: dict[str, tuple[str, ...]] = {
+    "qk": ("nope", "rope"),
+    "kv": ("nope", "value"),
+    "latent": ("kv_rank", "rope"),
+    "router": ("experts",),
+    "expert_embed": ("embed",),
+    "gain": ("embed",),
+    "q_gain": ("q_rank",),
+    "kv_gain": ("kv_rank",),
+}
+MESH_AXES = ("replica", "data", "expert", "context", "model")
+DTYPES = ("float32", "bfloat16")
+REMAT = ("none", "full", "dots")
+OPTIMIZERS = ("muonclip", "adamw")
+
+
+class ConfigError(ValueError):
+    """A run was described in a way that cannot work; the message says what to change."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean 'x'?`, or the list of what there is."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+
+
+def knob(default: Any, text: str) -> Any:
+    """A dataclass field with its one-line explanation, shown by `k2jax train CONFIG --help`."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """Context extension of the rotary frequencies; factor 1 is plain RoPE. Source: spec 1.6."""
+
+    factor: float = knob(1.0, "context extension; 1 is plain RoPE")
+    beta_fast: float = knob(1.0, "rotations above which a frequency is kept")
+    beta_slow: float = knob(1.0, "rotations below which a frequency is divided by factor")
+    mscale: float = knob(1.0, "attention scale coefficient of cos and sin")
+    mscale_all_dim: float = knob(1.0, "attention scale coefficient of the softmax; 0: none")
+    context: int = knob(4096, "tokens of context before the extension")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the network. The defaults are Kimi K2 [JLE, k2_config.json]."""
+
+    vocab: int = knob(163_840, "tokens in the vocabulary")
+    embed: int = knob(7_168, "width of the residual stream")
+    dense_layers: int = knob(1, "leading layers with a dense MLP")
+    moe_layers: int = knob(60, "layers with routed experts")
+    heads: int = knob(64, "attention heads")
+    q_rank: int = knob(1_536, "rank of the query projection; 0: a direct projection")
+    kv_rank: int = knob(512, "rank of the key and value projection")
+    nope: int = knob(128, "content part of a head's queries and keys")
+    rope: int = knob(64, "rotary part of a head's queries and keys")
+    value: int = knob(128, "width of a head's values")
+    ffw: int = knob(18_432, "hidden width of a dense MLP")
+    experts: int = knob(384, "routed experts a layer")
+    expert_ffw: int = knob(2_048, "hidden width of an expert")
+    experts_per_token: int = knob(8, "routed experts that work on a token")
+    shared_experts: int = knob(1, "experts that work on every token, as one MLP")
+    routed_scale: float = knob(2.827, "what a token's expert weights sum to")
+    groups: int = knob(1, "groups the experts are divided into for the choice")
+    groups_per_token: int = knob(1, "groups a token may choose from")
+    norm_eps: float = knob(1e-6, "epsilon of the outer norms; the inner ones always have 1e-6")
+    rope_theta: float = knob(50_000.0, "base of the rotary frequencies")
+    yarn: Yarn = Yarn()
+    context: int = knob(131_072, "longest context in tokens")
+    init_std: float = knob(0.02, "standard deviation of the initial matrices")
+
+    def __post_init__(self) -> None:
+        """Reject shapes no mesh can rescue."""
+        for field in dataclasses.fields(self):
+            least = 0 if field.name in ("q_rank", "shared_experts", "dense_layers") else 1
+            if field.type is int and getattr(self, field.name) < least:
+                value = getattr(self, field.name)
+                raise ConfigError(f"model.{field.name} is {value}; it must be at least {least}")
+        if self.experts_per_token > self.experts * self.groups_per_token // self.groups:
+            raise ConfigError(
+                f"model.experts_per_token is {self.experts_per_token}; it must be in 1.."
+                f"{self.experts * self.groups_per_token // self.groups}, the experts a token can"
+                " choose from"
+            )
+        if self.experts % self.groups or self.groups_per_token > self.groups:
+            raise ConfigError(
+                f"model.groups is {self.groups}; it must divide experts ({self.experts}) and be"
+                f" at least groups_per_token ({self.groups_per_token})"
+            )
+        if self.rope % 2:
+            raise ConfigError(f"model.rope is {self.rope}; rotations need an even width")
+
+    @property
+    def layers(self) -> int:
+        """All layers, dense ones first."""
+        return self.dense_layers + self.moe_layers
+
+    @property
+    def shared_ffw(self) -> int:
+        """Hidden width of the shared experts' one MLP."""
+        return self.shared_experts * self.expert_ffw
+
+    @property
+    def softmax_scale(self) -> float:
+        """What attention logits are multiplied by, YaRN's mscale squared included [spec 1.6]."""
+        scale = (self.nope + self.rope) ** -0.5
+        return scale * yarn_scale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
+
+    def size(self, axis: str) -> int:
+        """Length of a logical axis."""
+        return sum(getattr(self, part) for part in DERIVED_AXES.get(axis, (axis,)))
+
+
+def yarn_scale(factor: float, coefficient: float) -> float:
+    """YaRN's m(s, a) = 0.1 a ln(s) + 1, or 1 without extension. Source: [JLE] 225-330."""
+    return 1.0 if factor <= 1.0 else 0.1 * coefficient * math.log(factor) + 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on and how it is cut into batches."""
+
+    path: str = knob("", "text, .jsonl, .parquet, .array_record or a folder; empty: Python's source")
+    tokenizer: str = knob("", "a tiktoken.model file or its folder; empty: trained on the spot")
+    rows: int = knob(8, "rows in a global batch")
+    context: int = knob(4_096, "tokens in a row")
+    seed: int = knob(0, "orders the rows")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """How weights move. Defaults are K2's where published [K2-TR], Moonlight's elsewhere [ML]."""
+
+    name: str = knob("muonclip", f"one of: {', '.join(OPTIMIZERS)}")
+    learning_rate: float = knob(2e-4, "peak, the same for every group of weights")
+    final_rate: float = knob(0.1, "last learning rate over the peak")
+    warmup: int = knob(500, "steps of linear warm-up")
+    decay: float = knob(0.35, "share of all steps in the closing cosine")
+    weight_decay: float = knob(0.1, "decoupled, norms included [ML, appendix D]")
+    momentum: float = knob(0.95, "Muon's momentum (Nesterov)")
+    ns_dtype: str = knob("bfloat16", "dtype of Muon's Newton-Schulz iteration")
+    b1: float = knob(0.9, "AdamW's first decay")
+    b2: float = knob(0.95, "AdamW's second decay")
+    eps: float = knob(1e-8, "AdamW's epsilon")
+    tau: float = knob(100.0, "QK-Clip: largest attention logit before a head is shrunk")
+    clip_norm: float = knob(0.0, "largest global gradient norm; 0: no clipping, as in K2-TR")
+    bias_rate: float = knob(1e-3, "router bias moved a step towards balance; 0: fixed")
+    aux_loss: float = knob(0.0, "weight of the sequence-wise balance loss; 0: none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train, in which precision, and what to keep."""
+
+    steps: int = knob(100, "optimizer steps of the whole run")
+    seed: int = knob(0, "draws the initial weights")
+    dtype: str = knob("bfloat16", "compute dtype; weights are kept in float32")
+    remat: str = knob("full", f"what is recomputed in the backward pass: {', '.join(REMAT)}")
+    accumulate: int = knob(1, "micro-batches a step")
+    eval_every: int = knob(100, "steps between held-out losses; 0: only at the end")
+    eval_rows: int = knob(64, "held-out rows in each of them; the last one reads all")
+    save_every: int = knob(100, "steps between checkpoints; the last step is always saved")
+    keep: int = knob(2, "checkpoints kept")
+    log_every: int = knob(10, "steps between printed lines where there is no terminal")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; their product is the number of devices."""
+
+    replica: int = knob(1, "copies of the weights, over the slow network")
+    data: int = knob(1, "batch, and storage of the weights (FSDP)")
+    expert: int = knob(1, "experts; batch outside of them")
+    context: int = knob(1, "sequence")
+    model: int = knob(1, "heads, hidden widths, vocabulary")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In the order of MESH_AXES."""
+        return tuple(getattr(self, axis) for axis in MESH_AXES)
+
+    @property
+    def devices(self) -> int:
+        """How many devices the mesh takes."""
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        """Only the axes that split something: `data=2 expert=4`."""
+        split = [f"{a}={n}" for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1]
+        return " ".join(split) or "one device"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: a model, its data, how it learns and how it is laid out."""
+
+    name: str = "run"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def override(config: Any, settings: dict[str, str]) -> Any:
+    """`config` with each `dotted.name: value` applied.
+
+    Raises:
+        ConfigError: unknown name (the closest one is given), or a value of the wrong type.
+    """
+    for name, value in settings.items():
+        config = _set(config, name, name.split("."), value)
+    return config
+
+
+def _set(node: Any, full: str, path: list[str], value: str) -> Any:
+    name, *rest = path
+    kinds = typing.get_type_hints(type(node))
+    names = [field.name for field in dataclasses.fields(node)]
+    if name not in names:
+        where = full.removesuffix("." + ".".join(rest)).rpartition(".")[0]
+        raise ConfigError(f"{where or 'the run'} has no {name!r}; {nearest(name, names)}")
+    old = getattr(node, name)
+    if dataclasses.is_dataclass(old):
+        if not rest:
+            fields = ", ".join(field.name for field in dataclasses.fields(old))
+            raise ConfigError(f"{full} is a section; set one of its fields: {fields}")
+        new = _set(old, full, rest, value)
+    elif rest:
+        raise ConfigError(f"{full.removesuffix('.' + '.'.join(rest))} has no fields")
+    else:
+        new = _parse(full, value, kinds[name])
+    return dataclasses.replace(node, **{name: new})
+
+
+def _parse(name: str, value: str, kind: type) -> Any:
+    try:
+        number = kind(value)
+    except ValueError:
+        raise ConfigError(f"{name} is {kind.__name__}, {value!r} is not") from None
+    if kind is float and not math.isfinite(number):
+        raise ConfigError(f"{name} is {value}; it must be finite")
+    return number
+
+
+def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
+    """Check what spans fields; `settings` names what the user set.
+
+    Raises:
+        ConfigError: an impossible value, or a setting that has no effect in this run.
+    """
+    _validate_choices(run)
+    data, train, mesh, optim = run.data, run.train, run.mesh, run.optim
+    least = {
+        "data.rows": data.rows, "data.context": data.context, "train.steps": train.steps,
+        "train.accumulate": train.accumulate, "train.save_every": train.save_every,
+        "train.keep": train.keep, "train.log_every": train.log_every,
+        "train.eval_rows": train.eval_rows,
+    } | {f"mesh.{axis}": size for axis, size in zip(MESH_AXES, mesh.shape, strict=True)}  # fmt: skip
+    for name, value in least.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if data.context > run.model.context:
+        raise ConfigError(
+            f"data.context is {data.context}; the model's longest context is {run.model.context}"
+        )
+    if optim.learning_rate <= 0 or not 0 <= optim.decay <= 1 or optim.warmup < 0:
+        raise ConfigError(
+            "optim needs learning_rate > 0, decay in 0..1 and warmup >= 0; they are"
+            f" {optim.learning_rate}, {optim.decay} and {optim.warmup}"
+        )
+    spread = mesh.replica * mesh.data * mesh.expert
+    micro = data.rows // train.accumulate
+    if data.rows % train.accumulate or micro % spread:
+        step = spread * train.accumulate
+        lower = max(step, data.rows // step * step)
+        raise ConfigError(
+            f"data.rows is {data.rows}; replica x data x expert ({spread}) x train.accumulate"
+            f" ({train.accumulate}) must divide it: {lower} or {lower + step} would do"
+        )
+    _validate_effects(run, set(settings))
+
+
+def _validate_choices(run: RunConfig) -> None:
+    choices: dict[str, tuple[str, tuple[str, ...]]] = {
+        "train.dtype": (run.train.dtype, DTYPES),
+        "train.remat": (run.train.remat, REMAT),
+        "optim.name": (run.optim.name, OPTIMIZERS),
+        "optim.ns_dtype": (run.optim.ns_dtype, DTYPES),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ConfigError(f"{name} is {value!r}; {nearest(value, known)}")
+
+
+def _validate_effects(run: RunConfig, settings: set[str]) -> None:
+    """A setting that does nothing in this run is a mistake, not a shrug."""
+    idle: dict[str, str] = {}
+    if run.optim.name == "adamw":
+        idle |= dict.fromkeys(("optim.momentum", "optim.ns_dtype", "optim.tau"), "optim.name adamw")
+    if run.model.yarn.factor == 1.0:
+        yarn = (f"model.yarn.{f.name}" for f in dataclasses.fields(Yarn) if f.name != "factor")
+        idle |= dict.fromkeys(yarn, "model.yarn.factor 1")
+    if run.model.groups == 1:
+        idle["model.groups_per_token"] = "model.groups 1"
+    if run.model.dense_layers == 0:
+        idle["model.ffw"] = "model.dense_layers 0"
+    if run.train.eval_every == 0:
+        idle["train.eval_rows"] = "train.eval_every 0"
+    for name in sorted(settings & set(idle)):
+        raise ConfigError(f"{name} has no effect with {idle[name]}")
+
+
+def to_json(run: Any) -> dict[str, Any]:
+    """The config as plain numbers, strings and dicts; `from_json` reads it back."""
+    return dataclasses.asdict(run)
+
+
+def from_json(fields: dict[str, Any], kind: type = RunConfig) -> Any:
+    """The config that `to_json` wrote.
+
+    Raises:
+        ConfigError: a field that this version does not know.
+    """
+    kinds = typing.get_type_hints(kind)
+    for name in fields:
+        if name not in kinds:
+            raise ConfigError(f"saved config has an unknown field {name!r}; {nearest(name, kinds)}")
+    nested = {
+        name: from_json(value, kinds[name]) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+    return kind(**nested)
+
+
+# Our field: the published one [JLE, k2_config.json].
+PUBLISHED = {
+    "vocab": "vocab_size", "embed": "hidden_size", "dense_layers": "first_k_dense_replace",
+    "heads": "num_attention_heads", "kv_rank": "kv_lora_rank", "nope": "qk_nope_head_dim",
+    "rope": "qk_rope_head_dim", "value": "v_head_dim", "ffw": "intermediate_size",
+    "experts": "n_routed_experts", "expert_ffw": "moe_intermediate_size",
+    "experts_per_token": "num_experts_per_tok", "routed_scale": "routed_scaling_factor",
+    "norm_eps": "rms_norm_eps", "context": "max_position_embeddings",
+}  # fmt: skip
+# What the architecture fixes: a config that says otherwise describes another model.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "norm_topk_prob": (True,),
+    "moe_layer_freq": (1,), "attention_bias": (False,), "attention_dropout": (0, 0.0),
+    "hidden_act": ("silu",), "tie_word_embeddings": (False,),
+}  # fmt: skip
+
+
+def from_published(fields: dict[str, Any]) -> ModelConfig:
+    """The model that a published `config.json` describes.
+
+    Reads both the releases' own fields and those that transformers 5 writes (`rope_parameters`).
+    A multimodal config (K2.5) is read through its `text_config`.
+
+    Raises:
+        ConfigError: a missing field, or a value this architecture does not have.
+    """
+    fields = fields.get("text_config", fields)
+    for name, allowed in FIXED.items():
+        if fields.get(name, allowed[0]) not in allowed:
+            raise ConfigError(f"config.json: {name} is {fields[name]!r}; k2jax has {allowed[0]!r}")
+    missing = [
+        name for name in (*PUBLISHED.values(), "num_hidden_layers") if fields.get(name) is None
+    ]
+    if missing:
+        raise ConfigError(f"config.json has no {missing[0]!r}; is it of the DeepSeek-V3 family?")
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    theta = fields.get("rope_theta") or rope.get("rope_theta", 10_000.0)
+    return ModelConfig(
+        **{ours: fields[theirs] for ours, theirs in PUBLISHED.items()},
+        moe_layers=fields["num_hidden_layers"] - fields["first_k_dense_replace"],
+        q_rank=fields.get("q_lora_rank") or 0,
+        shared_experts=fields.get("n_shared_experts") or 0,
+        groups=fields.get("n_group") or 1,
+        groups_per_token=fields.get("topk_group") or 1,
+        rope_theta=float(theta),
+        init_std=fields.get("initializer_range", 0.02),
+        yarn=_published_yarn(rope),
+    )
+
+
+def _published_yarn(rope: dict[str, Any]) -> Yarn:
+    kind = rope.get("type", rope.get("rope_type", "default"))
+    if kind in ("default", None):
+        return Yarn()
+    if kind != "yarn":
+        raise ConfigError(f"config.json: rope_scaling.type is {kind!r}; k2jax has 'yarn'")
+    return Yarn(
+        factor=float(rope["factor"]),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        mscale=float(rope.get("mscale") or 1),
+        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
+        context=int(rope["original_max_position_embeddings"]),
+    )
+
+
+def read_published(path: str | Path) -> ModelConfig:
+    """The model of a published folder or of its `config.json`.
+
+    Raises:
+        ConfigError: no such file, not JSON, or another architecture.
+    """
+    path = Path(path)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no file {path}") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} does not hold a JSON object")
+    return from_published(fields)

@@ -1,0 +1,58 @@
+"""The network, and its public face: `Model` and `forward`.
+
+Letters of shape suffixes (capital: whole; small: this device's share):
+B batch rows, T length, S length of keys, D embed, H heads, C query width of a head, U its content
+part, P its rotary part, V value width, W key and value width, Q q_rank, M latent (in attention) or
+rows of a matrix (in experts), R kv_rank, F hidden width, N tokens, E experts, K choices, G groups,
+X vocabulary, L layers.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from k2jax.config import ModelConfig
+from k2jax.model.kimi import Aux, Batch, Kimi, head, hidden, plain
+from k2jax.params import bind
+
+__all__ = ["Aux", "Batch", "Kimi", "Model", "forward", "head", "hidden", "plain"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Weights and what they mean.
+
+    Attributes:
+        config: sizes.
+        params: flat dict of arrays with dotted names.
+        tokenizer: a `k2jax.chat.tokenizer.Tokenizer`, or None where the source had none.
+    """
+
+    config: ModelConfig
+    params: dict[str, jax.Array]
+    tokenizer: Any = None
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the matrices; the forward pass computes in it."""
+        return str(self.params["head"].dtype)
+
+
+def forward(model: Model, tokens: jax.Array) -> jax.Array:
+    """Next-token logits, float32 [batch, length, vocab].
+
+    Args:
+        model: from `k2jax.load`.
+        tokens: int32 [batch, length]; each row is one document. Rows no longer than the model's
+            context; longer ones are computed all the same, without promise.
+    """
+    return _forward(model.params, jax.numpy.asarray(tokens, "int32"), model.config, model.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _forward(params, token_BT, cfg, dtype):
+    w = bind(Kimi(cfg), params)
+    x_BTD, _ = hidden(w, plain(token_BT), cfg, dtype)
+    return head(w, x_BTD)

@@ -1,0 +1,102 @@
+"""Multi-head latent attention (MLA) for training: keys and values come from one small latent."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from k2jax.config import ModelConfig
+from k2jax.model.layout import project
+from k2jax.model.norm import rms_norm
+from k2jax.model.rope import Rotation, rotate
+from k2jax.params import Declare
+from k2jax.sharding import place
+
+INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE modeling 665, 675]
+
+
+class Attention(nnx.Module):
+    """Weights of the attention of one kind of layer; `heads` is the only axis a mesh may split."""
+
+    def __init__(self, cfg: ModelConfig, stack: str):
+        declare = Declare(cfg, stack, "model.layers.{l}.self_attn.")
+        # fmt: off
+        if cfg.q_rank:
+            self.q_down = declare("embed q_rank",      1, "q_a_proj")
+            self.q_norm = declare("q_gain",            0, "q_a_layernorm")
+            self.q_up   = declare("q_rank heads qk",   1, "q_b_proj")
+        else:
+            self.q      = declare("embed heads qk",    1, "q_proj")
+        self.kv_down    = declare("embed latent",      1, "kv_a_proj_with_mqa")
+        self.kv_norm    = declare("kv_gain",           0, "kv_a_layernorm")
+        self.kv_up      = declare("kv_rank heads kv",  1, "kv_b_proj")
+        self.out        = declare("heads value embed", 2, "o_proj")
+        # fmt: on
+
+
+def queries(
+    w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Content part `q_BTHU` and rotated part `q_BTHP` of every head's queries."""
+    heads = ("batch", "length", "heads", None)
+    if cfg.q_rank:
+        q_BTQ = project("btd,dq->btq", x_BTD, w.q_down, ("batch", "length", None))
+        q_BTQ = rms_norm(q_BTQ, w.q_norm[...], INNER_EPS)
+        q_BTHC = project("btq,qhc->bthc", q_BTQ, w.q_up, heads)
+    else:
+        q_BTHC = project("btd,dhc->bthc", x_BTD, w.q, heads)
+    return q_BTHC[..., : cfg.nope], rotate(q_BTHC[..., cfg.nope :], turn)
+
+
+def latents(
+    w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """What a token leaves for later ones: normed latent `c_BTR`, rotated shared key `k_BTP`."""
+    kv_BTM = project("btd,dm->btm", x_BTD, w.kv_down, ("batch", "length", None))
+    c_BTR = rms_norm(kv_BTM[..., : cfg.kv_rank], w.kv_norm[...], INNER_EPS)
+    return c_BTR, rotate(kv_BTM[..., None, cfg.kv_rank :], turn)[..., 0, :]
+
+
+def attend(
+    w: Attention, x_BTD: jax.Array, turn: Rotation, segment_BT: jax.Array, cfg: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Attention output `y_BTD` and the largest logit of each head, `top_H` (float32).
+
+    Args:
+        w: weights of one layer.
+        x_BTD: normed activations.
+        turn: rotation of each position.
+        segment_BT: document of each token in its row, from 1; 0 is padding. A token sees only
+            earlier tokens of its own document.
+        cfg: sizes.
+
+    The maximum is signed, includes the softmax scale and leaves out padding: QK-Clip's S_max
+    [K2-TR 2.1]. Source: [JLE] modeling_deepseek.py 650-860.
+    """
+    q_BTHU, q_BTHP = queries(w, x_BTD, turn, cfg)
+    c_BSR, k_BSP = latents(w, x_BTD, turn, cfg)
+    # Every device needs all keys of its rows; gathered as latents, the smallest they ever are.
+    c_BSR, k_BSP = place(c_BSR, "batch", None, None), place(k_BSP, "batch", None, None)
+    segment_BS = place(segment_BT, "batch", None)
+    kv_BSHW = project("bsr,rhw->bshw", c_BSR, w.kv_up, ("batch", None, "heads", None))
+    k_BSHU, v_BSHV = kv_BSHW[..., : cfg.nope], kv_BSHW[..., cfg.nope :]
+
+    logit_BHTS = jnp.einsum("bthu,bshu->bhts", q_BTHU, k_BSHU, preferred_element_type=jnp.float32)
+    logit_BHTS += jnp.einsum("bthp,bsp->bhts", q_BTHP, k_BSP, preferred_element_type=jnp.float32)
+    logit_BHTS *= cfg.softmax_scale
+
+    seen_BTS = visible(segment_BT, segment_BS)
+    logit_BHTS = jnp.where(seen_BTS[:, None], logit_BHTS, -jnp.inf)
+    real_BHTS = jnp.where((segment_BT > 0)[:, None, :, None], logit_BHTS, -jnp.inf)
+    top_H = place(jax.lax.stop_gradient(real_BHTS.max(axis=(0, 2, 3))), None)
+
+    weight_BHTS = jax.nn.softmax(logit_BHTS).astype(x_BTD.dtype)
+    y_BTHV = jnp.einsum("bhts,bshv->bthv", weight_BHTS, v_BSHV)
+    return project("bthv,hvd->btd", y_BTHV, w.out, ("batch", "length", None)), top_H
+
+
+def visible(segment_BT: jax.Array, segment_BS: jax.Array) -> jax.Array:
+    """Which keys a query may see: its own document's, up to itself."""
+    same_BTS = segment_BT[:, :, None] == segment_BS[:, None, :]
+    length = segment_BS.shape[1]
+    order_T = place(jnp.arange(length), "length")
+    return same_BTS & (order_T[:, None] >= jnp.arange(length))

@@ -1,0 +1,140 @@
+"""Mixture of experts: route, exchange tokens, run the chosen experts, bring the results back.
+
+The one place in the model that sees a single device. Outside, tokens are spread over `expert` like
+over any batch axis; inside, each device holds some experts. Tokens of the devices along `expert`
+are gathered, each device runs its experts on those that chose them, and the sums are scattered
+back. Nothing is ever dropped.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from k2jax.config import ModelConfig
+from k2jax.model.layout import used
+from k2jax.model.mlp import Mlp, gated
+from k2jax.model.router import Routing, count, route
+from k2jax.ops.grouped import gather_rows, grouped_dot
+from k2jax.params import Declare
+from k2jax.sharding import BATCH, meshless
+
+
+class Experts(nnx.Module):
+    """Weights of the routed experts."""
+
+    def __init__(self, cfg: ModelConfig, stack: str):
+        declare = Declare(cfg, stack, "model.layers.{l}.mlp.experts.{e}.")
+        self.gate = declare("experts expert_embed expert_ffw", 1, "gate_proj")
+        self.up = declare("experts expert_embed expert_ffw", 1, "up_proj")
+        self.down = declare("experts expert_ffw expert_embed", 1, "down_proj")
+
+
+class Moe(nnx.Module):
+    """Router, routed experts and shared experts of one layer."""
+
+    def __init__(self, cfg: ModelConfig, stack: str):
+        declare = Declare(cfg, stack, "model.layers.{l}.mlp.")
+        self.router = declare("embed router", 1, "gate")
+        self.bias = declare.bias("router", "gate.e_score_correction_bias")
+        self.experts = Experts(cfg, stack)
+        if cfg.shared_experts:
+            self.shared = Mlp(cfg, stack, "shared_ffw", "model.layers.{l}.mlp.shared_experts.")
+
+
+class Balance(NamedTuple):
+    """How evenly one layer's experts were used."""
+
+    load_E: jax.Array  # float32, tokens sent to each expert, over the whole batch
+    aux: jax.Array  # float32 scalar, sequence-wise balance loss before its weight
+
+
+def mixture(
+    w: Moe, x_BTD: jax.Array, segment_BT: jax.Array, cfg: ModelConfig
+) -> tuple[jax.Array, Balance]:
+    """Weighted sum of each token's experts plus the shared ones; rows with segment 0 count nowhere.
+
+    Source: [JLE] modeling_deepseek.py 520-560.
+    """
+    dtype = x_BTD.dtype
+    weights = tuple(used(leaf, dtype) for leaf in (w.experts.gate, w.experts.up, w.experts.down))
+    router = (used(w.router, jnp.float32), w.bias[...])
+    if meshless():
+        y_BTD, balance = _on_device(x_BTD, segment_BT, *router, *weights, cfg=cfg, mesh=False)
+    else:
+        rows = P(BATCH, "context")
+        wide = P("expert", None, "model")
+        body = jax.shard_map(
+            lambda *args: _on_device(*args, cfg=cfg, mesh=True),
+            in_specs=(rows, rows, P(), P(), wide, wide, P("expert", "model", None)),
+            out_specs=(rows, P()),
+            check_vma=False,  # loops and custom gradients inside; tests compare with one device
+        )
+        y_BTD, balance = body(x_BTD, segment_BT, *router, *weights)
+    if cfg.shared_experts:
+        y_BTD += gated(w.shared, x_BTD)
+    return y_BTD, balance
+
+
+def _on_device(x_BTD, segment_BT, w_DE, bias_E, *weights, cfg: ModelConfig, mesh: bool):
+    """One device's share of the layer. `weights` are gate_eDF, up_eDF and down_eFD."""
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    routing = route(x_ND, w_DE, bias_E, cfg)
+    balance = _balance(routing, segment_BT, cfg, mesh)
+    if mesh:
+        gather = lambda a: jax.lax.all_gather(a, "expert", tiled=True)
+        x_ND, expert_NK, weight_NK = map(gather, (x_ND, routing.expert_NK, routing.weight_NK))
+        first = jax.lax.axis_index("expert") * weights[0].shape[0]
+        y_ND = _run(x_ND, expert_NK - first, weight_NK, weights)
+        y_ND = jax.lax.psum_scatter(y_ND, "expert", tiled=True)
+        y_ND = jax.lax.psum(y_ND, "model")  # each device has a share of the hidden width
+    else:
+        y_ND = _run(x_ND, routing.expert_NK, routing.weight_NK, weights)
+    return y_ND.reshape(x_BTD.shape), balance
+
+
+def _run(x_ND, expert_NK, weight_NK, weights) -> jax.Array:
+    """Contribution of this device's experts, numbered from 0, to the tokens that chose them."""
+    gate_eDF, up_eDF, down_eFD = weights
+    experts, copies = gate_eDF.shape[0], expert_NK.shape[-1]
+    expert_M = expert_NK.reshape(-1)
+    here_M = (expert_M >= 0) & (expert_M < experts)
+    order_M = jnp.argsort(jnp.where(here_M, expert_M, experts))  # ours first, by expert
+    place_M = jnp.argsort(order_M)
+    size_e = (expert_M == jnp.arange(experts)[:, None]).sum(axis=1, dtype=jnp.int32)
+
+    x_MD = gather_rows(x_ND, order_M, place_M, copies)
+    gate_MF = grouped_dot(x_MD, gate_eDF, size_e)
+    up_MF = grouped_dot(x_MD, up_eDF, size_e)
+    y_MD = grouped_dot(jax.nn.silu(gate_MF) * up_MF, down_eFD, size_e)
+
+    y_NKD = gather_rows(y_MD, place_M, order_M, 1).reshape(*expert_NK.shape, -1)
+    weight_NK = jnp.where(here_M.reshape(expert_NK.shape), weight_NK, 0.0)
+    # Combined in float32, then cast, as the published code does.
+    return jnp.einsum("nkd,nk->nd", y_NKD.astype(jnp.float32), weight_NK).astype(x_ND.dtype)
+
+
+def _balance(routing: Routing, segment_BT: jax.Array, cfg: ModelConfig, mesh: bool) -> Balance:
+    """Load over the whole batch, and the sequence-wise loss [DSV3-TR 2.1.2].
+
+    For each row: sum over experts of f P, f the expert's share of choices times experts, P its
+    mean normalised score. 1 when perfectly even; the mean over rows is returned.
+    """
+    valid_BT = segment_BT > 0
+    total = lambda a, axes: jax.lax.psum(a, axes) if mesh else a
+    load_E = count(routing.expert_NK, valid_BT.reshape(-1), cfg.experts)
+
+    rows = lambda a: a.reshape(*segment_BT.shape, -1)
+    hit_BTE = (rows(routing.expert_NK)[..., None] == jnp.arange(cfg.experts)).any(axis=2)
+    share_BTE = rows(routing.score_NE / routing.score_NE.sum(axis=-1, keepdims=True))
+    keep = valid_BT[..., None]
+    length_B1 = total(valid_BT.sum(axis=1, keepdims=True, dtype=jnp.float32), "context")
+    f_BE = total((hit_BTE & keep).sum(axis=1, dtype=jnp.float32), "context")
+    p_BE = total(jnp.where(keep, share_BTE, 0.0).sum(axis=1), "context")
+    scale_B1 = cfg.experts / cfg.experts_per_token / jnp.maximum(length_B1, 1.0) ** 2
+    aux_B = (jax.lax.stop_gradient(f_BE) * p_BE * scale_B1).sum(axis=1)
+    some_B = (length_B1[:, 0] > 0).astype(jnp.float32)
+    aux = total((aux_B * some_B).sum(), BATCH) / jnp.maximum(total(some_B.sum(), BATCH), 1.0)
+    return Balance(total(load_E, (*BATCH, "context")), aux)

@@ -1,0 +1,54 @@
+"""Choose experts: sigmoid scores; a bias steers the choice only [DSV3-TR 2.1.2]."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from k2jax.config import ModelConfig
+
+
+class Routing(NamedTuple):
+    """Where each token goes, and how much each expert counts."""
+
+    expert_NK: jax.Array  # int32, best first
+    weight_NK: jax.Array  # float32, sums to `routed_scale` over K
+    score_NE: jax.Array  # float32 in 0..1, before bias
+
+
+def route(x_ND: jax.Array, w_DE: jax.Array, bias_E: jax.Array, cfg: ModelConfig) -> Routing:
+    """Pick `cfg.experts_per_token` experts for each token.
+
+    Args:
+        x_ND: token activations, any float dtype.
+        w_DE: router weight.
+        bias_E: float32, added to the scores for choosing, not for weighting.
+        cfg: sizes; with `groups` > 1 a token chooses within its best groups only, those with the
+            largest sum of their two best biased scores [DSV3 model.py].
+
+    The product is float32 whatever the inputs are. Source: [JLE] modeling_deepseek.py 390-475.
+    """
+    logit_NE = jnp.einsum("nd,de->ne", x_ND.astype(jnp.float32), w_DE.astype(jnp.float32))
+    score_NE = jax.nn.sigmoid(logit_NE)
+    choice_NE = jax.lax.stop_gradient(score_NE + bias_E)
+    if cfg.groups > 1:
+        choice_NE = _limit(choice_NE, cfg)
+    _, expert_NK = jax.lax.top_k(choice_NE, cfg.experts_per_token)
+    weight_NK = jnp.take_along_axis(score_NE, expert_NK, axis=-1)
+    weight_NK *= cfg.routed_scale / (weight_NK.sum(axis=-1, keepdims=True) + 1e-20)
+    return Routing(expert_NK, weight_NK, score_NE)
+
+
+def _limit(choice_NE: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Minus infinity outside of each token's best groups."""
+    choice_NGE = choice_NE.reshape(-1, cfg.groups, cfg.experts // cfg.groups)
+    best_NG = jax.lax.top_k(choice_NGE, 2)[0].sum(axis=-1)
+    kept_NK = jax.lax.top_k(best_NG, cfg.groups_per_token)[1]
+    kept_NG = (kept_NK[..., None] == jnp.arange(cfg.groups)).any(axis=1)
+    return jnp.where(kept_NG[..., None], choice_NGE, -jnp.inf).reshape(choice_NE.shape)
+
+
+def count(expert_NK: jax.Array, valid_N: jax.Array, experts: int) -> jax.Array:
+    """Choices that fell on each expert, float32 [experts]; padding does not count."""
+    hit_NKE = expert_NK[..., None] == jnp.arange(experts)
+    return (hit_NKE & valid_N[:, None, None]).sum(axis=(0, 1), dtype=jnp.float32)

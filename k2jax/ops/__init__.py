@@ -1,0 +1,1 @@
+"""Operations with a fast path a platform and one shared test against a reference."""

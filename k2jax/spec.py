@@ -1,0 +1,52 @@
+"""What the optimizer, the converter and the planner need to know of one parameter."""
+
+import dataclasses
+import math
+
+STACK_AXES = ("dense_layers", "moe_layers", "experts")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """One leaf of the parameter dict. Leaves of a kind are stacked over layers and experts.
+
+    Attributes:
+        axes: logical name of each dim; those in STACK_AXES come first.
+        shape: length of each dim.
+        contracted: dims after the stack that meet the input (the matrix's rows); 0: no matrix.
+        group: what moves it: "muon", "adam", or "bias" (moved by counts, never by gradients).
+        published: tensor name in the published files; {l} is the layer, {e} the expert.
+        dtype: in the published BF16 files.
+        first_layer: layer number of the first slice of the stack.
+        init: "normal", "ones" or "zeros".
+    """
+
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    contracted: int
+    group: str
+    published: str
+    dtype: str = "bfloat16"
+    first_layer: int = 0
+    init: str = "normal"
+
+    @property
+    def stacked(self) -> int:
+        """How many leading dims only stack matrices."""
+        return sum(axis in STACK_AXES for axis in self.axes)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Lengths of the stacked dims."""
+        return self.shape[: self.stacked]
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(rows, columns) of one matrix, as [in, out]."""
+        inner = self.shape[self.stacked :]
+        return math.prod(inner[: self.contracted]), math.prod(inner[self.contracted :])
+
+    @property
+    def published_shape(self) -> tuple[int, ...]:
+        """Shape of one published tensor: [out, in] for a matrix."""
+        return self.matrix[::-1] if self.contracted else self.shape[self.stacked :]

@@ -1,0 +1,100 @@
+"""Plans: which mesh axes, if any, split each logical axis."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from k2jax.config import MESH_AXES, ConfigError, MeshConfig
+from k2jax.spec import ParamSpec
+
+# Outside the experts tokens are spread over all of these, so no device idles.
+BATCH = ("replica", "data", "expert")
+
+# Training. `embed` is only storage (FSDP): weights are gathered over it just before use. Experts
+# are already split over `expert`, so only `data` is left for them.
+TRAIN: Mapping[str, tuple[str, ...]] = {
+    "batch": BATCH,
+    "length": ("context",),
+    "vocab": ("model",),
+    "heads": ("model",),
+    "ffw": ("model",),
+    "shared_ffw": ("model",),
+    "expert_ffw": ("model",),
+    "experts": ("expert",),
+    "embed": ("data", "expert"),
+    "expert_embed": ("data",),
+}
+STORAGE = ("embed", "expert_embed")
+
+
+def meshless() -> bool:
+    """Whether no mesh is set: then every array is whole, on one device."""
+    return jax.sharding.get_abstract_mesh().empty
+
+
+def spec(*axes: str | None) -> P | None:
+    """PartitionSpec of an activation with these logical axes; None where no mesh is set."""
+    return None if meshless() else storage_spec(axes)
+
+
+def storage_spec(axes: Iterable[str | None]) -> P:
+    """Where a parameter with these logical axes rests."""
+    return P(*(_entry(TRAIN.get(axis or "", ())) for axis in axes))
+
+
+def compute_spec(axes: Iterable[str | None]) -> P:
+    """Where a parameter with these logical axes is used: storage splits gathered."""
+    return storage_spec(None if axis in STORAGE else axis for axis in axes)
+
+
+def _entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes
+
+
+def place(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` moved to the layout of an activation with these logical axes."""
+    return x if meshless() else jax.reshard(x, storage_spec(axes))
+
+
+def check(specs: Mapping[str, ParamSpec], mesh: MeshConfig, context: int) -> None:
+    """Refuse a mesh that does not divide the model.
+
+    Args:
+        specs: the parameters.
+        mesh: devices along each axis.
+        context: tokens in a row.
+
+    Raises:
+        ConfigError: names the logical axis, its size, and the nearest mesh sizes that work.
+    """
+    lengths = {
+        axis: size
+        for leaf in specs.values()
+        for axis, size in zip(leaf.axes, leaf.shape, strict=True)
+    } | {"length": context}
+    for axis, size in lengths.items():
+        split = TRAIN.get(axis, ())
+        ways = math.prod(getattr(mesh, name) for name in split)
+        if size % ways:
+            raise ConfigError(
+                f"mesh {mesh} splits {axis!r} (size {size}) {ways} ways over {' x '.join(split)};"
+                f" {_near(size, ways)}"
+            )
+
+
+def _near(size: int, ways: int) -> str:
+    works = [n for n in range(1, size + 1) if size % n == 0]
+    below = max(n for n in works if n < ways)
+    above = [n for n in works if n > ways]
+    return f"{below} would divide it" if not above else f"{below} or {above[0]} would divide it"
+
+
+def factors(axes: Iterable[str]) -> int:
+    """Devices along these axes of the mesh in use."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return math.prod(shape[axis] for axis in axes)
+
+
+assert {axis for split in TRAIN.values() for axis in split} <= set(MESH_AXES)
