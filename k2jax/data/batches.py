@@ -1,0 +1,145 @@
+"""Which rows a step sees: a pure function of (seed, step), whatever the number of hosts."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from k2jax.data.rows import Batch, make_rows, make_windows, plan_windows, row_count
+from k2jax.data.store import Store
+
+AHEAD = 2  # batches made before they are asked for
+ROUNDS = 6  # of the Feistel network; four already pass for random, two more cost nothing
+
+
+class Batches:
+    """Rows of a store in an order shuffled anew in every epoch; epochs follow without a gap."""
+
+    def __init__(self, store: Store, rows: int, context: int, seed: int):
+        """Plan batches of `rows` rows of `context` tokens, over all hosts together."""
+        self.store, self.rows, self.context, self.seed = store, rows, context, seed
+        self.epoch_rows = row_count(store, context)
+        if not self.epoch_rows:
+            raise ValueError("the store has no tokens")
+
+    def row_numbers(self, step: int) -> np.ndarray:
+        """Rows of the store that `step` (0, 1, ...) sees, int64 [rows]."""
+        index = step * self.rows + np.arange(self.rows, dtype=np.int64)
+        epoch, place = np.divmod(index, self.epoch_rows)
+        numbers = np.empty_like(index)
+        for e in np.unique(epoch):
+            here = epoch == e
+            numbers[here] = shuffle(place[here], self.epoch_rows, self.seed, int(e))
+        return numbers
+
+    def batch(self, step: int, host: int = 0, hosts: int = 1) -> Batch:
+        """One host's rows of a step: the arrays of `k2jax.data.rows`, [rows / hosts, context].
+
+        The hosts' rows, one after the other, are the same global batch for any `hosts`.
+        """
+        numbers = self.row_numbers(step)[host_slice(self.rows, host, hosts)]
+        return make_rows(self.store, numbers, self.context)
+
+
+def host_slice(rows: int, host: int, hosts: int) -> slice:
+    """The part of a global batch of `rows` rows that belongs to `host`."""
+    if rows % hosts or not 0 <= host < hosts:
+        raise ValueError(f"{rows} rows do not divide among {hosts} hosts (this is host {host})")
+    share = rows // hosts
+    return slice(host * share, (host + 1) * share)
+
+
+def shuffle(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a seeded permutation of 0..size-1 sends each index.
+
+    A Feistel network over the next even number of bits, walked until it lands inside: no table,
+    so trillions of rows cost no more than a few, and no library's generator can change it.
+    """
+    half = max((size - 1).bit_length() + 1, 2) // 2
+    keys = _round_keys(seed, epoch)
+    mask = np.uint64((1 << half) - 1)
+    value = _feistel(index.astype(np.uint64), keys, half, mask)
+    while (outside := value >= size).any():
+        value[outside] = _feistel(value[outside], keys, half, mask)
+    return value.astype(np.int64)
+
+
+def _feistel(value: np.ndarray, keys: np.ndarray, half: int, mask: np.uint64) -> np.ndarray:
+    left, right = value >> np.uint64(half), value & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right + key) & mask)
+    return (left << np.uint64(half)) | right
+
+
+def _round_keys(seed: int, epoch: int) -> np.ndarray:
+    start = _mix(np.array([seed % (1 << 64)], np.uint64)) + np.uint64(epoch)
+    return _mix(_mix(start) + np.arange(1, ROUNDS + 1, dtype=np.uint64))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of 64-bit words that looks random (the finaliser of splitmix64)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def prefetch(
+    fetch: Callable[[int], Any], start: int, count: int | None = None, ahead: int = AHEAD
+) -> Iterator[Any]:
+    """`fetch(step)` for step = start, start + 1, ..., made in a thread a little ahead.
+
+    An exception in `fetch` is raised here in its turn. Closing or dropping the iterator ends the
+    thread after the step it is at.
+
+    Args:
+        fetch: for example `batches.batch`, or that and the move to the devices.
+        start: first step.
+        count: steps; without it, no end.
+        ahead: steps that may be ready and waiting.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="k2jax-data")
+    waiting: deque[Future[Any]] = deque()
+    step = start
+    try:
+        while waiting or count is None or step < start + count:
+            while len(waiting) <= ahead and (count is None or step < start + count):
+                waiting.append(pool.submit(fetch, step))
+                step += 1
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def eval_batches(
+    store: Store, rows: int, context: int, *, stride: int = 0, limit: int = 0,
+    host: int = 0, hosts: int = 1,
+) -> Iterator[Batch]:  # fmt: skip
+    """Every document once, in order; the last batch is filled up with rows of padding.
+
+    Scored (weight 1) is each token of each document and its [EOS], once; the first token is
+    predicted from [BOS] alone. So the bytes of the targets with weight 1 are `store.bytes`.
+
+    Args:
+        store: documents, usually the held-out ones.
+        rows: rows in a batch, over all hosts together.
+        context: tokens in a row.
+        stride: distance of a document's windows, 1..context; a scored token then sees at least
+            `context - stride` tokens of its document. 0 means `context`: no overlap, least work.
+        limit: at most that many rows, evenly spread over all of them; 0 means all.
+        host: whose slice of the rows to make.
+        hosts: how many there are.
+    """
+    if not 0 <= stride <= context:
+        raise ValueError(f"stride is {stride}; it must be in 1..{context}, or 0 for no overlap")
+    windows = plan_windows(store, context, stride or context)
+    total = int(windows.row[-1]) + 1 if len(windows.row) else 0
+    numbers = np.arange(total)
+    if 0 < limit < total:
+        numbers = np.arange(limit) * total // limit
+    numbers = np.pad(numbers, (0, -len(numbers) % rows), constant_values=-1)
+    mine = host_slice(rows, host, hosts)
+    for start in range(0, len(numbers), rows):
+        yield make_windows(store, windows, numbers[start : start + rows][mine], context)

@@ -1,0 +1,145 @@
+"""From a path to tokenised training and held-out text, kept for the next time."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from k2jax.chat.tokenizer import FILE, PATTERN, Tokenizer, train_tokenizer
+from k2jax.config import ConfigError
+from k2jax.data import sources, store
+from k2jax.data.store import Store
+
+TRAIN_CHARACTERS = 64_000_000  # a tokenizer is trained on the documents that fit, spread evenly
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Text ready for training.
+
+    Attributes:
+        title: what was opened, as given.
+        tokenizer: trained on the training text, or loaded.
+        train: documents to learn from.
+        heldout: documents to score.
+        heldout_names: their names, in the order of `heldout`.
+    """
+
+    title: str
+    tokenizer: Tokenizer
+    train: Store
+    heldout: Store
+    heldout_names: tuple[str, ...]
+
+    @property
+    def heldout_bytes(self) -> int:
+        """UTF-8 bytes of the held-out documents: what bits per byte divides by."""
+        return self.heldout.bytes
+
+    def heldout_texts(self) -> list[str]:
+        """The held-out documents, exactly as they were read."""
+        return list(self.heldout.texts(self.tokenizer))
+
+
+def open_data(
+    path: str = "",
+    tokenizer: str = "",
+    vocab: int = 4_096,
+    *,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Data:
+    """Find, split and tokenise text; the second time, open what the first one left.
+
+    Args:
+        path: see `sources.find`; empty means Python's standard library.
+        tokenizer: a `tiktoken.model` file or a folder with one; empty means train one on the
+            training documents.
+        vocab: ids the model has; a trained tokenizer fills them, a loaded one must fit.
+        cache: folder to keep the result in; without it, `store.default_cache()`.
+        progress: called with one line before each slow part.
+
+    Raises:
+        ConfigError: no data, a bad tokenizer, one too large for the model, an unwritable cache.
+    """
+    source = sources.find(path)
+    given = _load_tokenizer(tokenizer, vocab) if tokenizer else None
+    key = _key(source.fingerprint(), given.digest() if given else f"bpe {vocab}")
+    folder = store.cached(
+        Path(cache) if cache else store.default_cache(),
+        key,
+        lambda new: _build(new, source, given, vocab, progress or (lambda line: None)),
+        _open,
+    )
+    train, heldout, names = _open(folder)
+    return Data(source.title, given or Tokenizer.load(folder), train, heldout, names)
+
+
+def compressors(texts: Iterable[str]) -> dict[str, float]:
+    """Bits per byte that `gzip -9` and `xz -9` need for the texts, one after the other."""
+    content = "".join(texts).encode("utf-8")
+    if not content:
+        raise ValueError("no text to compress")
+    packed = {
+        "gzip": gzip.compress(content, compresslevel=9, mtime=0),
+        "xz": lzma.compress(content, preset=9),
+    }
+    return {name: 8 * len(short) / len(content) for name, short in packed.items()}
+
+
+def _load_tokenizer(path: str, vocab: int) -> Tokenizer:
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab > vocab:
+        raise ConfigError(
+            f"tokenizer {path} has {tokenizer.vocab} tokens and the model's vocab is {vocab}; "
+            f"set vocab to {tokenizer.vocab} or more"
+        )
+    return tokenizer
+
+
+def _key(*facts: str) -> str:
+    rules = (store.FORMAT, PATTERN, sources.HELD_OUT_ONE_IN, sources.BLOCK, TRAIN_CHARACTERS)
+    return hashlib.sha256(repr((rules, facts)).encode()).hexdigest()[:32]
+
+
+def _open(folder: Path) -> tuple[Store, Store, tuple[str, ...]]:
+    names = tuple(json.loads((folder / "heldout_names.json").read_text()))
+    return store.read(folder / "train"), store.read(folder / "heldout"), names
+
+
+def _check(folder: Path) -> None:
+    _open(folder)
+    Tokenizer.load(folder)
+
+
+def _build(
+    folder: Path, source: sources.Source, given: Tokenizer | None, vocab: int, progress: Progress
+) -> None:
+    heldout = sources.held_out_names(source)
+
+    def texts(kept: bool) -> Iterator[str]:
+        return (d.text for d in source.documents() if (d.name in heldout) == kept)
+
+    if given:
+        tokenizer = given
+        tokenizer.save(folder / FILE)
+    else:
+        progress(f"training a tokenizer of {vocab} tokens")
+        tokenizer = train_tokenizer(_sample(lambda: texts(False)), vocab, folder / FILE)
+    progress(f"tokenising {source.title}")
+    store.write(folder / "train", texts(False), tokenizer)
+    store.write(folder / "heldout", texts(True), tokenizer)
+    names = [d.name for d in source.documents() if d.name in heldout]
+    (folder / "heldout_names.json").write_text(json.dumps(names))
+
+
+def _sample(texts: Callable[[], Iterator[str]]) -> Iterator[str]:
+    """All texts, or every k-th so that about TRAIN_CHARACTERS remain."""
+    total = sum(len(text) for text in texts())
+    step = -(-total // TRAIN_CHARACTERS)
+    return (text for index, text in enumerate(texts()) if index % step == 0)
