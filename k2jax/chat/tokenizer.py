@@ -265,7 +265,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int, path: str | os.PathLike[st
 
 def trainable(base: int) -> tuple[Any, Any]:
     """An untrained tokenizer of the `tokenizers` package with Kimi's pre-split, and its trainer."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers  # noqa: PLC0415
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(

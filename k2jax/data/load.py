@@ -74,7 +74,7 @@ def open_data(
         Path(cache) if cache else store.default_cache(),
         key,
         lambda new: _build(new, source, given, vocab, progress or (lambda line: None)),
-        _open,
+        _open if given else _open_trained,
     )
     train, heldout, names = _open(folder)
     return Data(source.title, given or Tokenizer.load(folder), train, heldout, names)
@@ -112,7 +112,7 @@ def _open(folder: Path) -> tuple[Store, Store, tuple[str, ...]]:
     return store.read(folder / "train"), store.read(folder / "heldout"), names
 
 
-def _check(folder: Path) -> None:
+def _open_trained(folder: Path) -> None:
     _open(folder)
     Tokenizer.load(folder)
 
@@ -127,7 +127,6 @@ def _build(
 
     if given:
         tokenizer = given
-        tokenizer.save(folder / FILE)
     else:
         progress(f"training a tokenizer of {vocab} tokens")
         tokenizer = train_tokenizer(_sample(lambda: texts(False)), vocab, folder / FILE)

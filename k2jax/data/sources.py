@@ -199,7 +199,7 @@ def _read_parquet(file: Path) -> Iterator[str]:
 
 
 def _read_array_record(file: Path) -> Iterator[str]:
-    module = _module("array_record.python.array_record_module", "pip install array-record")
+    module = _module("array_record.python.array_record_module", "pip install 'k2jax[arrayrecord]'")
     try:
         reader = module.ArrayRecordReader(str(file))
         total = reader.num_records()
