@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from k2jax.chat.tokenizer import FILE, PATTERN, Tokenizer, train_tokenizer
@@ -13,7 +14,9 @@ from k2jax.config import ConfigError
 from k2jax.data import sources, store
 from k2jax.data.store import Store
 
-TRAIN_CHARACTERS = 64_000_000  # a tokenizer is trained on the documents that fit, spread evenly
+# A tokenizer is trained on every k-th document, so that about this much is read. Half of the
+# standard library gives 0.3% more tokens on held-out text than all of it does, in half the time.
+TRAIN_CHARACTERS = 6_000_000
 
 Progress = Callable[[str], None]
 
@@ -120,7 +123,8 @@ def _open_trained(folder: Path) -> None:
 def _build(
     folder: Path, source: sources.Source, given: Tokenizer | None, vocab: int, progress: Progress
 ) -> None:
-    heldout = sources.held_out_names(source)
+    split = sources.split(source)
+    heldout = frozenset(split.heldout)
 
     def texts(kept: bool) -> Iterator[str]:
         return (d.text for d in source.documents() if (d.name in heldout) == kept)
@@ -129,16 +133,9 @@ def _build(
         tokenizer = given
     else:
         progress(f"training a tokenizer of {vocab} tokens")
-        tokenizer = train_tokenizer(_sample(lambda: texts(False)), vocab, folder / FILE)
+        step = -(-split.train_characters // TRAIN_CHARACTERS)
+        tokenizer = train_tokenizer(islice(texts(False), 0, None, step), vocab, folder / FILE)
     progress(f"tokenising {source.title}")
     store.write(folder / "train", texts(False), tokenizer)
     store.write(folder / "heldout", texts(True), tokenizer)
-    names = [d.name for d in source.documents() if d.name in heldout]
-    (folder / "heldout_names.json").write_text(json.dumps(names))
-
-
-def _sample(texts: Callable[[], Iterator[str]]) -> Iterator[str]:
-    """All texts, or every k-th so that about TRAIN_CHARACTERS remain."""
-    total = sum(len(text) for text in texts())
-    step = -(-total // TRAIN_CHARACTERS)
-    return (text for index, text in enumerate(texts()) if index % step == 0)
+    (folder / "heldout_names.json").write_text(json.dumps(split.heldout))

@@ -109,22 +109,29 @@ def held_out(name: str) -> bool:
     return _hash(name) % HELD_OUT_ONE_IN == 0
 
 
-def held_out_names(source: Source) -> frozenset[str]:
-    """Names of the documents kept from training: those `held_out` picks, else the first by hash.
+class Split(NamedTuple):
+    """What `split` found: held-out documents by name, in order, and how much the others hold."""
+
+    heldout: tuple[str, ...]
+    train_characters: int
+
+
+def split(source: Source) -> Split:
+    """Read the source once and keep from training what `held_out` picks, else the first by hash.
 
     Raises:
         ConfigError: fewer than two documents, so that one side would be empty.
     """
-    names = [document.name for document in source.documents()]
-    if len(names) < 2:
+    sizes = {name: len(text) for name, text in source.documents()}
+    if len(sizes) < 2:
         raise ConfigError(
-            f"data at {source.title} has {len(names)} documents with text; training and "
+            f"data at {source.title} has {len(sizes)} document(s) with text; training and "
             "held-out text need at least one each"
         )
-    chosen = frozenset(name for name in names if held_out(name))
-    if not 0 < len(chosen) < len(names):
-        return frozenset([min(names, key=_hash)])
-    return chosen
+    chosen = tuple(name for name in sizes if held_out(name))
+    if not 0 < len(chosen) < len(sizes):
+        chosen = (min(sizes, key=_hash),)
+    return Split(chosen, sum(sizes.values()) - sum(sizes[name] for name in chosen))
 
 
 def module_name(file: Path) -> str:
