@@ -102,9 +102,7 @@ class Tokenizer:
         file = Path(path)
         if file.is_dir():
             if not (file / FILE).is_file():
-                raise ConfigError(
-                    f"{path} has no {FILE}; give a folder or file that is a tokenizer"
-                )
+                raise ConfigError(f"folder {path} has no {FILE}")
             file = file / FILE
         if not file.is_file():
             raise ConfigError(f"no tokenizer at {path}: give a {FILE} file or a folder with one")
