@@ -1,5 +1,7 @@
 """Multi-head latent attention (MLA) for training: keys and values come from one small latent."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -72,31 +74,45 @@ def attend(
     The maximum is signed, includes the softmax scale and leaves out padding: QK-Clip's S_max
     [K2-TR 2.1]. Source: [JLE] modeling_deepseek.py 650-860.
     """
-    q_BTHU, q_BTHP = queries(w, x_BTD, turn, cfg)
+    q_BTHC = jnp.concatenate(queries(w, x_BTD, turn, cfg), axis=-1)
     c_BSR, k_BSP = latents(w, x_BTD, turn, cfg)
     # Every device needs all keys of its rows; gathered as latents, the smallest they ever are.
     c_BSR, k_BSP = place(c_BSR, "batch", None, None), place(k_BSP, "batch", None, None)
-    segment_BS = place(segment_BT, "batch", None)
     kv_BSHW = project("bsr,rhw->bshw", c_BSR, w.kv_up, ("batch", None, "heads", None))
-    k_BSHU, v_BSHV = kv_BSHW[..., : cfg.nope], kv_BSHW[..., cfg.nope :]
-
-    logit_BHTS = jnp.einsum("bthu,bshu->bhts", q_BTHU, k_BSHU, preferred_element_type=jnp.float32)
-    logit_BHTS += jnp.einsum("bthp,bsp->bhts", q_BTHP, k_BSP, preferred_element_type=jnp.float32)
-    logit_BHTS *= cfg.softmax_scale
-
-    seen_BTS = visible(segment_BT, segment_BS)
-    logit_BHTS = jnp.where(seen_BTS[:, None], logit_BHTS, -jnp.inf)
-    real_BHTS = jnp.where((segment_BT > 0)[:, None, :, None], logit_BHTS, -jnp.inf)
-    top_H = place(jax.lax.stop_gradient(real_BHTS.max(axis=(0, 2, 3))), None)
-
-    weight_BHTS = jax.nn.softmax(logit_BHTS).astype(x_BTD.dtype)
-    y_BTHV = jnp.einsum("bhts,bshv->bthv", weight_BHTS, v_BSHV)
+    shared_BSHP = jnp.broadcast_to(k_BSP[:, :, None], (*kv_BSHW.shape[:3], cfg.rope))
+    shared_BSHP = place(shared_BSHP, "batch", None, "heads", None)
+    k_BSHC = jnp.concatenate([kv_BSHW[..., : cfg.nope], shared_BSHP], axis=-1)
+    y_BTHV, top_H = softmax_mix(
+        q_BTHC, k_BSHC, kv_BSHW[..., cfg.nope :], segment_BT, cfg.softmax_scale
+    )
     return project("bthv,hvd->btd", y_BTHV, w.out, ("batch", "length", None)), top_H
 
 
-def visible(segment_BT: jax.Array, segment_BS: jax.Array) -> jax.Array:
-    """Which keys a query may see: its own document's, up to itself."""
+@functools.partial(jax.checkpoint, static_argnums=(4,))
+def softmax_mix(
+    q_BTHC: jax.Array, k_BSHC: jax.Array, v_BSHV: jax.Array, segment_BT: jax.Array, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Values mixed by causal softmax weights, and each head's largest logit.
+
+    The scores are computed again in the backward pass: keeping them costs more than making them.
+    """
+    logit_BHTS = jnp.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC, preferred_element_type=jnp.float32)
+    logit_BHTS = logit_BHTS * scale + masked(segment_BT)[:, None]
+    top_BHT = jax.lax.stop_gradient(logit_BHTS.max(axis=-1))
+    weight_BHTS = jnp.exp(logit_BHTS - top_BHT[..., None])
+    sum_BTH = weight_BHTS.sum(axis=-1).swapaxes(1, 2)
+    y_BTHV = jnp.einsum(
+        "bhts,bshv->bthv", weight_BHTS.astype(v_BSHV.dtype), v_BSHV,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    top_H = jnp.where((segment_BT > 0)[:, None], top_BHT, -jnp.inf).max(axis=(0, 2))
+    return (y_BTHV / sum_BTH[..., None]).astype(v_BSHV.dtype), place(top_H, None)
+
+
+def masked(segment_BT: jax.Array) -> jax.Array:
+    """Added to the logits: 0 for keys of a query's own document up to itself, else -inf."""
+    segment_BS = place(segment_BT, "batch", None)
+    order_S = jnp.arange(segment_BT.shape[1])
+    order_T = place(order_S, "length")
     same_BTS = segment_BT[:, :, None] == segment_BS[:, None, :]
-    length = segment_BS.shape[1]
-    order_T = place(jnp.arange(length), "length")
-    return same_BTS & (order_T[:, None] >= jnp.arange(length))
+    return jnp.where(same_BTS & (order_T[:, None] >= order_S), 0.0, -jnp.inf)

@@ -31,8 +31,8 @@ def reference_dot(x_MK: jax.Array, w_GKN: jax.Array, size_G: jax.Array) -> jax.A
 
 
 def _block_rows(rows: int, groups: int) -> int:
-    """Rows a block: about a group's average, a power of two, so that little is padded."""
-    return min(256, max(8, 1 << (rows // groups).bit_length() - 1))
+    """Rows a block: about a quarter of a group's average, so that little is padded."""
+    return min(256, max(8, 1 << (rows // groups // 4).bit_length()))
 
 
 def _schedule(size_G: jax.Array, rows: int, block: int) -> tuple[jax.Array, ...]:
