@@ -1,0 +1,10 @@
+"""Eight fake CPU devices for every test, and less compiler effort: test time is compile time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+)
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
