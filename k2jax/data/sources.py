@@ -210,6 +210,8 @@ def _read_array_record(file: Path) -> Iterator[str]:
     try:
         reader = module.ArrayRecordReader(str(file))
         total = reader.num_records()
+        if not total:  # also what the reader says of a file of another format
+            raise ValueError("it has no records")
         for start in range(0, total, RECORDS):
             for record in reader.read(start, min(start + RECORDS, total)):
                 yield _as_text(record)
