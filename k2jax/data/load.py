@@ -100,7 +100,7 @@ def _load_tokenizer(path: str, vocab: int) -> Tokenizer:
     if tokenizer.vocab > vocab:
         raise ConfigError(
             f"tokenizer {path} has {tokenizer.vocab} tokens and the model's vocab is {vocab}; "
-            f"set vocab to {tokenizer.vocab} or more"
+            f"set model.vocab to {tokenizer.vocab} or more"
         )
     return tokenizer
 

@@ -71,7 +71,9 @@ def test_a_damaged_cache_is_built_again(corpus, cache):
 
 def test_a_tokenizer_larger_than_the_model_is_refused(corpus, cache, tmp_path):
     own = train_tokenizer(["some text, some text"], 600, tmp_path / "tiktoken.model")
-    with pytest.raises(ConfigError, match=f"has {own.vocab} tokens and the model's vocab is 512"):
+    with pytest.raises(
+        ConfigError, match=f"has {own.vocab} tokens and the model's vocab is 512; set model.vocab"
+    ):
         open_data(str(corpus), str(tmp_path), vocab=512, cache=cache)
     with pytest.raises(ConfigError, match="no tokenizer at"):
         open_data(str(corpus), str(tmp_path / "none"), vocab=512, cache=cache)
