@@ -1,0 +1,37 @@
+"""Named runs, one Python function each. Installed as `k2jax.configs`.
+
+A function's docstring has the command, the hardware, the time and the number to expect.
+"""
+
+import importlib
+from pathlib import Path
+
+if __name__ != "k2jax.configs":
+    raise ImportError("import k2jax.configs, not configs; run `pip install -e .` once")
+
+from k2jax.config import ConfigError, RunConfig, nearest, read_published
+
+NAMES = {
+    "tiny": "tiny",
+    "small": "tiny",
+    "kimi_k2": "kimi",
+    "kimi_k2_0905": "kimi",
+    "kimi_k2_thinking": "kimi",
+    "kimi_k2_5": "kimi",
+    "moonlight_16b_a3b": "moonlight",
+    "deepseek_v3": "deepseek",
+}
+
+
+def load(name: str) -> RunConfig:
+    """The run called `name`, or one around the model of a published `config.json` or its folder.
+
+    Raises:
+        ConfigError: there is none; the message has the nearest name.
+    """
+    if name in NAMES:
+        module = importlib.import_module(f"k2jax.configs.{NAMES[name]}")
+        return getattr(module, name)()
+    if Path(name).name == "config.json" or (Path(name) / "config.json").is_file():
+        return RunConfig(name=Path(name).resolve().parent.name, model=read_published(name))
+    raise ConfigError(f"no config {name!r}; {nearest(name, NAMES)}")

@@ -1,0 +1,70 @@
+"""The same architecture at sizes that a laptop trains."""
+
+from k2jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+
+
+def tiny() -> RunConfig:
+    """20M parameters, 5M of them active; `make train`, 2 CPU cores.
+
+    Experts and attention heads are really split, over 8 devices that the CPU emulates.
+    """
+    return RunConfig(
+        name="tiny",
+        model=ModelConfig(
+            vocab=4_096,
+            embed=256,
+            dense_layers=1,
+            moe_layers=5,
+            heads=8,
+            q_rank=96,
+            kv_rank=64,
+            nope=32,
+            rope=16,
+            value=32,
+            ffw=704,
+            experts=32,
+            expert_ffw=128,
+            experts_per_token=4,
+            context=256,
+        ),
+        data=DataConfig(rows=16, context=256),
+        optim=OptimConfig(learning_rate=2e-2, warmup=10, decay=0.5, ns_dtype="float32"),
+        train=TrainConfig(
+            steps=150, dtype="float32", remat="none", eval_every=25, eval_rows=32, save_every=50
+        ),
+        mesh=MeshConfig(data=2, expert=2, model=2),
+    )
+
+
+def small() -> RunConfig:
+    """86M parameters: an evening on 2 CPU cores, minutes on a GPU.
+
+    `k2jax train small`; on one GPU add `--mesh.data 1 --mesh.expert 1 --mesh.model 1
+    --train.dtype bfloat16`.
+    """
+    return RunConfig(
+        name="small",
+        model=ModelConfig(
+            vocab=8_192,
+            embed=384,
+            dense_layers=1,
+            moe_layers=7,
+            heads=8,
+            q_rank=192,
+            kv_rank=128,
+            nope=48,
+            rope=24,
+            value=48,
+            ffw=1_056,
+            experts=48,
+            expert_ffw=192,
+            experts_per_token=4,
+            context=512,
+        ),
+        data=DataConfig(rows=32, context=512),
+        optim=OptimConfig(learning_rate=1e-2, warmup=50, decay=0.5, ns_dtype="float32"),
+        train=TrainConfig(
+            steps=1_000, dtype="float32", remat="none", eval_every=100, eval_rows=32
+        ),
+        mesh=MeshConfig(data=2, expert=2, model=2),
+    )

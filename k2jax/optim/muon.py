@@ -1,0 +1,123 @@
+"""Muon: momentum, made orthogonal by a Newton-Schulz iteration, scaled to AdamW's step size."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec as P
+
+from k2jax.sharding import factors, meshless, storage_spec
+from k2jax.spec import ParamSpec
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # [ML 2.2]
+UPDATE_RMS = 0.2  # of AdamW's usual update, so that both share one learning rate [ML 2.2]
+
+
+def newton_schulz(x: jax.Array, steps: int = 5, dtype: str = "bfloat16") -> jax.Array:
+    """About the nearest orthogonal matrix to each matrix of `x` [..., rows, columns].
+
+    Each step maps a singular value s to a s + b s^3 + c s^5. Five steps take [0.01, 1] to
+    [0.68, 1.14], which is near enough. The norm is float32, the iteration runs in `dtype`; the
+    result is in `dtype`. Zero matrices stay zero. On a mesh the stack dims, or the longer side of
+    the matrices, may be split.
+
+    Source: [ML] section 2.1 and toy_train.py.
+    """
+    a, b, c = COEFFICIENTS
+    wide = x.astype(jnp.float32)
+    norm = jnp.sqrt(jnp.sum(wide * wide, axis=(-2, -1), keepdims=True))
+    x = (wide / (norm + 1e-7)).astype(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    layout = None if meshless() else jax.typeof(x).sharding.spec
+    stack = None if layout is None else P(*layout[:-2], None, None)
+
+    def product(einsum: str, left: jax.Array, right: jax.Array, spec: P | None) -> jax.Array:
+        y = jnp.einsum(
+            einsum, left, right, out_sharding=spec, preferred_element_type=jnp.float32
+        )
+        return y.astype(dtype)
+
+    for _ in range(steps):
+        if tall:  # the same polynomial on the smaller side: no transpose is made
+            gram = product("...mi,...mj->...ij", x, x, stack)
+        else:
+            gram = product("...im,...jm->...ij", x, x, stack)
+        poly = b * gram + c * product("...ij,...jk->...ik", gram, gram, stack)
+        if tall:
+            x = a * x + product("...mi,...ij->...mj", x, poly, layout)
+        else:
+            x = a * x + product("...ij,...jm->...im", poly, x, layout)
+    return x
+
+
+class MuonState(NamedTuple):
+    """One momentum a matrix, float32."""
+
+    momentum: optax.Updates
+
+
+def scale_by_muon(
+    specs: Mapping[str, ParamSpec], momentum: float = 0.95, dtype: str = "bfloat16"
+) -> optax.GradientTransformation:
+    """Replace gradients by 0.2 sqrt(max(rows, columns)) times their orthogonalised momentum.
+
+    M = momentum M + G, then Newton-Schulz of the Nesterov form G + momentum M. Every matrix is
+    orthogonalised by itself: dims that stack layers and experts are batch dims, the rest are
+    merged to [in, out] by its spec.
+
+    Args:
+        specs: of each leaf of the (flat) parameter dict that this transform is given.
+        momentum: decay of M.
+        dtype: of the iteration.
+
+    Source: [ML] equations 1-4, toy_train.py; [K2-TR] algorithm 1.
+    """
+
+    def init(params: optax.Params) -> MuonState:
+        return MuonState(jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params))
+
+    def update(updates, state, params=None):
+        del params
+        moved = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, updates)
+        nesterov = jax.tree.map(lambda m, g: g + momentum * m, moved, updates)
+        # Leaves that another group owns are empty nodes here, and pass through.
+        return {
+            name: _orthogonal(leaf, specs[name], dtype) if isinstance(leaf, jax.Array) else leaf
+            for name, leaf in nesterov.items()
+        }, MuonState(moved)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _orthogonal(u: jax.Array, spec: ParamSpec, dtype: str) -> jax.Array:
+    rows, columns = spec.matrix
+    shape, layout = (*spec.stack, rows, columns), _spread(spec)
+    x = u.reshape(shape) if layout is None else jnp.reshape(u, shape, out_sharding=layout)
+    x = newton_schulz(x, dtype=dtype).astype(jnp.float32)
+    x *= UPDATE_RMS * max(rows, columns) ** 0.5
+    if layout is None:
+        return x.reshape(u.shape)
+    return jnp.reshape(x, u.shape, out_sharding=storage_spec(spec.axes))
+
+
+def _spread(spec: ParamSpec) -> P | None:
+    """Where the matrices go for the iteration, so that no device repeats another's work.
+
+    Whole ones over all devices where the stack divides by them; else the longer side is split, and
+    the small products are summed over the mesh.
+    """
+    if meshless():
+        return None
+    axes = jax.sharding.get_abstract_mesh().axis_names
+    stack, (rows, columns) = spec.stack, spec.matrix
+    nothing: list[tuple[str, ...] | None] = [None] * len(stack)
+    for dim, size in enumerate(stack):
+        if size % factors(axes) == 0:
+            nothing[dim] = axes
+            return P(*nothing, None, None)
+    while axes and max(rows, columns) % factors(axes):
+        axes = axes[1:]
+    split = axes or None
+    return P(*nothing, *((split, None) if rows > columns else (None, split)))
