@@ -1,0 +1,282 @@
+"""Checkpoints of a run: written in the background, complete or not there, restored on any mesh.
+
+A step has one part per entry of the state ("params", "opt"), each an OCDBT database of chunked
+arrays, so that weights are read without the optimizer's state, and `meta`, a JSON file. Orbax
+writes into a temporary folder and renames it when every process has finished.
+"""
+
+import errno
+import importlib.metadata
+import logging
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import jax
+from etils import epath
+
+from k2jax.checkpoint import steps
+from k2jax.checkpoint.tree import (
+    CHUNK_BYTES,
+    Flat,
+    compare,
+    concrete,
+    flatten,
+    inventory,
+    split_axes,
+    unflatten,
+)
+from k2jax.config import ConfigError
+
+FORMAT = 1
+PACKAGES = ("k2jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore")
+# What a full disk, quota or file-size limit looks like, also inside TensorStore's messages.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_TEXT = ("No space left on device", "Disk quota exceeded", "File too large")
+
+
+def warm() -> threading.Thread:
+    """Import orbax in the background (about a second), so that the first save need not."""
+    thread = threading.Thread(target=_orbax, name="import orbax", daemon=True)
+    thread.start()
+    return thread
+
+
+def _orbax() -> Any:
+    import orbax.checkpoint as ocp
+
+    # It logs a background failure with its traceback, and raises it too: once is enough.
+    logger = logging.getLogger("absl")
+    if _not_from_background not in logger.filters:
+        logger.addFilter(_not_from_background)
+    return ocp
+
+
+def _not_from_background(record: logging.LogRecord) -> bool:
+    return record.filename != "async_checkpointer.py"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Use it as a context manager, or call `close`.
+
+    All processes of a job call every method alike.
+    """
+
+    def __init__(self, folder: str | epath.Path, keep: int = 1):
+        """Open `folder`, which need not exist; nothing is touched before the first save.
+
+        Args:
+            folder: of the run; steps live in `<folder>/checkpoints/<step>/`.
+            keep: newest steps to keep. One more is there while the next is being written.
+        """
+        self.folder = epath.Path(folder).absolute()
+        self.root = self.folder / steps.CHECKPOINTS
+        self.keep = keep
+        self._writer: Any = None
+        self._saving: int | None = None
+
+    def steps(self) -> list[int]:
+        """Complete steps, oldest first."""
+        return steps.complete(self.root)
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        return max(self.steps(), default=None)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was given to `save`, with "step", "format", "versions" and "arrays" added.
+
+        Raises:
+            ConfigError: the step is missing, incomplete or unreadable.
+        """
+        return steps.read_meta(self._existing(step))
+
+    def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Write a step in the background; returns once the arrays are copied to the host.
+
+        Waits for the save before it. On a CPU nothing is copied: a later donation of an array
+        that is still being written makes XLA copy it.
+
+        Args:
+            step: one that is not there yet.
+            state: pytrees of arrays by name of the part: "params", "opt".
+            meta: JSON-able; whatever is needed to go on.
+
+        Raises:
+            ConfigError: this or the previous save failed; one line says why.
+            ValueError: the step is there already.
+        """
+        ocp = _orbax()
+        self.wait()
+        if step in self.steps():
+            raise ValueError(f"step {step} is already in {self.root}")
+        if self._writer is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                steps.sweep(self.root)
+            self._writer = _writer(ocp, tuple(state))
+        flat = {part: flatten(tree) for part, tree in state.items()}
+        entry = {
+            **meta,
+            "step": step,
+            "format": FORMAT,
+            "versions": _versions(),
+            "arrays": {part: inventory(leaves) for part, leaves in flat.items()},
+        }
+        parts = {part: _save_args(ocp, leaves) for part, leaves in flat.items()}
+        args = ocp.args.Composite(**parts, **{steps.META: ocp.args.JsonSave(entry)})
+        self._saving = step
+        try:
+            self._writer.save(self.root / str(step), args=args)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Finish the save in progress, then delete old steps.
+
+        Raises:
+            ConfigError: it failed; older checkpoints are as they were.
+        """
+        if self._saving is None:
+            return
+        try:
+            self._writer.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+        self._saving = None
+        if jax.process_index() == 0:
+            steps.prune(self.root, self.keep)
+
+    def close(self) -> None:
+        """`wait`, and free what saving held."""
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def restore(self, step: int, abstract_state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a step, bit for bit, laid out as the abstract arrays say.
+
+        Args:
+            step: a complete one.
+            abstract_state: pytrees of `jax.ShapeDtypeStruct` by part; parts left out are not
+                read.
+
+        Raises:
+            ConfigError: no such step, another model or optimizer, or unreadable files.
+        """
+        return {part: self._restore(step, part, tree) for part, tree in abstract_state.items()}
+
+    def restore_params(self, step: int, abstract_params: Flat) -> Flat:
+        """The weights alone, cast to the abstract arrays' dtypes.
+
+        Raises:
+            ConfigError: as `restore`.
+        """
+        return self._restore(step, "params", abstract_params, exact=False)
+
+    def _restore(self, step: int, part: str, tree: Any, exact: bool = True) -> Any:
+        path = self._existing(step)
+        wanted = {name: concrete(leaf) for name, leaf in flatten(tree).items()}
+        saved = steps.read_meta(path)["arrays"].get(part, {})
+        compare(f"checkpoint {path}", part, saved, wanted, exact)
+        ocp = _orbax()
+        args = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+        )
+        try:
+            flat = _handler(ocp).restore(path / part, args=args)
+        except Exception as error:
+            others = [s for s in self.steps() if s < step]
+            older = f"; older complete steps: {_list(others)}" if others else ""
+            raise ConfigError(
+                f"checkpoint of step {step} in {self.root} is damaged ({_line(error)}){older}"
+            ) from error
+        return unflatten(tree, flat)
+
+    def _existing(self, step: int) -> epath.Path:
+        path = self.root / str(step)
+        if not steps.is_step(path):
+            there = self.steps()
+            found = f"complete steps: {_list(there)}" if there else "there is none"
+            raise ConfigError(f"no checkpoint of step {step} in {self.root}; {found}")
+        return path
+
+    def _failed(self, error: Exception) -> ConfigError:
+        """The one line for a failed save; frees the disk it took."""
+        step, self._saving, self._writer = self._saving, None, None
+        steps.sweep(self.root)
+        latest = self.latest()
+        safe = f"step {latest} is complete there" if latest is not None else "none is there yet"
+        return ConfigError(
+            f"checkpoint of step {step} could not be written to {self.root}: {_cause(error)};"
+            f" {safe}"
+        )
+
+
+def _writer(ocp: Any, parts: tuple[str, ...]) -> Any:
+    items = {part: _handler(ocp) for part in parts}
+    handler = ocp.CompositeCheckpointHandler(**items, **{steps.META: ocp.JsonCheckpointHandler()})
+    return ocp.AsyncCheckpointer(handler)
+
+
+def _handler(ocp: Any) -> Any:
+    # Trained float32 weights hardly compress, and the CPU has other work.
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+
+
+def _save_args(ocp: Any, flat: Flat) -> Any:
+    def args(leaf: Any) -> Any:
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        axes = split_axes(shape, leaf.dtype.itemsize)
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
+
+    return ocp.args.PyTreeSave(flat, save_args={name: args(leaf) for name, leaf in flat.items()})
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _cause(error: BaseException) -> str:
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, OSError) and link.errno in FULL:
+            return f"the disk is full ({link.strerror})"
+        for text in FULL_TEXT:
+            if text in str(link):
+                return f"the disk is full ({text})"
+    return _line(error)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -1,0 +1,73 @@
+"""The folders of a run's checkpoints: which steps are complete, what to throw away.
+
+`<folder>/checkpoints/<step>/` appears by one rename, after all its bytes are written: a folder
+with a plain number and a commit mark is complete. A save that was killed leaves a name with
+TEMPORARY in it, a deletion that was killed one with DELETED.
+"""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from k2jax.config import ConfigError
+
+CHECKPOINTS = "checkpoints"
+META = "meta"
+# What orbax writes last into a step's folder, before the rename.
+COMMITTED = "commit_success.txt"
+TEMPORARY = ".orbax-checkpoint-tmp"
+DELETED = ".deleted"
+
+
+def complete(root: epath.Path) -> list[int]:
+    """Steps that can be restored, oldest first.
+
+    Args:
+        root: the `checkpoints` folder; it may be missing.
+    """
+    if not root.is_dir():
+        return []
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal() and is_step(p))
+
+
+def is_step(path: epath.Path) -> bool:
+    """Whether `path` holds one complete checkpoint."""
+    return (path / COMMITTED).exists() and (path / META / "metadata").exists()
+
+
+def sweep(root: epath.Path) -> None:
+    """Delete what killed saves and deletions left. Only for the process that saves here."""
+    if not root.is_dir():
+        return
+    for path in root.iterdir():
+        if TEMPORARY in path.name or path.name.endswith(DELETED):
+            path.rmtree(missing_ok=True)
+        elif path.name.isdecimal() and not is_step(path):
+            _delete(path)
+
+
+def prune(root: epath.Path, keep: int) -> None:
+    """Delete all but the `keep` newest complete steps."""
+    for step in complete(root)[:-keep]:
+        _delete(root / str(step))
+
+
+def _delete(path: epath.Path) -> None:
+    # Renamed first: a deletion that is killed halfway must not look like a checkpoint.
+    doomed = path.rename(path.parent / (path.name + DELETED))
+    doomed.rmtree(missing_ok=True)
+
+
+def read_meta(path: epath.Path) -> dict[str, Any]:
+    """What was saved beside the arrays of the step at `path`.
+
+    Raises:
+        ConfigError: it is not a complete checkpoint, or its description is not JSON.
+    """
+    if not is_step(path):
+        raise ConfigError(f"{path} is not a complete checkpoint")
+    try:
+        return json.loads((path / META / "metadata").read_text())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"checkpoint {path} has an unreadable description: {error}") from None
