@@ -22,6 +22,10 @@ from k2jax.params import Declare
 from k2jax.sharding import BATCH, meshless
 
 
+# Rows up to which every chosen expert may see all of them (`mixture_of_few`).
+FEW = 16
+
+
 class Experts(nnx.Module):
     """Weights of the routed experts."""
 
@@ -76,6 +80,44 @@ def mixture(
     if cfg.shared_experts:
         y_BTD += gated(w.shared, x_BTD)
     return y_BTD, balance
+
+
+def mixture_of_few(
+    w: Moe, experts: Experts, layer: jax.Array, x_BTD: jax.Array, cfg: ModelConfig
+) -> jax.Array:
+    """`mixture` without its balance, for decoding: weights of experts nobody chose are not read.
+
+    Args:
+        w: weights of one layer.
+        experts: those of all mixture layers; a layer's own would be copied out of the stack.
+        layer: index into them.
+        x_BTD: normed activations, few rows. All of them go through every chosen expert, which
+            costs nothing while reading the expert's weights takes longer.
+        cfg: sizes.
+    """
+    rows = x_BTD.shape[0] * x_BTD.shape[1]
+    if not meshless() or rows > FEW:
+        return mixture(w, x_BTD, jnp.ones(x_BTD.shape[:2], jnp.int32), cfg)[0]
+    x_ND = x_BTD.reshape(rows, -1)
+    routing = route(x_ND, used(w.router, jnp.float32), w.bias[...], cfg)
+    hit_NKE = routing.expert_NK[..., None] == jnp.arange(cfg.experts)
+    weight_NE = jnp.where(hit_NKE, routing.weight_NK[..., None], 0.0).sum(axis=1)
+    chosen_E = hit_NKE.any(axis=(0, 1))
+    order_E = jnp.argsort(~chosen_E)
+
+    def one(i: jax.Array, y_ND: jax.Array) -> jax.Array:
+        expert = order_E[i]
+        gate_DF, up_DF, down_FD = (
+            leaf[...][layer, expert].astype(x_ND.dtype)
+            for leaf in (experts.gate, experts.up, experts.down)
+        )
+        out_ND = (jax.nn.silu(x_ND @ gate_DF) * (x_ND @ up_DF)) @ down_FD
+        return y_ND + out_ND.astype(jnp.float32) * weight_NE[:, expert, None]
+
+    # Combined in float32, then cast, as the published code does.
+    y_ND = jax.lax.fori_loop(0, chosen_E.sum(), one, jnp.zeros(x_ND.shape, jnp.float32))
+    y_BTD = y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
+    return y_BTD + gated(w.shared, x_BTD) if cfg.shared_experts else y_BTD
 
 
 def _on_device(x_BTD, segment_BT, w_DE, bias_E, *weights, cfg: ModelConfig, mesh: bool):

@@ -1,0 +1,160 @@
+"""One token at a time, with absorbed attention over a cache of latents.
+
+A token leaves `kv_rank + rope` numbers a layer for later ones, not a key and a value a head. The
+key and value projections are applied to the query and to the mixed latent instead, so scores and
+values are never made for single heads [DSV3 model.py, "absorb"; spec 1.4].
+
+Prompts of unequal length begin together at slot 0 and are padded behind; what is generated goes
+to the same slots in all rows, after the longest prompt. Slots and positions are therefore
+different things: a row's next position is how many tokens it has.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from k2jax.config import ModelConfig
+from k2jax.model.attention import Attention, attend, latents, queries
+from k2jax.model.kimi import Kimi, Layer, head
+from k2jax.model.layout import project, used
+from k2jax.model.mlp import gated
+from k2jax.model.moe import mixture, mixture_of_few
+from k2jax.model.norm import rms_norm
+from k2jax.model.rope import Rotation, rotation
+from k2jax.sharding import place, spec
+
+# Stacks up to this deep are unrolled in a step: XLA then slices each layer's weights out of the
+# stack once before the loop over tokens, not at every token. Deeper ones would compile too long.
+UNROLLED = 16
+
+
+class Cache(NamedTuple):
+    """What the tokens so far left for later ones; S counts slots, not positions."""
+
+    latent_LBSM: jax.Array  # compute dtype; normed latent, then rotated shared key
+    seen_BS: jax.Array  # bool, slots with a token
+    position_B: jax.Array  # int32, of the next token
+    slot: jax.Array  # int32 scalar, where the next token goes
+
+
+def prefill(
+    w: Kimi, token_BT: jax.Array, length_B: jax.Array, cfg: ModelConfig, slots: int, dtype: str
+) -> tuple[jax.Array, Cache]:
+    """Logits after each prompt, float32 [batch, vocab], and the cache it leaves.
+
+    Args:
+        w: weights.
+        token_BT: prompts, each from the start of its row; what lies behind is never looked at.
+        length_B: int32 tokens of each prompt, 1..length.
+        cfg: sizes.
+        slots: tokens the cache has room for, the row's length included.
+        dtype: to compute in.
+    """
+    length = token_BT.shape[1]
+    order_BT = place(jnp.broadcast_to(jnp.arange(length), token_BT.shape), "batch", "length")
+    segment_BT = (order_BT < length_B[:, None]).astype(jnp.int32)
+    turn = rotation(order_BT, cfg)
+
+    def layer(x_BTD: jax.Array, w: Layer):
+        u_BTD = rms_norm(x_BTD, w.attention_norm[...], cfg.norm_eps)
+        left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg), axis=-1)
+        x_BTD += attend(w.attention, u_BTD, turn, segment_BT, cfg)[0]
+        u_BTD = rms_norm(x_BTD, w.mlp_norm[...], cfg.norm_eps)
+        moe = hasattr(w, "moe")
+        x_BTD += mixture(w.moe, u_BTD, segment_BT, cfg)[0] if moe else gated(w.mlp, u_BTD)
+        return x_BTD, left_BTM
+
+    x_BTD, left = _embedded(w, token_BT, dtype), []
+    for stack in _stacks(w, cfg):
+        x_BTD, left_LBTM = jax.lax.scan(layer, x_BTD, stack)
+        left.append(left_LBTM)
+    room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
+    cache = Cache(
+        place(jnp.pad(jnp.concatenate(left), room), None, "batch", None, None),
+        place(jnp.arange(slots) < length_B[:, None], "batch", None),
+        length_B,
+        jnp.int32(length),
+    )
+    last_BT = order_BT == length_B[:, None] - 1
+    x_BTD = jnp.where(last_BT[..., None], x_BTD, 0).sum(axis=1, keepdims=True)
+    return _logits(w, x_BTD, cfg), cache
+
+
+def step(
+    w: Kimi, cache: Cache, token_B: jax.Array, cfg: ModelConfig, dtype: str
+) -> tuple[jax.Array, Cache]:
+    """Logits after one more token in every row, float32 [batch, vocab], and the longer cache.
+
+    The caller sees to it that the cache has a free slot.
+    """
+    seen_BS = cache.seen_BS | (jnp.arange(cache.seen_BS.shape[1]) == cache.slot)
+    turn = rotation(cache.position_B[:, None], cfg)
+    x_BTD = _embedded(w, token_B[:, None], dtype)
+    latent_LBSM, first = cache.latent_LBSM, 0
+
+    def layer(carry: tuple[jax.Array, jax.Array], at: tuple[jax.Array, Layer]):
+        (x_BTD, latent_LBSM), (index, w) = carry, at
+        u_BTD = rms_norm(x_BTD, w.attention_norm[...], cfg.norm_eps)
+        left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg), axis=-1)
+        start = (first + index, 0, cache.slot, 0)
+        latent_LBSM = jax.lax.dynamic_update_slice(latent_LBSM, left_BTM[None], start)
+        latent_BSM = jax.lax.dynamic_index_in_dim(latent_LBSM, first + index, keepdims=False)
+        x_BTD += absorbed(w.attention, u_BTD, turn, latent_BSM, seen_BS, cfg)
+        u_BTD = rms_norm(x_BTD, w.mlp_norm[...], cfg.norm_eps)
+        if hasattr(w, "moe"):
+            x_BTD += mixture_of_few(w.moe, experts, index, u_BTD, cfg)
+        else:
+            x_BTD += gated(w.mlp, u_BTD)
+        return (x_BTD, latent_LBSM), None
+
+    experts = w.layers.moe.experts
+    for depth, stack in zip(_depths(cfg), _stacks(w, cfg), strict=True):
+        (x_BTD, latent_LBSM), _ = jax.lax.scan(
+            layer, (x_BTD, latent_LBSM), (jnp.arange(depth), stack), unroll=depth <= UNROLLED or 1
+        )
+        first += depth
+    cache = Cache(latent_LBSM, seen_BS, cache.position_B + 1, cache.slot + 1)
+    return _logits(w, x_BTD, cfg), cache
+
+
+def absorbed(
+    w: Attention, x_BTD: jax.Array, turn: Rotation, latent_BSM: jax.Array, seen_BS: jax.Array,
+    cfg: ModelConfig,
+) -> jax.Array:  # fmt: skip
+    """Attention output of tokens that see every slot in `seen_BS`, from latents alone."""
+    heads = spec("batch", "length", "heads", None)
+    q_BTHU, q_BTHP = queries(w, x_BTD, turn, cfg)
+    up_RHW = used(w.kv_up, x_BTD.dtype)
+    q_BTHR = jnp.einsum("bthu,rhu->bthr", q_BTHU, up_RHW[..., : cfg.nope], out_sharding=heads)
+    q_BTHM = jnp.concatenate([q_BTHR, q_BTHP], axis=-1)
+    logit_BHTS = jnp.einsum(
+        "bthm,bsm->bhts", q_BTHM, latent_BSM, preferred_element_type=jnp.float32
+    )
+    logit_BHTS = jnp.where(seen_BS[:, None, None], logit_BHTS * cfg.softmax_scale, -jnp.inf)
+    weight_BHTS = jnp.exp(logit_BHTS - logit_BHTS.max(axis=-1, keepdims=True))
+    sum_BTH = weight_BHTS.sum(axis=-1).swapaxes(1, 2)
+    mixed_BTHM = jnp.einsum(
+        "bhts,bsm->bthm", weight_BHTS.astype(x_BTD.dtype), latent_BSM,
+        preferred_element_type=jnp.float32,
+    )  # fmt: skip
+    mixed_BTHR = (mixed_BTHM[..., : cfg.kv_rank] / sum_BTH[..., None]).astype(x_BTD.dtype)
+    y_BTHV = jnp.einsum("bthr,rhv->bthv", mixed_BTHR, up_RHW[..., cfg.nope :], out_sharding=heads)
+    return project("bthv,hvd->btd", y_BTHV, w.out, ("batch", "length", None))
+
+
+def _stacks(w: Kimi, cfg: ModelConfig) -> list[Layer]:
+    return [w.dense, w.layers] if cfg.dense_layers else [w.layers]
+
+
+def _depths(cfg: ModelConfig) -> list[int]:
+    return [cfg.dense_layers, cfg.moe_layers] if cfg.dense_layers else [cfg.moe_layers]
+
+
+def _embedded(w: Kimi, token_BT: jax.Array, dtype: str) -> jax.Array:
+    table = used(w.embed, jnp.dtype(dtype))
+    return table.at[token_BT].get(out_sharding=spec("batch", "length", None))
+
+
+def _logits(w: Kimi, x_BTD: jax.Array, cfg: ModelConfig) -> jax.Array:
+    return head(w, rms_norm(x_BTD, w.norm[...], cfg.norm_eps))[:, 0]

@@ -1,0 +1,194 @@
+"""One training step, as pure functions of arrays."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+from k2jax import sharding
+from k2jax.config import RunConfig
+from k2jax.loss import cross_entropy
+from k2jax.model import Aux, Batch, Kimi, head, hidden
+from k2jax.optim import adamw, balance, muonclip, warmup_stable_decay
+from k2jax.optim.muonclip import update_rms
+from k2jax.params import Params, abstract, bind, specs
+from k2jax.spec import ParamSpec
+
+
+class State(NamedTuple):
+    """What training carries from step to step."""
+
+    params: Params  # float32
+    opt: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A run's pure functions; make it with `build`."""
+
+    run: RunConfig
+    specs: dict[str, ParamSpec]
+    schedule: optax.Schedule
+    tx: optax.GradientTransformationExtraArgs
+
+    def init(self, params: Params) -> State:
+        """The state before the first step."""
+        return State(params, self.tx.init(_split(params, self.specs)[0]))
+
+    def abstract_state(self) -> State:
+        """Shapes and layout of the state on the mesh in use."""
+        return jax.eval_shape(self.init, abstract(self.specs))
+
+    def abstract_batch(self) -> Batch:
+        """Shapes and layout of one step's batch on the mesh in use."""
+        run = self.run
+        rows = run.data.rows // run.train.accumulate
+        shape = (run.train.accumulate, rows, run.data.context)
+        mesh = None if sharding.meshless() else jax.sharding.get_abstract_mesh()
+        place = mesh and jax.NamedSharding(mesh, micro_spec())
+        array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=place)
+        kinds = Batch(*(jnp.int32,) * len(Batch._fields))._replace(weight=jnp.float32)
+        return Batch(*map(array, kinds))
+
+    def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        """The next state and the step's metrics.
+
+        Args:
+            state: donated by the training loop.
+            batch: each array is [micro-batches, rows, length].
+        """
+        trainable, fixed = _split(state.params, self.specs)
+        grads, loss, aux = self._gradients(trainable, fixed, batch)
+        updates, opt = self.tx.update(grads, state.opt, trainable, logit_max=aux.logit_max)
+        moved = {
+            name: balance(self.run.optim.bias_rate).update(None, (), bias, expert_load=aux.load)[0]
+            for name, bias in fixed.items()
+        }
+        params = optax.apply_updates(trainable | fixed, updates | moved)
+        return State(params, opt), self._metrics(grads, updates, loss, aux)
+
+    def _gradients(self, trainable: Params, fixed: Params, batch: Batch):
+        """Gradients, loss in nats a token, and what the forward passes reported."""
+        total = batch.weight.sum()
+        share = jax.value_and_grad(functools.partial(self._loss, total=total), has_aux=True)
+        if self.run.train.accumulate == 1:
+            (_, (loss, aux)), grads = share(trainable, fixed, jax.tree.map(lambda a: a[0], batch))
+            return grads, loss, aux
+
+        def add(carry, micro):
+            (_, (loss, aux)), grads = share(trainable, fixed, micro)
+            old_grads, old_loss, old = carry
+            both = Aux(
+                jnp.maximum(old.logit_max, aux.logit_max),  # of the whole batch: never a sum
+                old.load + aux.load,
+                old.aux_loss + aux.aux_loss / self.run.train.accumulate,
+            )
+            return (jax.tree.map(jnp.add, old_grads, grads), old_loss + loss, both), None
+
+        cfg = self.run.model
+        nothing = Aux(
+            jnp.full((cfg.layers, cfg.heads), -jnp.inf),
+            jnp.zeros((cfg.moe_layers, cfg.experts)),
+            jnp.zeros(()),
+        )
+        start = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros(()), nothing)
+        return jax.lax.scan(add, start, batch)[0]
+
+    def _loss(self, trainable: Params, fixed: Params, batch: Batch, total: jax.Array):
+        run = self.run
+        w = bind(Kimi(run.model), trainable | fixed)
+        x_BTD, aux = hidden(w, batch, run.model, run.train.dtype, run.train.remat)
+        nll_BT = cross_entropy(head(w, x_BTD), batch.target)
+        loss = (nll_BT * batch.weight).sum() / total
+        extra = run.optim.aux_loss * aux.aux_loss / run.train.accumulate
+        return loss + extra, (loss, aux)
+
+    def _metrics(self, grads, updates, loss, aux: Aux) -> dict[str, jax.Array]:
+        load = aux.load
+        metrics = {
+            "loss": loss,
+            "aux_loss": aux.aux_loss,
+            "grad_norm": optax.global_norm(grads),
+            "update_rms": update_rms(updates),
+            "logit_max": aux.logit_max.max(),
+            "load_max": (load.max(axis=-1) / load.mean(axis=-1)).mean(),
+            "expert_load": load,
+        }
+        if self.run.optim.name == "muonclip":
+            metrics["clipped"] = (aux.logit_max > self.run.optim.tau).mean(dtype=jnp.float32)
+        return metrics
+
+    def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Sum of the negative log likelihoods in nats, and how many targets counted.
+
+        Args:
+            params: weights.
+            batch: each array is [rows, length].
+        """
+        w = bind(Kimi(self.run.model), params)
+        x_BTD, _ = hidden(w, batch, self.run.model, self.run.train.dtype)
+        nll_BT = cross_entropy(head(w, x_BTD), batch.target)
+        return (nll_BT * batch.weight).sum(), batch.weight.sum()
+
+
+def build(run: RunConfig) -> Program:
+    """The pure functions of a run."""
+    optim = run.optim
+    rates = warmup_stable_decay(
+        optim.learning_rate, run.train.steps,
+        warmup=optim.warmup, decay=optim.decay, final=optim.final_rate,
+    )  # fmt: skip
+    leaves = specs(Kimi(run.model))
+    adam = {"b1": optim.b1, "b2": optim.b2, "eps": optim.eps}
+    tx: optax.GradientTransformation
+    if optim.name == "adamw":
+        tx = adamw(rates, **adam, weight_decay=optim.weight_decay)
+    else:
+        tx = muonclip(
+            rates, specs=leaves, weight_decay=optim.weight_decay, momentum=optim.momentum,
+            ns_dtype=optim.ns_dtype, adam=adam, tau=optim.tau, nope=run.model.nope,
+        )  # fmt: skip
+    if optim.clip_norm:
+        tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
+    return Program(run, leaves, rates, optax.with_extra_args_support(tx))
+
+
+def _split(params: Params, specs: Mapping[str, ParamSpec]) -> tuple[Params, Params]:
+    """What gradients move, and the router biases, which only counts move."""
+    fixed = {name for name in params if specs[name].group == "bias"}
+    return (
+        {name: w for name, w in params.items() if name not in fixed},
+        {name: params[name] for name in sorted(fixed)},
+    )
+
+
+def micro_spec() -> P:
+    """Layout of a step's batch arrays, [micro-batches, rows, length]."""
+    return P(None, *sharding.storage_spec(("batch", "length")))
+
+
+def to_devices(rows: Mapping[str, np.ndarray], accumulate: int = 0) -> Batch:
+    """This host's rows as a global batch on the mesh in use.
+
+    Args:
+        rows: arrays of `k2jax.data`, [rows of this host, length].
+        accumulate: micro-batches to cut them into as a leading dim; 0: no such dim.
+    """
+    spec = micro_spec() if accumulate else sharding.storage_spec(("batch", "length"))
+
+    def put(array: np.ndarray) -> jax.Array:
+        if accumulate:
+            array = array.reshape(accumulate, -1, array.shape[-1])
+        if sharding.meshless():
+            return jnp.asarray(array)
+        place = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+        return jax.make_array_from_process_local_data(place, array)
+
+    fields = ("tokens", "targets", "weights", "segments", "positions")
+    return Batch(*(put(rows[field]) for field in fields))

@@ -1,0 +1,140 @@
+"""The model against transformers' DeepseekV3ForCausalLM.
+
+From golden files everywhere; with torch and transformers installed (extra `parity`), live with
+other sizes and in bfloat16. `golden/make.py` says where transformers leaves the published code.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden.read import NAMES, Golden, golden, wrap
+
+from k2jax.model import Kimi, head, hidden, kimi, moe, plain
+from k2jax.params import bind
+
+HIDDEN = 1e-5  # float32, max abs
+GRADIENT = 1e-4  # max abs difference over max abs of that tensor
+TIE = 1e-6  # choices nearer than this may go either way
+
+
+@dataclasses.dataclass
+class Ours:
+    loss: float
+    logits: np.ndarray
+    hidden: np.ndarray
+    residual: np.ndarray  # before every norm: twice a layer, and once at the end
+    choice: np.ndarray
+    grads: dict
+    logit_max: np.ndarray
+    load: np.ndarray
+
+
+def loss_of(params, token, cfg, dtype):
+    """Mean cross entropy of the next tokens."""
+    w = bind(Kimi(cfg), params)
+    x, aux = hidden(w, plain(token), cfg, dtype)
+    logits = head(w, x)
+    log = jax.nn.log_softmax(logits[:, :-1])
+    loss = -jnp.take_along_axis(log, token[:, 1:, None], axis=-1).mean()
+    return loss, (logits, x, aux)
+
+
+def computed(gold: Golden, dtype: str = "float32") -> Ours:
+    """Our side, in one compilation; what passes between layers is recorded on the way."""
+    residual, choice = [], []
+    norm, route = kimi.rms_norm, moe.route
+
+    def recording_norm(x, gain, eps):
+        jax.debug.callback(lambda v: residual.append(np.array(v, np.float32)), x, ordered=True)
+        return norm(x, gain, eps)
+
+    def recording_route(*args):
+        routing = route(*args)
+        jax.debug.callback(
+            lambda v: choice.append(np.sort(v, axis=-1)), routing.expert_NK, ordered=True
+        )
+        return routing
+
+    params = jax.tree.map(jnp.asarray, gold.params(dtype=dtype))
+    trained = {name: leaf for name, leaf in params.items() if not name.endswith("bias")}
+    fixed = {name: leaf for name, leaf in params.items() if name not in trained}
+    token = jnp.asarray(gold["token"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kimi, "rms_norm", recording_norm)
+        patch.setattr(moe, "route", recording_route)
+        f = lambda p: loss_of(p | fixed, token, gold.cfg, dtype)
+        (loss, (logits, x, aux)), grads = jax.jit(jax.value_and_grad(f, has_aux=True))(trained)
+        jax.effects_barrier()
+    wide = lambda a: np.asarray(a, np.float32)
+    return Ours(
+        float(loss), wide(logits), wide(x), np.stack(residual), np.stack(choice),
+        jax.tree.map(wide, grads), wide(aux.logit_max), wide(aux.load),
+    )  # fmt: skip
+
+
+def assert_equal(ours: Ours, gold: Golden) -> None:
+    """All of it, in float32."""
+    far = gold["margin"] > TIE
+    same = (ours.choice == gold["choice"]).all(axis=-1)
+    assert same[far].all(), "another expert was chosen"
+    print(f"choices {far.size}, near ties {(~far).sum()}, of them different {(~same).sum()}")
+    error = lambda a, b: float(np.abs(a - b).max())
+    hidden_error = max(error(ours.residual, gold["residual"]), error(ours.hidden, gold["hidden"]))
+    logits_error = error(ours.logits, gold["logits"])
+    top_error = error(ours.logit_max, gold["logit_max"])
+    theirs = gold.params("grad")
+    relative = {
+        name: error(grad, theirs[name]) / np.abs(theirs[name]).max()
+        for name, grad in ours.grads.items()
+    }
+    worst = max(relative, key=relative.get)
+    print(
+        f"hidden {hidden_error:.1e}, logits {logits_error:.1e}, logit_max {top_error:.1e},"
+        f" loss {abs(ours.loss - gold['loss']):.1e}, gradient {relative[worst]:.1e} ({worst})"
+    )
+    assert ours.residual.shape == gold["residual"].shape
+    assert hidden_error <= HIDDEN
+    assert logits_error <= HIDDEN
+    assert top_error <= HIDDEN
+    assert abs(ours.loss - gold["loss"]) <= HIDDEN
+    assert relative[worst] <= GRADIENT, worst
+    counts = [np.bincount(c.ravel(), minlength=gold.cfg.experts) for c in ours.choice]
+    np.testing.assert_array_equal(ours.load, counts)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_layer_logits_routing_and_gradients_equal_the_golden_files(name):
+    assert_equal(computed(golden(name)), golden(name))
+
+
+@functools.cache
+def maker():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from golden import make
+
+    return make
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_files_are_what_transformers_computes(name):
+    again = maker().oracle(__import__("golden.cases").cases.CASES[name], NAMES.index(name))
+    for key, value in golden(name).arrays.items():
+        if value.dtype.kind == "f":
+            np.testing.assert_allclose(again[key], value, rtol=0, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", [11, 12])
+def test_models_of_random_sizes_equal_transformers(name, seed):
+    make = maker()
+    from golden.cases import varied
+
+    gold = wrap(make.oracle(varied(name, seed), seed))
+    assert_equal(computed(gold), gold)
