@@ -77,7 +77,9 @@ def published(named: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 @contextlib.contextmanager
 def recorded(model: DeepseekV3ForCausalLM):
     """What passes through: `residual`, `choice`, `margin`, `logit_max`; one entry a layer."""
-    seen: dict[str, list[np.ndarray]] = {k: [] for k in ("residual", "choice", "margin", "logit_max")}
+    seen: dict[str, list[np.ndarray]] = {
+        k: [] for k in ("residual", "choice", "margin", "logit_max")
+    }
     hooks, eager = [], oracle_code.eager_attention_forward
 
     def norm_hook(module, args):

@@ -6,11 +6,13 @@ other sizes and in bfloat16. `golden/make.py` says where transformers leaves the
 
 import dataclasses
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden.cases import CASES, varied
 from golden.read import NAMES, Golden, golden, wrap
 
 from k2jax.model import Kimi, head, hidden, kimi, moe, plain
@@ -41,6 +43,11 @@ def loss_of(params, token, cfg, dtype):
     log = jax.nn.log_softmax(logits[:, :-1])
     loss = -jnp.take_along_axis(log, token[:, 1:, None], axis=-1).mean()
     return loss, (logits, x, aux)
+
+
+def say(line: str) -> None:
+    """Shown with `pytest -s`."""
+    sys.stdout.write(f"\n{line}")
 
 
 def computed(gold: Golden, dtype: str = "float32") -> Ours:
@@ -81,7 +88,7 @@ def assert_equal(ours: Ours, gold: Golden) -> None:
     far = gold["margin"] > TIE
     same = (ours.choice == gold["choice"]).all(axis=-1)
     assert same[far].all(), "another expert was chosen"
-    print(f"choices {far.size}, near ties {(~far).sum()}, of them different {(~same).sum()}")
+    say(f"choices {far.size}, near ties {(~far).sum()}, of them different {(~same).sum()}")
     error = lambda a, b: float(np.abs(a - b).max())
     hidden_error = max(error(ours.residual, gold["residual"]), error(ours.hidden, gold["hidden"]))
     logits_error = error(ours.logits, gold["logits"])
@@ -92,7 +99,7 @@ def assert_equal(ours: Ours, gold: Golden) -> None:
         for name, grad in ours.grads.items()
     }
     worst = max(relative, key=relative.get)
-    print(
+    say(
         f"hidden {hidden_error:.1e}, logits {logits_error:.1e}, logit_max {top_error:.1e},"
         f" loss {abs(ours.loss - gold['loss']):.1e}, gradient {relative[worst]:.1e} ({worst})"
     )
@@ -123,7 +130,7 @@ def maker():
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_files_are_what_transformers_computes(name):
-    again = maker().oracle(__import__("golden.cases").cases.CASES[name], NAMES.index(name))
+    again = maker().oracle(CASES[name], NAMES.index(name))
     for key, value in golden(name).arrays.items():
         if value.dtype.kind == "f":
             np.testing.assert_allclose(again[key], value, rtol=0, atol=1e-5, err_msg=key)
@@ -133,8 +140,5 @@ def test_golden_files_are_what_transformers_computes(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", [11, 12])
 def test_models_of_random_sizes_equal_transformers(name, seed):
-    make = maker()
-    from golden.cases import varied
-
-    gold = wrap(make.oracle(varied(name, seed), seed))
+    gold = wrap(maker().oracle(varied(name, seed), seed))
     assert_equal(computed(gold), gold)
