@@ -16,7 +16,6 @@ from k2jax.config import RunConfig
 from k2jax.loss import cross_entropy
 from k2jax.model import Aux, Batch, Kimi, head, hidden
 from k2jax.optim import adamw, balance, muonclip, warmup_stable_decay
-from k2jax.optim.muonclip import update_rms
 from k2jax.params import Params, abstract, bind, specs
 from k2jax.spec import ParamSpec
 
@@ -114,8 +113,8 @@ class Program:
         metrics = {
             "loss": loss,
             "aux_loss": aux.aux_loss,
-            "grad_norm": optax.global_norm(grads),
-            "update_rms": update_rms(updates),
+            "grad_norm": jnp.sqrt(_squares(grads)),
+            "update_rms": jnp.sqrt(_squares(updates) / sum(u.size for u in updates.values())),
             "logit_max": aux.logit_max.max(),
             "load_max": (load.max(axis=-1) / load.mean(axis=-1)).mean(),
             "expert_load": load,
@@ -166,6 +165,12 @@ def _split(params: Params, specs: Mapping[str, ParamSpec]) -> tuple[Params, Para
         {name: w for name, w in params.items() if name not in fixed},
         {name: params[name] for name in sorted(fixed)},
     )
+
+
+def _squares(tree: Params) -> jax.Array:
+    """Sum of all squares. As products of arrays with themselves, which need no second array."""
+    dims = lambda a: "abcdef"[: a.ndim]
+    return sum(jnp.einsum(f"{dims(a)},{dims(a)}->", a, a) for a in tree.values())
 
 
 def micro_spec() -> P:

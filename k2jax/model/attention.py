@@ -38,15 +38,15 @@ class Attention(nnx.Module):
 def queries(
     w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Content part `q_BTHU` and rotated part `q_BTHP` of every head's queries."""
-    heads = ("batch", "length", "heads", None)
+    """Content part `q_BHTU` and rotated part `q_BHTP` of every head's queries."""
+    heads = ("batch", "heads", "length", None)
     if cfg.q_rank:
         q_BTQ = project("btd,dq->btq", x_BTD, w.q_down, ("batch", "length", None))
         q_BTQ = rms_norm(q_BTQ, w.q_norm[...], INNER_EPS)
-        q_BTHC = project("btq,qhc->bthc", q_BTQ, w.q_up, heads)
+        q_BHTC = project("btq,qhc->bhtc", q_BTQ, w.q_up, heads)
     else:
-        q_BTHC = project("btd,dhc->bthc", x_BTD, w.q, heads)
-    return q_BTHC[..., : cfg.nope], rotate(q_BTHC[..., cfg.nope :], turn)
+        q_BHTC = project("btd,dhc->bhtc", x_BTD, w.q, heads)
+    return q_BHTC[..., : cfg.nope], rotate(q_BHTC[..., cfg.nope :], turn)
 
 
 def latents(
@@ -55,7 +55,7 @@ def latents(
     """What a token leaves for later ones: normed latent `c_BTR`, rotated shared key `k_BTP`."""
     kv_BTM = project("btd,dm->btm", x_BTD, w.kv_down, ("batch", "length", None))
     c_BTR = rms_norm(kv_BTM[..., : cfg.kv_rank], w.kv_norm[...], INNER_EPS)
-    return c_BTR, rotate(kv_BTM[..., None, cfg.kv_rank :], turn)[..., 0, :]
+    return c_BTR, rotate(kv_BTM[:, None, :, cfg.kv_rank :], turn)[:, 0]
 
 
 def attend(
@@ -74,39 +74,38 @@ def attend(
     The maximum is signed, includes the softmax scale and leaves out padding: QK-Clip's S_max
     [K2-TR 2.1]. Source: [JLE] modeling_deepseek.py 650-860.
     """
-    q_BTHC = jnp.concatenate(queries(w, x_BTD, turn, cfg), axis=-1)
+    q_BHTC = jnp.concatenate(queries(w, x_BTD, turn, cfg), axis=-1)
     c_BSR, k_BSP = latents(w, x_BTD, turn, cfg)
     # Every device needs all keys of its rows; gathered as latents, the smallest they ever are.
     c_BSR, k_BSP = place(c_BSR, "batch", None, None), place(k_BSP, "batch", None, None)
-    kv_BSHW = project("bsr,rhw->bshw", c_BSR, w.kv_up, ("batch", None, "heads", None))
-    shared_BSHP = jnp.broadcast_to(k_BSP[:, :, None], (*kv_BSHW.shape[:3], cfg.rope))
-    shared_BSHP = place(shared_BSHP, "batch", None, "heads", None)
-    k_BSHC = jnp.concatenate([kv_BSHW[..., : cfg.nope], shared_BSHP], axis=-1)
-    y_BTHV, top_H = softmax_mix(
-        q_BTHC, k_BSHC, kv_BSHW[..., cfg.nope :], segment_BT, cfg.softmax_scale
-    )
-    return project("bthv,hvd->btd", y_BTHV, w.out, ("batch", "length", None)), top_H
+    kv_BHSW = project("bsr,rhw->bhsw", c_BSR, w.kv_up, ("batch", "heads", None, None))
+    shared_BHSP = jnp.broadcast_to(k_BSP[:, None], (*kv_BHSW.shape[:3], cfg.rope))
+    shared_BHSP = place(shared_BHSP, "batch", "heads", None, None)
+    k_BHSC = jnp.concatenate([kv_BHSW[..., : cfg.nope], shared_BHSP], axis=-1)
+    v_BHSV = kv_BHSW[..., cfg.nope :]
+    y_BHTV, top_H = softmax_mix(q_BHTC, k_BHSC, v_BHSV, segment_BT, cfg.softmax_scale)
+    return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None)), top_H
 
 
 @functools.partial(jax.checkpoint, static_argnums=(4,))
 def softmax_mix(
-    q_BTHC: jax.Array, k_BSHC: jax.Array, v_BSHV: jax.Array, segment_BT: jax.Array, scale: float
+    q_BHTC: jax.Array, k_BHSC: jax.Array, v_BHSV: jax.Array, segment_BT: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Values mixed by causal softmax weights, and each head's largest logit.
+    """Values mixed by causal softmax weights `y_BHTV`, and each head's largest logit `top_H`.
 
     The scores are computed again in the backward pass: keeping them costs more than making them.
     """
-    logit_BHTS = jnp.einsum("bthc,bshc->bhts", q_BTHC, k_BSHC, preferred_element_type=jnp.float32)
+    logit_BHTS = jnp.einsum("bhtc,bhsc->bhts", q_BHTC, k_BHSC, preferred_element_type=jnp.float32)
     logit_BHTS = logit_BHTS * scale + masked(segment_BT)[:, None]
     top_BHT = jax.lax.stop_gradient(logit_BHTS.max(axis=-1))
     weight_BHTS = jnp.exp(logit_BHTS - top_BHT[..., None])
-    sum_BTH = weight_BHTS.sum(axis=-1).swapaxes(1, 2)
-    y_BTHV = jnp.einsum(
-        "bhts,bshv->bthv", weight_BHTS.astype(v_BSHV.dtype), v_BSHV,
+    sum_BHT1 = weight_BHTS.sum(axis=-1, keepdims=True)
+    y_BHTV = jnp.einsum(
+        "bhts,bhsv->bhtv", weight_BHTS.astype(v_BHSV.dtype), v_BHSV,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
     top_H = jnp.where((segment_BT > 0)[:, None], top_BHT, -jnp.inf).max(axis=(0, 2))
-    return (y_BTHV / sum_BTH[..., None]).astype(v_BSHV.dtype), place(top_H, None)
+    return (y_BHTV / sum_BHT1).astype(v_BHSV.dtype), place(top_H, None)
 
 
 def masked(segment_BT: jax.Array) -> jax.Array:

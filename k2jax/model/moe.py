@@ -17,7 +17,7 @@ from k2jax.config import ModelConfig
 from k2jax.model.layout import used
 from k2jax.model.mlp import Mlp, gated
 from k2jax.model.router import Routing, count, route
-from k2jax.ops.grouped import gather_rows, grouped_dot
+from k2jax.ops.experts import expert_mlp
 from k2jax.params import Declare
 from k2jax.sharding import BATCH, meshless
 
@@ -129,33 +129,12 @@ def _on_device(x_BTD, segment_BT, w_DE, bias_E, *weights, cfg: ModelConfig, mesh
         gather = lambda a: jax.lax.all_gather(a, "expert", tiled=True)
         x_ND, expert_NK, weight_NK = map(gather, (x_ND, routing.expert_NK, routing.weight_NK))
         first = jax.lax.axis_index("expert") * weights[0].shape[0]
-        y_ND = _run(x_ND, expert_NK - first, weight_NK, weights)
+        y_ND = expert_mlp(x_ND, expert_NK - first, weight_NK, weights)
         y_ND = jax.lax.psum_scatter(y_ND, "expert", tiled=True)
         y_ND = jax.lax.psum(y_ND, "model")  # each device has a share of the hidden width
     else:
-        y_ND = _run(x_ND, routing.expert_NK, routing.weight_NK, weights)
+        y_ND = expert_mlp(x_ND, routing.expert_NK, routing.weight_NK, weights)
     return y_ND.reshape(x_BTD.shape), balance
-
-
-def _run(x_ND, expert_NK, weight_NK, weights) -> jax.Array:
-    """Contribution of this device's experts, numbered from 0, to the tokens that chose them."""
-    gate_eDF, up_eDF, down_eFD = weights
-    experts, copies = gate_eDF.shape[0], expert_NK.shape[-1]
-    expert_M = expert_NK.reshape(-1)
-    here_M = (expert_M >= 0) & (expert_M < experts)
-    order_M = jnp.argsort(jnp.where(here_M, expert_M, experts))  # ours first, by expert
-    place_M = jnp.argsort(order_M)
-    size_e = (expert_M == jnp.arange(experts)[:, None]).sum(axis=1, dtype=jnp.int32)
-
-    x_MD = gather_rows(x_ND, order_M, place_M, copies)
-    gate_MF = grouped_dot(x_MD, gate_eDF, size_e)
-    up_MF = grouped_dot(x_MD, up_eDF, size_e)
-    y_MD = grouped_dot(jax.nn.silu(gate_MF) * up_MF, down_eFD, size_e)
-
-    y_NKD = gather_rows(y_MD, place_M, order_M, 1).reshape(*expert_NK.shape, -1)
-    weight_NK = jnp.where(here_M.reshape(expert_NK.shape), weight_NK, 0.0)
-    # Combined in float32, then cast, as the published code does.
-    return jnp.einsum("nkd,nk->nd", y_NKD.astype(jnp.float32), weight_NK).astype(x_ND.dtype)
 
 
 def _balance(routing: Routing, segment_BT: jax.Array, cfg: ModelConfig, mesh: bool) -> Balance:

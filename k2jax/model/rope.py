@@ -47,13 +47,13 @@ def rotation(position_BT: jax.Array, cfg: ModelConfig) -> Rotation:
     return Rotation(jnp.cos(angle_BTF) * gain, jnp.sin(angle_BTF) * gain)
 
 
-def rotate(x_BTHP: jax.Array, turn: Rotation) -> jax.Array:
+def rotate(x_BHTP: jax.Array, turn: Rotation) -> jax.Array:
     """Turn each pair of channels (0, 1), (2, 3), ... by its angle.
 
     The result has all first members, then all second ones: queries and keys are permuted alike,
     so their products are those of the interleaved order, without putting it back.
     """
-    x_BTHP, dtype = x_BTHP.astype(jnp.float32), x_BTHP.dtype
-    a, b = x_BTHP[..., 0::2], x_BTHP[..., 1::2]
-    cos, sin = turn.cos[:, :, None], turn.sin[:, :, None]
+    x_BHTP, dtype = x_BHTP.astype(jnp.float32), x_BHTP.dtype
+    a, b = x_BHTP[..., 0::2], x_BHTP[..., 1::2]
+    cos, sin = turn.cos[:, None], turn.sin[:, None]
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(dtype)

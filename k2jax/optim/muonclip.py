@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -102,9 +101,3 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW over everything, norms decayed too, to compare with."""
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-
-
-def update_rms(updates: Mapping[str, jax.Array]) -> jax.Array:
-    """Root mean square over all updates together."""
-    total = sum(jnp.sum(jnp.square(u.astype(jnp.float32))) for u in updates.values())
-    return jnp.sqrt(total / sum(u.size for u in updates.values()))
