@@ -61,6 +61,6 @@ def varied(name: str, seed: int) -> dict:
         "num_key_value_heads": heads, "q_lora_rank": CASES[name]["q_lora_rank"] and draw(9, 30),
         "kv_lora_rank": draw(7, 20), "qk_nope_head_dim": draw(3, 12),
         "qk_rope_head_dim": 2 * draw(2, 9), "v_head_dim": draw(3, 12),
-        "intermediate_size": draw(20, 60), "n_routed_experts": groups * draw(4, 9),
+        "intermediate_size": draw(20, 60), "n_routed_experts": groups * draw(6, 10),
         "moe_intermediate_size": draw(5, 15), "num_experts_per_tok": draw(2, 5),
     }  # fmt: skip
