@@ -18,12 +18,12 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import jax.numpy as jnp
+from k2jax.configs import load
+from k2jax.sharding import make
 
 from k2jax.checkpoint import Checkpoints, warm
-from k2jax.configs import load
 from k2jax.model import Kimi
 from k2jax.params import initial, specs
-from k2jax.sharding import make
 
 EARLY = 5
 
@@ -74,8 +74,6 @@ def main(saves: int) -> None:
             }
         )
     )
-    if "--trace" in sys.argv:
-        print([m >> 20 for m in memory.values()], file=sys.stderr)
 
 
 if __name__ == "__main__":

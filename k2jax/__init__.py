@@ -14,7 +14,7 @@ _HOMES = {
     "Model": "k2jax.model",
     "forward": "k2jax.model",
     "generate": "k2jax.sampling",
-    "load": "k2jax.checkpoint",
+    "load": "k2jax.loading",
     "muonclip": "k2jax.optim",
 }
 

@@ -7,8 +7,8 @@ writes into a temporary folder and renames it when every process has finished.
 
 import errno
 import importlib.metadata
-import logging
-import threading
+import shutil
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -16,45 +16,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from k2jax.checkpoint import steps
-from k2jax.checkpoint.tree import (
-    CHUNK_BYTES,
-    Flat,
-    compare,
-    concrete,
-    flatten,
-    inventory,
-    split_axes,
-    unflatten,
-)
+from k2jax.checkpoint import engine, steps
+from k2jax.checkpoint.tree import Flat, compare, concrete, flatten, inventory, unflatten
 from k2jax.config import ConfigError
 
 FORMAT = 1
 PACKAGES = ("k2jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore")
-# What a full disk, quota or file-size limit looks like, also inside TensorStore's messages.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-FULL_TEXT = ("No space left on device", "Disk quota exceeded", "File too large")
-
-
-def warm() -> threading.Thread:
-    """Import orbax in the background (about a second), so that the first save need not."""
-    thread = threading.Thread(target=_orbax, name="import orbax", daemon=True)
-    thread.start()
-    return thread
-
-
-def _orbax() -> Any:
-    import orbax.checkpoint as ocp
-
-    # It logs a background failure with its traceback, and raises it too: once is enough.
-    logger = logging.getLogger("absl")
-    if _not_from_background not in logger.filters:
-        logger.addFilter(_not_from_background)
-    return ocp
-
-
-def _not_from_background(record: logging.LogRecord) -> bool:
-    return record.filename != "async_checkpointer.py"
+PATIENCE = 10.0  # seconds that threads of a failed save may take to stop writing
 
 
 class Checkpoints:
@@ -107,7 +75,6 @@ class Checkpoints:
             ConfigError: this or the previous save failed; one line says why.
             ValueError: the step is there already.
         """
-        ocp = _orbax()
         self.wait()
         if step in self.steps():
             raise ValueError(f"step {step} is already in {self.root}")
@@ -115,7 +82,7 @@ class Checkpoints:
             self.root.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 steps.sweep(self.root)
-            self._writer = _writer(ocp, tuple(state))
+            self._writer = engine.writer(tuple(state))
         flat = {part: flatten(tree) for part, tree in state.items()}
         entry = {
             **meta,
@@ -124,11 +91,10 @@ class Checkpoints:
             "versions": _versions(),
             "arrays": {part: inventory(leaves) for part, leaves in flat.items()},
         }
-        parts = {part: _save_args(ocp, leaves) for part, leaves in flat.items()}
-        args = ocp.args.Composite(**parts, **{steps.META: ocp.args.JsonSave(entry)})
         self._saving = step
         try:
-            self._writer.save(self.root / str(step), args=args)
+            _check_room(self.root, flat)
+            self._writer.save(self.root / str(step), args=engine.save_args(flat, entry))
         except Exception as error:
             raise self._failed(error) from error
 
@@ -145,6 +111,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
         self._saving = None
+        engine.trim()
         if jax.process_index() == 0:
             steps.prune(self.root, self.keep)
 
@@ -194,17 +161,13 @@ class Checkpoints:
         wanted = {name: concrete(leaf) for name, leaf in flatten(tree).items()}
         saved = steps.read_meta(path)["arrays"].get(part, {})
         compare(f"checkpoint {path}", part, saved, wanted, exact)
-        ocp = _orbax()
-        args = ocp.args.PyTreeRestore(
-            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
-        )
         try:
-            flat = _handler(ocp).restore(path / part, args=args)
+            flat = engine.restore(path / part, wanted)
         except Exception as error:
             others = [s for s in self.steps() if s < step]
             older = f"; older complete steps: {_list(others)}" if others else ""
             raise ConfigError(
-                f"checkpoint of step {step} in {self.root} is damaged ({_line(error)}){older}"
+                f"checkpoint of step {step} in {self.root} is damaged ({engine.line(error)}){older}"
             ) from error
         return unflatten(tree, flat)
 
@@ -219,39 +182,34 @@ class Checkpoints:
     def _failed(self, error: Exception) -> ConfigError:
         """The one line for a failed save; frees the disk it took."""
         step, self._saving, self._writer = self._saving, None, None
-        steps.sweep(self.root)
+        _sweep_after_failure(self.root)
         latest = self.latest()
         safe = f"step {latest} is complete there" if latest is not None else "none is there yet"
         return ConfigError(
-            f"checkpoint of step {step} could not be written to {self.root}: {_cause(error)};"
+            f"checkpoint of step {step} could not be written to {self.root}: {engine.cause(error)};"
             f" {safe}"
         )
 
 
-def _writer(ocp: Any, parts: tuple[str, ...]) -> Any:
-    items = {part: _handler(ocp) for part in parts}
-    handler = ocp.CompositeCheckpointHandler(**items, **{steps.META: ocp.JsonCheckpointHandler()})
-    return ocp.AsyncCheckpointer(handler)
+def _check_room(root: epath.Path, flat: Mapping[str, Flat]) -> None:
+    """Refuse a save that cannot fit, before anything is written."""
+    if str(root).startswith("gs://"):
+        return
+    size = sum(leaf.nbytes for leaves in flat.values() for leaf in leaves.values())
+    free = shutil.disk_usage(root).free
+    if size // jax.process_count() > free:
+        raise OSError(errno.ENOSPC, f"it takes {size:,} bytes, {free:,} are free")
 
 
-def _handler(ocp: Any) -> Any:
-    # In one process, sharing out replicated arrays only costs compiled slices: seconds at the
-    # first save. Trained float32 weights hardly compress, and the CPU has other work.
-    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
-    return ocp.PyTreeCheckpointHandler(
-        use_ocdbt=True,
-        use_compression=False,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)),
-    )
-
-
-def _save_args(ocp: Any, flat: Flat) -> Any:
-    def args(leaf: Any) -> Any:
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        axes = split_axes(shape, leaf.dtype.itemsize)
-        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=axes)
-
-    return ocp.args.PyTreeSave(flat, save_args={name: args(leaf) for name, leaf in flat.items()})
+def _sweep_after_failure(root: epath.Path) -> None:
+    """Free what a failed save took, while its other threads may still be writing there."""
+    end = time.monotonic() + PATIENCE
+    while jax.process_index() == 0 and time.monotonic() < end:
+        try:
+            steps.sweep(root)
+            return
+        except OSError:
+            time.sleep(0.1)
 
 
 def _versions() -> dict[str, str]:
@@ -262,26 +220,6 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _cause(error: BaseException) -> str:
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        link = link.__cause__ or link.__context__
-    for link in chain:
-        if isinstance(link, OSError) and link.errno in FULL:
-            return f"the disk is full ({link.strerror})"
-        for text in FULL_TEXT:
-            if text in str(link):
-                return f"the disk is full ({text})"
-    return _line(error)
-
-
-def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _list(numbers: list[int]) -> str:

@@ -1,0 +1,205 @@
+"""Read and write the safetensors format: a JSON header, then plain little-endian arrays.
+
+A file is an unsigned 64-bit header length, the header {name: {"dtype", "shape", "data_offsets":
+[begin, end]}} with an optional "__metadata__" of strings, and a buffer that the offsets, counted
+from its start, cover without holes or overlaps. Reading maps the file: a tensor costs memory only
+where it is touched.
+"""
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from k2jax.config import ConfigError, nearest
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+METADATA = "__metadata__"
+# The format's own limit; a longer header is not a header.
+MAX_HEADER = 100_000_000
+ALIGNMENT = 8
+
+
+class Reader:
+    """The tensors of one file, by name. Iterating gives the names in the order of the header."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Read the header and map the rest.
+
+        Raises:
+            ConfigError: the file is missing, cut short or malformed; one line names the tensor.
+        """
+        self.path = Path(path)
+        try:
+            size = self.path.stat().st_size
+            header, self._start = _header(self.path, size)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        metadata = header.pop(METADATA, None) or {}
+        if not isinstance(metadata, dict):
+            raise ConfigError(f"{path}: {METADATA} is not a JSON object")
+        self.metadata: dict[str, str] = metadata
+        self._entries = {name: _entry(self.path, name, entry) for name, entry in header.items()}
+        _check_cover(self.path, self._entries, size - self._start)
+        self._bytes = np.memmap(self.path, np.uint8, "r") if size > self._start else None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._find(name)[1]
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of a tensor; bfloat16 and float8 are those of ml_dtypes."""
+        return self._find(name)[0]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """A tensor, read-only and mapped: its bytes are read when they are used."""
+        dtype, shape, begin, end = self._find(name)
+        if begin == end or self._bytes is None:
+            return np.empty(shape, dtype)
+        return self._bytes[self._start + begin : self._start + end].view(dtype).reshape(shape)
+
+    def _find(self, name: str) -> "Entry":
+        if name not in self._entries:
+            raise ConfigError(f"{self.path} has no tensor {name!r}; {nearest(name, self)}")
+        return self._entries[name]
+
+
+Entry = tuple[np.dtype, tuple[int, ...], int, int]
+
+
+def _header(path: Path, size: int) -> tuple[dict[str, Any], int]:
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > min(size - 8, MAX_HEADER):
+            raise ConfigError(
+                f"{path} is cut short or not a safetensors file: it has {size} bytes and a header"
+                f" of {length}"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=_once)
+    except ValueError as error:
+        raise ConfigError(f"{path} has a malformed header: {error}") from None
+    if not isinstance(header, dict):
+        raise ConfigError(f"{path} has a malformed header: it is not a JSON object")
+    return header, 8 + length
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = sorted(name for name, _ in pairs)
+        twice = next(a for a, b in itertools.pairwise(names) if a == b)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
+
+
+def _entry(path: Path, name: str, entry: Any) -> Entry:
+    try:
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise ConfigError(
+            f"{path}: tensor {name!r} lacks dtype, shape or data_offsets in the header"
+        ) from None
+    if kind not in DTYPES:
+        raise ConfigError(
+            f"{path}: tensor {name!r} has the unknown dtype {kind!r}; {nearest(str(kind), DTYPES)}"
+        )
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ConfigError(f"{path}: tensor {name!r} has a shape or offset that is no count")
+    if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+        raise ConfigError(
+            f"{path}: tensor {name!r} of shape {list(shape)} and dtype {kind} takes"
+            f" {math.prod(shape) * DTYPES[kind].itemsize} bytes, its offsets span {end - begin}"
+        )
+    return DTYPES[kind], shape, begin, end
+
+
+def _check_cover(path: Path, entries: Mapping[str, Entry], size: int) -> None:
+    """Tensors fill the buffer one after the other; anything else is damage."""
+    at = 0
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if end > size:
+            raise ConfigError(
+                f"{path} is cut short: tensor {name!r} ends at byte {end} of the data, which has"
+                f" {size}"
+            )
+        if begin != at:
+            raise ConfigError(
+                f"{path}: tensor {name!r} begins at byte {begin} of the data; {at} was expected"
+            )
+        at = end
+    if at != size:
+        raise ConfigError(f"{path} has {size - at} bytes after its last tensor")
+
+
+def write(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, all or nothing.
+
+    Tensors are laid out by falling item size, then by name, so that each is aligned.
+
+    Args:
+        path: the file.
+        tensors: arrays of a dtype in DTYPES, by name.
+        metadata: strings by name, for `__metadata__`; readers expect {"format": "pt"}.
+
+    Raises:
+        ConfigError: a dtype that the format, or this reader, does not have.
+    """
+    path = Path(path)
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    at = 0
+    for name in order:
+        array = tensors[name]
+        if array.dtype.newbyteorder("<") not in NAMES:
+            known = ", ".join(str(dtype) for dtype in NAMES)
+            raise ConfigError(f"tensor {name!r} is {array.dtype}; safetensors here has: {known}")
+        header[name] = {
+            "dtype": NAMES[array.dtype.newbyteorder("<")],
+            "shape": list(array.shape),
+            "data_offsets": [at, at + array.nbytes],
+        }
+        at += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in order:
+                array = np.ascontiguousarray(tensors[name], tensors[name].dtype.newbyteorder("<"))
+                file.write(array.reshape(-1).view(np.uint8).data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

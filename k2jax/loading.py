@@ -1,0 +1,117 @@
+"""From a path to a model: a run's folder, one of its checkpoints, or published weights."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from k2jax.chat.tokenizer import FILE, Tokenizer
+from k2jax.checkpoint import Checkpoints, load_published
+from k2jax.checkpoint.steps import CHECKPOINTS, is_step
+from k2jax.config import ConfigError, ModelConfig, RunConfig, from_json, read_published
+from k2jax.model import Kimi, Model
+from k2jax.params import abstract, specs
+from k2jax.spec import ParamSpec
+
+
+def load(path: str | Path, dtype: str | None = None) -> Model:
+    """The model at `path`, on the mesh in use if there is one.
+
+    Args:
+        path: a run's folder (its newest checkpoint), one checkpoint, or a published folder with
+            `config.json` and BF16, F16 or F32 safetensors.
+        dtype: "float32" or "bfloat16"; None: float32 for our checkpoints; for published folders
+            bfloat16 where the files have that, else float32. The router bias is always float32.
+
+    Raises:
+        ConfigError: there is nothing at `path` that can be loaded; the message says what is.
+    """
+    source = find(path)
+    config = source.config()
+    params = source.params(specs(Kimi(config)), dtype)
+    tokens = source.folder / FILE
+    return Model(config, params, Tokenizer.load(tokens) if tokens.is_file() else None)
+
+
+def initial_params(path: str | Path, specs: Mapping[str, ParamSpec]) -> dict[str, jax.Array]:
+    """Float32 weights to start a run from, on the mesh in use.
+
+    Args:
+        path: as for `load`.
+        specs: the parameters of the run's model.
+
+    Raises:
+        ConfigError: as `load`, or the weights are of another architecture.
+    """
+    return find(path).params(specs, "float32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A place to load from.
+
+    Attributes:
+        folder: of the run, or the published one; the tokenizer is there.
+        step: of the run's checkpoint; None: published weights.
+    """
+
+    folder: Path
+    step: int | None = None
+
+    def run(self) -> RunConfig | None:
+        """The run that made the checkpoint; None for published weights."""
+        if self.step is None:
+            return None
+        meta = Checkpoints(self.folder).meta(self.step)
+        if "config" not in meta:
+            raise ConfigError(f"checkpoint of step {self.step} in {self.folder} has no config")
+        return from_json(meta["config"])
+
+    def config(self) -> ModelConfig:
+        """Sizes of the model."""
+        run = self.run()
+        return read_published(self.folder) if run is None else run.model
+
+    def params(self, specs: Mapping[str, ParamSpec], dtype: str | None) -> dict[str, jax.Array]:
+        """The weights alone; `dtype` as for `load`."""
+        if self.step is None:
+            return load_published(self.folder, specs, dtype)
+        wanted = abstract(specs, dtype or "float32")
+        wanted |= abstract({name: leaf for name, leaf in specs.items() if leaf.group == "bias"})
+        return Checkpoints(self.folder).restore_params(self.step, wanted)
+
+
+def find(path: str | Path) -> Source:
+    """What can be loaded from `path`.
+
+    Raises:
+        ConfigError: nothing; the message has the nearest name beside it, or says what is missing.
+    """
+    path = Path(path).absolute()
+    if not path.exists():
+        raise ConfigError(f"no folder {path}{_nearest(path)}")
+    if path.name.isdecimal() and path.parent.name == CHECKPOINTS and is_step(path):
+        return Source(path.parent.parent, int(path.name))
+    if path.name == CHECKPOINTS:
+        path = path.parent
+    if (path / CHECKPOINTS).is_dir():
+        step = Checkpoints(path).latest()
+        if step is None:
+            raise ConfigError(f"{path} has no complete checkpoint yet")
+        return Source(path, step)
+    if (path / "config.json").is_file():
+        return Source(path)
+    raise ConfigError(
+        f"{path} is neither a run's folder (no {CHECKPOINTS}/), nor a complete checkpoint, nor a"
+        " published folder (no config.json)"
+    )
+
+
+def _nearest(path: Path) -> str:
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+    near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir()], n=1)
+    return f"; did you mean {parent / near[0]}?" if near else f"; {parent} has none like it"
