@@ -97,6 +97,7 @@ def step(
         (x_BTD, latent_LBSM), (index, w) = carry, at
         u_BTD = rms_norm(x_BTD, w.attention_norm[...], cfg.norm_eps)
         left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg), axis=-1)
+        left_BTM = place(left_BTM, "batch", None, None)
         start = (first + index, 0, cache.slot, 0)
         latent_LBSM = jax.lax.dynamic_update_slice(latent_LBSM, left_BTM[None], start)
         latent_BSM = jax.lax.dynamic_index_in_dim(latent_LBSM, first + index, keepdims=False)
@@ -123,24 +124,24 @@ def absorbed(
     cfg: ModelConfig,
 ) -> jax.Array:  # fmt: skip
     """Attention output of tokens that see every slot in `seen_BS`, from latents alone."""
-    heads = spec("batch", "length", "heads", None)
-    q_BTHU, q_BTHP = queries(w, x_BTD, turn, cfg)
+    heads = spec("batch", "heads", "length", None)
+    q_BHTU, q_BHTP = queries(w, x_BTD, turn, cfg)
     up_RHW = used(w.kv_up, x_BTD.dtype)
-    q_BTHR = jnp.einsum("bthu,rhu->bthr", q_BTHU, up_RHW[..., : cfg.nope], out_sharding=heads)
-    q_BTHM = jnp.concatenate([q_BTHR, q_BTHP], axis=-1)
+    q_BHTR = jnp.einsum("bhtu,rhu->bhtr", q_BHTU, up_RHW[..., : cfg.nope], out_sharding=heads)
+    q_BHTM = jnp.concatenate([q_BHTR, q_BHTP], axis=-1)
     logit_BHTS = jnp.einsum(
-        "bthm,bsm->bhts", q_BTHM, latent_BSM, preferred_element_type=jnp.float32
+        "bhtm,bsm->bhts", q_BHTM, latent_BSM, preferred_element_type=jnp.float32
     )
     logit_BHTS = jnp.where(seen_BS[:, None, None], logit_BHTS * cfg.softmax_scale, -jnp.inf)
     weight_BHTS = jnp.exp(logit_BHTS - logit_BHTS.max(axis=-1, keepdims=True))
-    sum_BTH = weight_BHTS.sum(axis=-1).swapaxes(1, 2)
-    mixed_BTHM = jnp.einsum(
-        "bhts,bsm->bthm", weight_BHTS.astype(x_BTD.dtype), latent_BSM,
+    mixed_BHTM = jnp.einsum(
+        "bhts,bsm->bhtm", weight_BHTS.astype(x_BTD.dtype), latent_BSM,
         preferred_element_type=jnp.float32,
     )  # fmt: skip
-    mixed_BTHR = (mixed_BTHM[..., : cfg.kv_rank] / sum_BTH[..., None]).astype(x_BTD.dtype)
-    y_BTHV = jnp.einsum("bthr,rhv->bthv", mixed_BTHR, up_RHW[..., cfg.nope :], out_sharding=heads)
-    return project("bthv,hvd->btd", y_BTHV, w.out, ("batch", "length", None))
+    sum_BHT1 = weight_BHTS.sum(axis=-1, keepdims=True)
+    mixed_BHTR = (mixed_BHTM[..., : cfg.kv_rank] / sum_BHT1).astype(x_BTD.dtype)
+    y_BHTV = jnp.einsum("bhtr,rhv->bhtv", mixed_BHTR, up_RHW[..., cfg.nope :], out_sharding=heads)
+    return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None))
 
 
 def _stacks(w: Kimi, cfg: ModelConfig) -> list[Layer]:

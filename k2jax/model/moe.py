@@ -19,7 +19,7 @@ from k2jax.model.mlp import Mlp, gated
 from k2jax.model.router import Routing, count, route
 from k2jax.ops.experts import expert_mlp
 from k2jax.params import Declare
-from k2jax.sharding import BATCH, meshless
+from k2jax.sharding import BATCH, meshless, place
 
 
 # Rows up to which every chosen expert may see all of them (`mixture_of_few`).
@@ -97,7 +97,8 @@ def mixture_of_few(
     """
     rows = x_BTD.shape[0] * x_BTD.shape[1]
     if not meshless() or rows > FEW:
-        return mixture(w, x_BTD, jnp.ones(x_BTD.shape[:2], jnp.int32), cfg)[0]
+        segment_BT = place(jnp.ones(x_BTD.shape[:2], jnp.int32), "batch", "length")
+        return mixture(w, x_BTD, segment_BT, cfg)[0]
     x_ND = x_BTD.reshape(rows, -1)
     routing = route(x_ND, used(w.router, jnp.float32), w.bias[...], cfg)
     hit_NKE = routing.expert_NK[..., None] == jnp.arange(cfg.experts)

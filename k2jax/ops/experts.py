@@ -78,7 +78,7 @@ def by_groups(
 
 def _block_rows(pairs: int, experts: int) -> int:
     """About half of an expert's average, so that little of the last block is empty."""
-    return min(256, max(8, 1 << (pairs // experts // 2).bit_length() - 1))
+    return min(256, max(8, 1 << max((pairs // experts // 2).bit_length() - 1, 0)))
 
 
 def _schedule(size_E: jax.Array, pairs: int, rows: int) -> tuple[jax.Array, ...]:
