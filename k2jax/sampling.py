@@ -85,10 +85,7 @@ def _ids(model: "Model", prompt: str | Sequence[int], name: str) -> list[int]:
             raise ConfigError(f"{name} is {prompt!r}; give a text or a list of ids") from None
     if model.tokenizer is None:
         raise ConfigError(f"{name} is a text and this model has no tokenizer; give token ids")
-    try:
-        return [model.tokenizer.bos, *model.tokenizer.encode(prompt)]
-    except UnicodeEncodeError:
-        raise ConfigError(f"{name} is not valid UTF-8 text") from None
+    return [model.tokenizer.bos, *model.tokenizer.encode(prompt)]
 
 
 def stop_ids(model: "Model", stop: Iterable[int] | None) -> list[int]:
