@@ -9,6 +9,7 @@ import jax
 
 from k2jax.chat.tokenizer import FILE, Tokenizer
 from k2jax.checkpoint import Checkpoints, load_published
+from k2jax.checkpoint.published import INDEX, SINGLE
 from k2jax.checkpoint.steps import CHECKPOINTS, is_step
 from k2jax.config import ConfigError, ModelConfig, RunConfig, from_json, read_published
 from k2jax.model import Kimi, Model
@@ -92,7 +93,9 @@ def find(path: str | Path) -> Source:
     path = Path(path).absolute()
     if not path.exists():
         raise ConfigError(f"no folder {path}{_nearest(path)}")
-    if path.name.isdecimal() and path.parent.name == CHECKPOINTS and is_step(path):
+    if path.name.isdecimal() and path.parent.name == CHECKPOINTS:
+        if not is_step(path):
+            raise ConfigError(f"{path} is no complete checkpoint")
         return Source(path.parent.parent, int(path.name))
     if path.name == CHECKPOINTS:
         path = path.parent
@@ -101,12 +104,14 @@ def find(path: str | Path) -> Source:
         if step is None:
             raise ConfigError(f"{path} has no complete checkpoint yet")
         return Source(path, step)
-    if (path / "config.json").is_file():
-        return Source(path)
-    raise ConfigError(
-        f"{path} is neither a run's folder (no {CHECKPOINTS}/), nor a complete checkpoint, nor a"
-        " published folder (no config.json)"
-    )
+    needed = ("config.json",), (INDEX, SINGLE)
+    missing = [names for names in needed if not any((path / name).is_file() for name in names)]
+    if missing:
+        raise ConfigError(
+            f"{path} is neither a run with a checkpoint (no {CHECKPOINTS}/), nor a published folder"
+            f" (no {' or '.join(missing[0])})"
+        )
+    return Source(path)
 
 
 def _nearest(path: Path) -> str:

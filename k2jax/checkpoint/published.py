@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k2jax.checkpoint.safetensors import Reader
-from k2jax.config import ConfigError, nearest
+from k2jax.checkpoint.safetensors import Reader, near
+from k2jax.config import ConfigError
 from k2jax.sharding import meshless, storage_spec
 from k2jax.spec import ParamSpec
 
@@ -179,7 +179,7 @@ def check(source: Folder, specs: Mapping[str, ParamSpec]) -> None:
             name.endswith(JUNK) or name.startswith(VISION) or name.startswith(mtp)
         ):
             raise ConfigError(
-                f"{source.file(name)}: the model has no tensor {name!r}; {nearest(name, wanted)}"
+                f"{source.file(name)}: the model has no tensor {name!r}{near(name, wanted)}"
             )
 
 

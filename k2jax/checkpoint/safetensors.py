@@ -6,11 +6,12 @@ from its start, cover without holes or overlaps. Reading maps the file: a tensor
 where it is touched.
 """
 
+import difflib
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,14 @@ class Reader:
 
     def _find(self, name: str) -> "Entry":
         if name not in self._entries:
-            raise ConfigError(f"{self.path} has no tensor {name!r}; {nearest(name, self)}")
+            raise ConfigError(f"{self.path} has no tensor {name!r}{near(name, self)}")
         return self._entries[name]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or nothing: files have too many tensors to list them."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 Entry = tuple[np.dtype, tuple[int, ...], int, int]
