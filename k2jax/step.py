@@ -170,7 +170,8 @@ def _split(params: Params, specs: Mapping[str, ParamSpec]) -> tuple[Params, Para
 def _squares(tree: Params) -> jax.Array:
     """Sum of all squares. As products of arrays with themselves, which need no second array."""
     dims = lambda a: "abcdef"[: a.ndim]
-    return sum(jnp.einsum(f"{dims(a)},{dims(a)}->", a, a) for a in tree.values())
+    square = lambda a: jnp.einsum(f"{dims(a)},{dims(a)}->", a, a, out_sharding=sharding.spec())
+    return sum(map(square, tree.values()))
 
 
 def micro_spec() -> P:

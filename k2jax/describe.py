@@ -1,0 +1,117 @@
+"""`k2jax describe`: every parameter of a model, and its counts and FLOPs."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from k2jax import configs
+from k2jax.config import ModelConfig, RunConfig, override, validate
+from k2jax.spec import ParamSpec
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `k2jax describe`."""
+    parser.add_argument("config", help=f"{', '.join(configs.NAMES)}, or a published config.json")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the description; the exit code."""
+    run = override(configs.load(args.config), args.settings)
+    validate(run, args.settings)
+    found = describe(run)
+    if args.json:
+        sys.stdout.write(json.dumps(found) + "\n")
+        return 0
+    for leaf in found["parameters"]:
+        sys.stdout.write(
+            f"{leaf['name']:28} {tuple(leaf['shape'])!s:26} {leaf['layout']:40}"
+            f" {leaf['group']:5} {leaf['published']}\n"
+        )
+    for key, value in (found["counts"] | found["flops"]).items():
+        sys.stdout.write(f"{value:>28,} {key.replace('_', ' ')}\n")
+    return 0
+
+
+def describe(run: RunConfig) -> dict[str, Any]:
+    """Parameters, counts and FLOPs of a run's model; nothing is allocated.
+
+    Keys: `parameters` (a list of name, shape, layout on the run's mesh, group, published name),
+    `counts` and `flops` as the functions below give them.
+    """
+    from k2jax.model import Kimi
+    from k2jax.params import specs
+    from k2jax.sharding import storage_spec
+
+    leaves = specs(Kimi(run.model))
+    table = [
+        {
+            "name": name,
+            "shape": list(leaf.shape),
+            "layout": str(storage_spec(leaf.axes)).replace("PartitionSpec", "P"),
+            "group": leaf.group,
+            "published": leaf.published,
+        }
+        for name, leaf in leaves.items()
+    ]
+    counted = counts(run.model, leaves)
+    return {
+        "name": run.name,
+        "parameters": table,
+        "counts": counted,
+        "flops": flops(run.model, counted, run.data.context),
+    }
+
+
+def counts(cfg: ModelConfig, leaves: Mapping[str, ParamSpec]) -> dict[str, int]:
+    """How many parameters there are, and how many work on a token. Source: spec 1.9.
+
+    Keys: `total_parameters`; `active_matmul_parameters` (of the layers), the same
+    `..._with_head`, `..._with_head_and_embedding`; `active_parameters` with norms and biases, and
+    again with head and embedding.
+    """
+    sizes = {name: math.prod(leaf.shape) for name, leaf in leaves.items()}
+    tables = {"embed", "head", "norm"}
+
+    def active(name: str) -> int:
+        routed = "experts" in leaves[name].axes
+        return sizes[name] * cfg.experts_per_token // cfg.experts if routed else sizes[name]
+
+    layers = [name for name in leaves if name not in tables]
+    matmul = sum(active(name) for name in layers if leaves[name].contracted)
+    everything = sum(map(active, layers)) + sizes["norm"]
+    return {
+        "total_parameters": sum(sizes.values()),
+        "active_matmul_parameters": matmul,
+        "active_matmul_parameters_with_head": matmul + sizes["head"],
+        "active_matmul_parameters_with_head_and_embedding": matmul + sizes["head"] + sizes["embed"],
+        "active_parameters": everything,
+        "active_parameters_with_head": everything + sizes["head"],
+        "active_parameters_with_head_and_embedding": everything + sizes["head"] + sizes["embed"],
+    }
+
+
+def flops(cfg: ModelConfig, counted: Mapping[str, int], context: int) -> dict[str, int]:
+    """Floating-point operations, a multiplication and an addition each one. Source: spec 1.10.
+
+    Keys: `matmul_flops_per_token` (forward); `attention_flops_per_token_per_key` (forward, for
+    each key attended); `absorbed_attention_...` (the same in decoding from the latent cache);
+    `forward_flops_per_token` and `train_flops_per_token` (three times forward) at `context`, causal
+    average; `forward_flops_per_token_full_context` where all `context` keys are seen.
+    """
+    matmul = 2 * counted["active_matmul_parameters_with_head"]
+    per_head = cfg.nope + cfg.rope + cfg.value
+    attention = 2 * cfg.layers * cfg.heads * per_head
+    absorbed = 2 * cfg.layers * cfg.heads * (2 * cfg.kv_rank + cfg.rope)
+    causal = matmul + attention * (context + 1) // 2
+    return {
+        "matmul_flops_per_token": matmul,
+        "attention_flops_per_token_per_key": attention,
+        "absorbed_attention_flops_per_token_per_key": absorbed,
+        "forward_flops_per_token": causal,
+        "forward_flops_per_token_full_context": matmul + attention * context,
+        "train_flops_per_token": 3 * causal,
+    }

@@ -1,0 +1,249 @@
+"""The training loop: from text and a config to checkpoints, metrics, a plot and a sample."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from k2jax import sharding
+from k2jax.checkpoint import Checkpoints, warm
+from k2jax.config import ConfigError, RunConfig, from_json, to_json
+from k2jax.data import Batches, Data, compressors, eval_batches, open_data, prefetch
+from k2jax.loading import initial_params
+from k2jax.metrics import Metrics, Progress, plot
+from k2jax.model import Model
+from k2jax.params import initial
+from k2jax.sampling import generate
+from k2jax.signals import Stop
+from k2jax.step import Program, State, build, to_devices
+
+Say = Callable[[str], None]
+PROMPT = "def "
+
+
+def train(run: RunConfig, out: str | Path, *, init: str = "", say: Say = print) -> Model:
+    """Train to `run.train.steps`, or go on from the newest checkpoint in `out`.
+
+    Leaves in `out`: `checkpoints/`, `metrics.jsonl` (one line a step), `loss.png`, `config.json`,
+    `tiktoken.model`. SIGTERM saves and returns.
+
+    Args:
+        run: validated.
+        out: folder of the run.
+        init: weights to start from; a checkpoint in `out` wins over it.
+        say: told each line worth printing.
+
+    Returns:
+        The trained model, on the mesh of the run.
+
+    Raises:
+        ConfigError: the run cannot work here; nothing that was saved is lost.
+    """
+    out = Path(out)
+    mesh = sharding.make(run.mesh)
+    with jax.set_mesh(mesh):
+        return _Training(run, out, say).go(init)
+
+
+class _Training:
+    """One call of `train`: what its parts share."""
+
+    def __init__(self, run: RunConfig, out: Path, say: Say):
+        self.run, self.out, self.say = run, out, say
+        self.program: Program = build(run)
+        sharding.check(self.program.specs, run.mesh, run.data.context)
+        self.began = time.perf_counter()
+
+    def go(self, init: str) -> Model:
+        with (
+            Checkpoints(self.out, self.run.train.keep) as saved,
+            Stop() as stop,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            latest = saved.latest()
+            if latest is not None:
+                _check_same(self.run, saved.meta(latest)["config"], self.out)
+            # Compiling takes longest, so it starts first and the data is read beside it.
+            programs = pool.submit(_compile, self.program, jax.sharding.get_mesh())
+            warm()
+            data = open_data(
+                self.run.data.path, self.run.data.tokenizer, self.run.model.vocab,
+                progress=self.say,
+            )  # fmt: skip
+            self._describe(data)
+            state, step = self._start(saved, latest, init)
+            if step < self.run.train.steps:
+                state, step = self._steps(state, step, data, programs, saved, stop)
+            if step < self.run.train.steps:
+                self.say(f"stopped and saved at step {step}; the same command goes on from there")
+            elif step == latest:
+                self.say(f"{self.out} is finished: step {step}; more --train.steps would go on")
+            else:
+                self._finish(state, data, programs.result())
+            return Model(self.run.model, state.params, data.tokenizer)
+
+    def _describe(self, data: Data) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        data.tokenizer.save(self.out / "tiktoken.model")
+        (self.out / "config.json").write_text(json.dumps(to_json(self.run), indent=1) + "\n")
+        count = sum(math.prod(leaf.shape) for leaf in self.program.specs.values())
+        self.say(
+            f"{self.run.name}: {count / 1e6:.1f}M parameters on {self.run.mesh};"
+            f" {len(data.train.tokens) / 1e6:.2f}M tokens of {data.title},"
+            f" {data.heldout_bytes:,} bytes held out"
+        )
+
+    def _start(self, saved: Checkpoints, latest: int | None, init: str) -> tuple[State, int]:
+        """Where training begins: the newest checkpoint, given weights, or drawn ones."""
+        if latest is not None:
+            abstract = self.program.abstract_state()
+            self.say(f"going on from step {latest} in {self.out}")
+            return State(**saved.restore(latest, abstract._asdict())), latest
+        specs = self.program.specs
+        if init:
+            params = initial_params(init, specs)
+        else:
+            params = initial(specs, self.run.train.seed, self.run.model.init_std)
+        return jax.jit(self.program.init, donate_argnums=0)(params), 0
+
+    def _steps(
+        self, state: State, start: int, data: Data, programs: "Future[_Programs]",
+        saved: Checkpoints, stop: Stop,
+    ) -> tuple[State, int]:  # fmt: skip
+        """Steps until the last one or a signal; the state is saved at the end."""
+        run = self.run
+        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+        batches = Batches(data.train, run.data.rows, run.data.context, run.data.seed)
+        fetch = lambda step: batches.batch(step, **hosts)
+        step_fn, _ = programs.result()
+        rows = contextlib.closing(prefetch(fetch, start, run.train.steps - start))
+        metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule)
+        progress = Progress(run, start, self.say, self.began)
+        step = start
+        with rows as ready, metrics, progress:
+            for batch in ready:
+                began = time.perf_counter()
+                state, found = step_fn(state, to_devices(batch, run.train.accumulate))
+                step += 1
+                values = _numbers(found)
+                values["seconds"] = time.perf_counter() - began
+                if not math.isfinite(values["loss"]):
+                    raise ConfigError(
+                        f"the loss is {values['loss']} at step {step}; lower optim.learning_rate"
+                        f" (the newest checkpoint is of step {saved.latest() or 0})"
+                    )
+                if self._due(step, run.train.eval_every):
+                    values |= self._heldout(state, data, programs.result(), run.train.eval_rows)
+                metrics.write(step, values)
+                progress.show(step, values)
+                if self._due(step, run.train.save_every) or stop.asked:
+                    meta = {"config": to_json(run), "data": {"step": step}}
+                    saved.save(step, state._asdict(), meta)
+                if stop.asked:
+                    break
+        saved.wait()
+        return state, step
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.run.train.steps or bool(every and step % every == 0)
+
+    def _heldout(
+        self, state: State, data: Data, programs: "_Programs", limit: int
+    ) -> dict[str, float]:
+        """Nats per token and bits per byte of held-out rows; `limit` 0 takes all of them."""
+        rows, context = _eval_shape(self.run)
+        lengths = data.tokenizer.byte_lengths()
+        nll = tokens = size = 0.0
+        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
+        for batch in eval_batches(data.heldout, rows, context, limit=limit, **hosts):
+            part, count = programs[1](state.params, to_devices(batch))
+            nll, tokens = nll + float(part), tokens + float(count)
+            size += float((lengths[batch["targets"]] * batch["weights"]).sum())
+        if jax.process_count() > 1:
+            size = float(_over_hosts(size))
+        return {"heldout_loss": nll / tokens, "heldout_bits_per_byte": nll / math.log(2) / size}
+
+    def _finish(self, state: State, data: Data, programs: "_Programs") -> None:
+        """Score all held-out text beside compressors, plot, and print a sample."""
+        found = self._heldout(state, data, programs, limit=0)
+        packed = compressors(data.heldout_texts())
+        bits = found["heldout_bits_per_byte"]
+        self.say(
+            f"held out: {bits:.4f} bits per byte, {found['heldout_loss']:.4f} nats per token"
+            f" (gzip -9: {packed['gzip']:.4f}, xz -9: {packed['xz']:.4f} bits per byte)"
+        )
+        plot(self.out / "metrics.jsonl", self.out / "loss.png", self.run.name)
+        model = Model(self.run.model, state.params, data.tokenizer)
+        ids = generate(model, [PROMPT], max_new_tokens=min(64, self.run.model.context // 2))[0]
+        self.say(f"sample:\n{PROMPT}{data.tokenizer.decode(ids)}")
+        self.say(
+            f"{self.out}: checkpoints, metrics.jsonl, loss.png"
+            f" ({time.perf_counter() - self.began:.0f} s in all)"
+        )
+
+
+_Programs = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def _compile(program: Program, mesh: jax.sharding.Mesh) -> _Programs:
+    """The step and the evaluation, compiled; in a thread, so the mesh is set again."""
+    with jax.set_mesh(mesh):
+        state, batch = program.abstract_state(), program.abstract_batch()
+        step = jax.jit(program.step, donate_argnums=0).lower(state, batch).compile()
+        return step, jax.jit(program.evaluate)
+
+
+def _eval_shape(run: RunConfig) -> tuple[int, int]:
+    return run.data.rows // run.train.accumulate, run.data.context
+
+
+def _numbers(found: dict[str, jax.Array]) -> dict[str, Any]:
+    """A step's metrics on the host: floats, and the load of every expert as whole numbers."""
+    host: dict[str, np.ndarray] = jax.device_get(found)
+    load = host.pop("expert_load")
+    return {name: float(value) for name, value in host.items()} | {
+        "expert_load": load.astype(int).tolist()
+    }
+
+
+def _over_hosts(value: float) -> float:
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(np.float64(value)).sum()
+
+
+def _check_same(run: RunConfig, old: dict[str, Any], out: Path) -> None:
+    """Refuse to go on with another model or other data than the checkpoint's.
+
+    Raises:
+        ConfigError: names the first field that differs.
+    """
+    before = from_json(old)
+    for section in ("model", "data"):
+        for field in dataclasses.fields(getattr(run, section)):
+            was = getattr(getattr(before, section), field.name)
+            now = getattr(getattr(run, section), field.name)
+            if was != now:
+                raise ConfigError(
+                    f"{out} holds a run with {section}.{field.name} {was}, not {now};"
+                    " give another --out"
+                )
+    if before.optim.name != run.optim.name:
+        raise ConfigError(
+            f"{out} holds a run with optim.name {before.optim.name}, not {run.optim.name};"
+            " give another --out"
+        )
+
+
+def read_metrics(out: str | Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`."""
+    for line in (Path(out) / "metrics.jsonl").read_text().splitlines():
+        yield json.loads(line)

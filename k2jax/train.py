@@ -1,0 +1,57 @@
+"""`k2jax train`: train a named or published model, or go on with what a folder holds."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from k2jax import configs
+from k2jax.config import ConfigError, RunConfig, override, validate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `k2jax train`; every field of the config is one, listed by `--help`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("config", help=f"{', '.join(configs.NAMES)}, or a published config.json")
+    parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/CONFIG")
+    parser.add_argument(
+        "--init", default="", metavar="CHECKPOINT", help="weights to start from: a run, a"
+        " checkpoint or a published folder; a checkpoint in the run folder wins over it",
+    )  # fmt: skip
+    parser.epilog = "settings (--section.field VALUE) and K2's values:\n" + "\n".join(
+        _fields(RunConfig(), "")
+    )
+
+
+def _fields(node: object, prefix: str) -> list[str]:
+    lines = []
+    for field in dataclasses.fields(node):  # type: ignore[arg-type]
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += _fields(value, f"{prefix}{field.name}.")
+        elif prefix:
+            name = f"--{prefix}{field.name}"
+            lines.append(f"  {name:32} {field.metadata['help']} [{value}]")
+    return lines
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train; the exit code."""
+    run = override(configs.load(args.config), args.settings)
+    validate(run, args.settings)
+    out = Path(args.out or Path("runs") / run.name)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
+    # Imported here so that help and mistakes answer before jax loads.
+    from k2jax import startup
+
+    startup.prepare(run.mesh.devices)
+    from k2jax.loop import train
+
+    train(run, out, init=args.init, say=_say)
+    return 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
