@@ -1,7 +1,7 @@
 """What implementations of this family are known to get wrong, one test each.
 
-Every test also does it the wrong way and sees that the answer differs. Numbers are those of the
-list of traps in the project's notes on the architecture.
+Every test also does it the wrong way, where there is one, and sees that the answer differs.
+lists of traps that the project started from.
 """
 
 import dataclasses
@@ -257,7 +257,7 @@ def test_trap_19_norm_gains_and_embeddings_decay_too(name):
     np.testing.assert_allclose(still(name), 1 - 0.5 * 0.1, rtol=1e-6)
 
 
-def test_trap_21_layers_are_numbered_through_with_any_number_of_dense_ones():
+def test_design_trap_21_layers_are_numbered_through_with_any_number_of_dense_ones():
     for dense in (0, 1, 3):
         cfg = dataclasses.replace(CLIPPED, dense_layers=dense)
         leaves = specs(Kimi(cfg))
