@@ -32,6 +32,7 @@ def load(name: str) -> RunConfig:
     if name in NAMES:
         module = importlib.import_module(f"k2jax.configs.{NAMES[name]}")
         return getattr(module, name)()
-    if Path(name).name == "config.json" or (Path(name) / "config.json").is_file():
-        return RunConfig(name=Path(name).resolve().parent.name, model=read_published(name))
+    file = Path(name) if Path(name).name == "config.json" else Path(name) / "config.json"
+    if file.is_file() or file == Path(name):
+        return RunConfig(name=file.resolve().parent.name, model=read_published(file))
     raise ConfigError(f"no config {name!r}; {nearest(name, NAMES)}")

@@ -57,6 +57,15 @@ class Yarn:
     mscale_all_dim: float = knob(1.0, "attention scale coefficient of the softmax; 0: none")
     context: int = knob(4096, "tokens of context before the extension")
 
+    def __post_init__(self) -> None:
+        """Reject what gives no frequencies."""
+        least = {"factor": 1, "beta_fast": 1e-6, "beta_slow": 1e-6, "context": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ConfigError(
+                    f"model.yarn.{name} is {getattr(self, name)}; it must be at least {low}"
+                )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -104,6 +113,13 @@ class ModelConfig:
                 f"model.groups is {self.groups}; it must divide experts ({self.experts}) and be"
                 f" at least groups_per_token ({self.groups_per_token})"
             )
+        if self.groups > 1 and self.experts // self.groups < 2:
+            raise ConfigError(
+                f"model.groups is {self.groups}; groups of {self.experts} experts must have at"
+                " least 2 each"
+            )
+        if self.rope_theta <= 1:
+            raise ConfigError(f"model.rope_theta is {self.rope_theta}; it must be more than 1")
         if self.rope % 2:
             raise ConfigError(f"model.rope is {self.rope}; rotations need an even width")
 
@@ -137,7 +153,9 @@ def yarn_scale(factor: float, coefficient: float) -> float:
 class DataConfig:
     """What to train on and how it is cut into batches."""
 
-    path: str = knob("", "text, .jsonl, .parquet, .array_record or a folder; empty: Python's source")
+    path: str = knob(
+        "", "text, .jsonl, .parquet, .array_record or a folder; empty: Python's source"
+    )
     tokenizer: str = knob("", "a tiktoken.model file or its folder; empty: trained on the spot")
     rows: int = knob(8, "rows in a global batch")
     context: int = knob(4_096, "tokens in a row")
