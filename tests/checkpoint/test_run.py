@@ -333,3 +333,8 @@ def test_a_stored_expert_leaf_is_chunked_by_matrix(tmp_path, monkeypatch):
     base = {"driver": "ocdbt", "base": f"file://{tmp_path}/checkpoints/1/params"}
     stored = tensorstore.open({"driver": "zarr", "kvstore": base, "path": "experts"}).result()
     assert stored.chunk_layout.read_chunk.shape == (1, 1, 512, 512)
+
+
+def test_importing_checkpoints_leaves_orbax_for_later():
+    program = "import sys, k2jax.checkpoint; sys.exit('orbax.checkpoint' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
