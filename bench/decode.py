@@ -14,21 +14,18 @@ import sys
 import time
 from collections.abc import Callable
 
-CORES = 2
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if hasattr(os, "sched_setaffinity"):  # before JAX and torch count their threads
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
 
 import jax
 import numpy as np
+from k2jax.configs import load
 
 import k2jax
 from k2jax.config import PUBLISHED, ModelConfig
-from k2jax.configs import load
 from k2jax.model import Kimi, Model
 from k2jax.params import initial, specs
 
-PROMPT, NEW, BATCHES = 128, 128, (1, 8)
+PROMPT, NEW, BATCHES, CORES = 128, 128, (1, 8), 2
 
 
 def ours(cfg: ModelConfig) -> Callable[[np.ndarray], int]:
@@ -72,6 +69,8 @@ def _parameters(cfg: ModelConfig) -> int:
 
 def main(runs: int) -> None:
     """Time both in turns and print the medians."""
+    if hasattr(os, "sched_setaffinity"):  # before JAX counts its threads
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     cfg = load("tiny").model
     peers = {"k2jax": ours(cfg)}
     with contextlib.suppress(ImportError):

@@ -35,9 +35,7 @@ def kimi_k2_0905() -> RunConfig:
 
 def kimi_k2_thinking() -> RunConfig:
     """K2-Thinking: as 0905 with epsilon 1e-5. `k2jax describe kimi_k2_thinking`."""
-    return _release(
-        "kimi_k2_thinking", yarn=Yarn(factor=64.0), context=262_144, norm_eps=1e-5
-    )
+    return _release("kimi_k2_thinking", yarn=Yarn(factor=64.0), context=262_144, norm_eps=1e-5)
 
 
 def kimi_k2_5() -> RunConfig:

@@ -63,8 +63,6 @@ def small() -> RunConfig:
         ),
         data=DataConfig(rows=32, context=512),
         optim=OptimConfig(learning_rate=1e-2, warmup=50, decay=0.5, ns_dtype="float32"),
-        train=TrainConfig(
-            steps=1_000, dtype="float32", remat="none", eval_every=100, eval_rows=32
-        ),
+        train=TrainConfig(steps=1_000, dtype="float32", remat="none", eval_every=100, eval_rows=32),
         mesh=MeshConfig(data=2, expert=2, model=2),
     )

@@ -127,7 +127,9 @@ def _draw(name: str, leaf: ParamSpec, seed: int, std: float) -> jax.Array:
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
-def abstract(specs: Mapping[str, ParamSpec], dtype: str = "float32") -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(
+    specs: Mapping[str, ParamSpec], dtype: str = "float32"
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype and layout of every parameter on the mesh in use, real or pretended."""
     if meshless():
         return {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in specs.items()}

@@ -7,13 +7,12 @@ if __name__ != "k2jax.sharding":
     raise ImportError("import k2jax.sharding, not sharding; run `pip install -e .` once")
 
 from k2jax.sharding.mesh import make, pretend
-from k2jax.sharding.rules import BATCH, check, compute_spec, factors, meshless, place, spec, storage_spec
+from k2jax.sharding.rules import BATCH, check, compute_spec, meshless, place, spec, storage_spec
 
 __all__ = [
     "BATCH",
     "check",
     "compute_spec",
-    "factors",
     "make",
     "meshless",
     "place",

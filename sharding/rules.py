@@ -91,10 +91,4 @@ def _near(size: int, ways: int) -> str:
     return f"{below} would divide it" if not above else f"{below} or {above[0]} would divide it"
 
 
-def factors(axes: Iterable[str]) -> int:
-    """Devices along these axes of the mesh in use."""
-    shape = jax.sharding.get_abstract_mesh().shape
-    return math.prod(shape[axis] for axis in axes)
-
-
 assert {axis for split in TRAIN.values() for axis in split} <= set(MESH_AXES)

@@ -73,8 +73,10 @@ def hidden(
 ) -> tuple[jax.Array, Aux]:
     """Normed activations `x_BTD` before the head, in `dtype`, and what the optimizer needs."""
     turn = rotation(batch.position, cfg)
-    x_BTD = used(w.embed, jnp.dtype(dtype)).at[batch.token].get(
-        out_sharding=spec("batch", "length", None)
+    x_BTD = (
+        used(w.embed, jnp.dtype(dtype))
+        .at[batch.token]
+        .get(out_sharding=spec("batch", "length", None))
     )
 
     def dense(x_BTD: jax.Array, layer: Layer):

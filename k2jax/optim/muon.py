@@ -1,5 +1,6 @@
 """Muon: momentum, made orthogonal by a Newton-Schulz iteration, scaled to AdamW's step size."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from k2jax.sharding import factors, meshless, storage_spec
+from k2jax.sharding import meshless, storage_spec
 from k2jax.spec import ParamSpec
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # [ML 2.2]
@@ -20,7 +21,7 @@ def newton_schulz(x: jax.Array, steps: int = 5, dtype: str = "bfloat16") -> jax.
 
     Each step maps a singular value s to a s + b s^3 + c s^5. Five steps take [0.01, 1] to
     [0.68, 1.14], which is near enough. The norm is float32, the iteration runs in `dtype`; the
-    result is in `dtype`. Zero matrices stay zero. On a mesh the stack dims, or the longer side of
+    result is float32. Zero matrices stay zero. On a mesh the stack dims, or the longer side of
     the matrices, may be split.
 
     Source: [ML] section 2.1 and toy_train.py.
@@ -34,9 +35,7 @@ def newton_schulz(x: jax.Array, steps: int = 5, dtype: str = "bfloat16") -> jax.
     stack = None if layout is None else P(*layout[:-2], None, None)
 
     def product(einsum: str, left: jax.Array, right: jax.Array, spec: P | None) -> jax.Array:
-        y = jnp.einsum(
-            einsum, left, right, out_sharding=spec, preferred_element_type=jnp.float32
-        )
+        y = jnp.einsum(einsum, left, right, out_sharding=spec, preferred_element_type=jnp.float32)
         return y.astype(dtype)
 
     for _ in range(steps):
@@ -49,7 +48,7 @@ def newton_schulz(x: jax.Array, steps: int = 5, dtype: str = "bfloat16") -> jax.
             x = a * x + product("...mi,...ij->...mj", x, poly, layout)
         else:
             x = a * x + product("...ij,...jm->...im", poly, x, layout)
-    return x
+    return x.astype(jnp.float32)
 
 
 class MuonState(NamedTuple):
@@ -93,31 +92,55 @@ def scale_by_muon(
 
 def _orthogonal(u: jax.Array, spec: ParamSpec, dtype: str) -> jax.Array:
     rows, columns = spec.matrix
-    shape, layout = (*spec.stack, rows, columns), _spread(spec)
-    x = u.reshape(shape) if layout is None else jnp.reshape(u, shape, out_sharding=layout)
-    x = newton_schulz(x, dtype=dtype).astype(jnp.float32)
-    x *= UPDATE_RMS * max(rows, columns) ** 0.5
-    if layout is None:
-        return x.reshape(u.shape)
+    scale = UPDATE_RMS * max(rows, columns) ** 0.5
+    shape = (*spec.stack, rows, columns)
+    if meshless():
+        return (scale * newton_schulz(u.reshape(shape), dtype=dtype)).reshape(u.shape)
+    path = _path(spec)
+    x = jnp.reshape(u, shape, out_sharding=path[0])
+    for layout in path[1:]:
+        x = jax.reshard(x, layout)
+    x = scale * newton_schulz(x, dtype=dtype)
+    for layout in path[-2::-1]:
+        x = jax.reshard(x, layout)
     return jnp.reshape(x, u.shape, out_sharding=storage_spec(spec.axes))
 
 
-def _spread(spec: ParamSpec) -> P | None:
-    """Where the matrices go for the iteration, so that no device repeats another's work.
+def _path(spec: ParamSpec) -> list[P]:
+    """Layouts from where a leaf rests, seen as matrices, to where it is iterated on.
 
-    Whole ones over all devices where the stack divides by them; else the longer side is split, and
-    the small products are summed over the mesh.
+    There no device repeats another's work: whole matrices over all devices where the stack divides
+    by them; else the longer side is split, and the small products are summed over the mesh. Mesh
+    axes move one at a time, each an all-to-all over that axis alone.
     """
-    if meshless():
-        return None
-    axes = jax.sharding.get_abstract_mesh().axis_names
-    stack, (rows, columns) = spec.stack, spec.matrix
-    nothing: list[tuple[str, ...] | None] = [None] * len(stack)
-    for dim, size in enumerate(stack):
-        if size % factors(axes) == 0:
-            nothing[dim] = axes
-            return P(*nothing, None, None)
-    while axes and max(rows, columns) % factors(axes):
-        axes = axes[1:]
-    split = axes or None
-    return P(*nothing, *((split, None) if rows > columns else (None, split)))
+    sizes = jax.sharding.get_abstract_mesh().shape
+    shape = (*spec.stack, *spec.matrix)
+    at = _resting(spec)
+    whole = [dim for dim in range(spec.stacked) if shape[dim] % math.prod(sizes.values()) == 0]
+    longer = len(shape) - (2 if shape[-2] > shape[-1] else 1)
+    target = whole[-1] if whole else longer
+    path = [P(*map(tuple, at))]
+
+    def take(axis: str) -> None:
+        if shape[target] % (sizes[axis] * math.prod(sizes[a] for a in at[target])) == 0:
+            at[target].append(axis)
+
+    for dim in range(len(shape)):
+        while dim != target and at[dim]:
+            take(at[dim].pop())
+            path.append(P(*map(tuple, at)))
+    for axis in sizes:
+        if not any(axis in entry for entry in at):
+            take(axis)
+    return [*path, P(*map(tuple, at))]
+
+
+def _resting(spec: ParamSpec) -> list[list[str]]:
+    """Mesh axes on each dim of the stacked [in, out] matrices of a leaf at rest."""
+    entries = [
+        [] if entry is None else [entry] if isinstance(entry, str) else list(entry)
+        for entry in storage_spec(spec.axes)
+    ]
+    cut = spec.stacked + spec.contracted
+    merged = [entries[spec.stacked : cut], entries[cut:]]
+    return entries[: spec.stacked] + [sum(group, []) for group in merged]

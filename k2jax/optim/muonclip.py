@@ -45,7 +45,9 @@ def muonclip(
     Source: [K2-TR] algorithm 1; [ML] section 2.
     """
     if tau is not None and specs is None:
-        raise ValueError("muonclip with tau needs specs: they say which leaves are queries and keys")
+        raise ValueError(
+            "muonclip with tau needs specs: they say which leaves are queries and keys"
+        )
 
     def rule(params: optax.Params) -> optax.GradientTransformationExtraArgs:
         return _recipe(_inferred(params) if specs is None else specs)
@@ -53,7 +55,9 @@ def muonclip(
     def _recipe(specs: Mapping[str, ParamSpec]) -> optax.GradientTransformationExtraArgs:
         groups = {
             "muon": scale_by_muon(specs, momentum, ns_dtype),
-            "adam": optax.scale_by_adam(**({"b1": 0.9, "b2": 0.95, "eps": 1e-8} | dict(adam or {}))),
+            "adam": optax.scale_by_adam(
+                **({"b1": 0.9, "b2": 0.95, "eps": 1e-8} | dict(adam or {}))
+            ),
         }
         labels = lambda params: {name: specs[name].group for name in params}
         chain = [
