@@ -95,11 +95,12 @@ def _total(
     import jax
 
     from k2jax.data import eval_batches
-    from k2jax.sharding import BATCH, factors, meshless
+    from k2jax.model.sample import batch_ways
+    from k2jax.sharding import meshless
     from k2jax.step import to_devices
 
     alone = meshless()
-    rows += 0 if alone else -rows % factors(BATCH)
+    rows += -rows % batch_ways()
     host, hosts = (0, 1) if alone else (jax.process_index(), jax.process_count())
     batches = eval_batches(store, rows, context, stride=stride, host=host, hosts=hosts)
     sums = [

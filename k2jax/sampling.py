@@ -144,13 +144,11 @@ def _run(
     settings: tuple[int, float, float, int],
 ) -> list[list[int]]:
     from k2jax.model import sample
-    from k2jax.sharding import BATCH, factors, meshless
 
     new, temperature, top_p, seed = settings
     kind = sample.GREEDY if not temperature else sample.PLAIN if top_p == 1 else sample.NUCLEUS
     with sample.decoding(model.params) as params:
-        spread = 1 if meshless() else factors(BATCH)
-        padded = [*rows, *[[0]] * (-len(rows) % spread)]
+        padded = [*rows, *[[0]] * (-len(rows) % sample.batch_ways())]
         token_BT = np.zeros((len(padded), bucket(max(map(len, padded)))), np.int32)
         for row, ids in zip(token_BT, padded, strict=True):
             row[: len(ids)] = ids

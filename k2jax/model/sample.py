@@ -6,6 +6,7 @@ only a new size, or another kind of choice, compiles anew.
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from k2jax.config import MESH_AXES, ModelConfig
 from k2jax.model.decode import prefill, step
 from k2jax.model.kimi import Kimi
 from k2jax.params import Params, bind
-from k2jax.sharding import meshless, place
+from k2jax.sharding import BATCH, meshless, place
 
 GREEDY, PLAIN, NUCLEUS = "greedy", "plain", "nucleus"
 STOPPED = -1  # in the place of a row's stop token and of everything behind it
@@ -103,6 +104,12 @@ def nucleus(y_BX: jax.Array, top_p: float | jax.Array) -> jax.Array:
     kept_BX = (before_BX < top_p).at[:, 0].set(True)
     least_B1 = jnp.where(kept_BX, sorted_BX, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(y_BX >= least_B1, y_BX, -jnp.inf)
+
+
+def batch_ways() -> int:
+    """What must divide the rows of a batch on the mesh in use."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return 1 if meshless() else math.prod(shape[axis] for axis in BATCH)
 
 
 @contextlib.contextmanager
