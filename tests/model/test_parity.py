@@ -184,8 +184,7 @@ def test_models_of_random_sizes_equal_transformers(name, seed):
 @pytest.mark.parity
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_forward_equals_transformers_in_bfloat16_within_rounding(name):
-    import torch
-
+    torch = pytest.importorskip("torch")
     fields, seed = varied(name, 11), 11
     exact = maker().oracle(fields, seed)
     theirs = maker().oracle(fields, seed, torch.bfloat16)
