@@ -15,6 +15,8 @@ import pytest
 from golden.cases import CASES, varied
 from golden.read import NAMES, Golden, golden, wrap
 
+import k2jax
+from k2jax.checkpoint.safetensors import write
 from k2jax.model import Kimi, head, hidden, kimi, moe, plain
 from k2jax.params import bind
 
@@ -198,3 +200,44 @@ def test_bfloat16_forward_equals_transformers_in_bfloat16_within_rounding(name):
     distance = lambda logits: np.sqrt(((logits - exact["logits"]) ** 2).mean())
     say(f"from float32: ours {distance(ours.logits):.4f}, theirs {distance(theirs['logits']):.4f}")
     assert distance(ours.logits) < 1.25 * distance(theirs["logits"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_tensors_load_into_the_parameters_the_golden_tests_use(name, tmp_path):
+    gold = golden(name)
+    tensors = {
+        key.removeprefix("weight/"): value
+        for key, value in gold.arrays.items()
+        if key.startswith("weight/")
+    }
+    write(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(str(gold["config"]))
+    assert_loaded(k2jax.load(tmp_path), gold)
+
+
+def assert_loaded(model: k2jax.Model, gold: Golden) -> None:
+    assert model.config == gold.cfg
+    right = gold.params()
+    assert model.params.keys() == right.keys()
+    for key, value in right.items():
+        np.testing.assert_array_equal(np.asarray(model.params[key], np.float32), value, key)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_that_transformers_saved_loads_and_computes_the_same(name, dtype, tmp_path):
+    torch = pytest.importorskip("torch")
+    model = maker().build(CASES[name], NAMES.index(name))
+    bias = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
+    kept = {n: b.clone() for n, b in bias.items()}
+    model = model.to(getattr(torch, dtype))
+    for n, b in model.named_buffers():
+        b.data = kept.get(n, b.data)  # transformers keeps the router bias in float32
+    model.save_pretrained(tmp_path)
+    loaded, gold = k2jax.load(tmp_path), golden(name)
+    assert_loaded(loaded, gold)
+    assert loaded.dtype == dtype
+    if dtype == "float32":
+        logits = k2jax.forward(loaded, gold["token"])
+        assert np.abs(logits - gold["logits"]).max() <= HIDDEN
