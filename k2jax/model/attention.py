@@ -11,7 +11,7 @@ from k2jax.model.layout import project
 from k2jax.model.norm import rms_norm
 from k2jax.model.rope import Rotation, rotate
 from k2jax.params import Declare
-from k2jax.sharding import place
+from k2jax.sharding import place, spec
 
 INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE modeling 665, 675]
 
@@ -87,25 +87,59 @@ def attend(
     return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None)), top_H
 
 
-@functools.partial(jax.checkpoint, static_argnums=(4,))
 def softmax_mix(
     q_BHTC: jax.Array, k_BHSC: jax.Array, v_BHSV: jax.Array, segment_BT: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Values mixed by causal softmax weights `y_BHTV`, and each head's largest logit `top_H`.
+    """Values mixed by causal softmax weights `y_BHTV`, and each head's largest logit `top_H`."""
+    y_BHTV, top_BHT = _mix(q_BHTC, k_BHSC, v_BHSV, masked(segment_BT), scale)
+    top_BHT = jnp.where((segment_BT > 0)[:, None], jax.lax.stop_gradient(top_BHT), -jnp.inf)
+    return y_BHTV, place(top_BHT.max(axis=(0, 2)), None)
 
-    The scores are computed again in the backward pass: keeping them costs more than making them.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _mix(q_BHTC, k_BHSC, v_BHSV, mask_BTS, scale):
+    """The mixture and each query's largest logit.
+
+    The backward pass makes the scores again from queries, keys and each row's log of the sum of
+    exponentials: keeping them would cost more than making them.
     """
-    logit_BHTS = jnp.einsum("bhtc,bhsc->bhts", q_BHTC, k_BHSC, preferred_element_type=jnp.float32)
-    logit_BHTS = logit_BHTS * scale + masked(segment_BT)[:, None]
-    top_BHT = jax.lax.stop_gradient(logit_BHTS.max(axis=-1))
-    weight_BHTS = jnp.exp(logit_BHTS - top_BHT[..., None])
-    sum_BHT1 = weight_BHTS.sum(axis=-1, keepdims=True)
-    y_BHTV = jnp.einsum(
-        "bhts,bhsv->bhtv", weight_BHTS.astype(v_BHSV.dtype), v_BHSV,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    top_H = jnp.where((segment_BT > 0)[:, None], top_BHT, -jnp.inf).max(axis=(0, 2))
-    return (y_BHTV / sum_BHT1).astype(v_BHSV.dtype), place(top_H, None)
+    return _mix_forward(q_BHTC, k_BHSC, v_BHSV, mask_BTS, scale)[0]
+
+
+def _product(einsum: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A float32 product of per-head arrays; `t` is split over the mesh, keys `s` are whole."""
+    split = {"b": "batch", "h": "heads", "t": "length"}
+    layout = spec(*(split.get(dim) for dim in einsum.split("->")[1]))
+    return jnp.einsum(einsum, a, b, out_sharding=layout, preferred_element_type=jnp.float32)
+
+
+def _mix_forward(q_BHTC, k_BHSC, v_BHSV, mask_BTS, scale):
+    score_BHTS = _product("bhtc,bhsc->bhts", q_BHTC, k_BHSC) * scale + mask_BTS[:, None]
+    top_BHT = score_BHTS.max(axis=-1)
+    weight_BHTS = jnp.exp(score_BHTS - top_BHT[..., None])
+    sum_BHT = weight_BHTS.sum(axis=-1)
+    y_BHTV = _product("bhts,bhsv->bhtv", weight_BHTS.astype(v_BHSV.dtype), v_BHSV)
+    y_BHTV = (y_BHTV / sum_BHT[..., None]).astype(v_BHSV.dtype)
+    saved = (q_BHTC, k_BHSC, v_BHSV, mask_BTS, y_BHTV, top_BHT + jnp.log(sum_BHT))
+    return (y_BHTV, top_BHT), saved
+
+
+def _mix_backward(scale, saved, grads):
+    q_BHTC, k_BHSC, v_BHSV, mask_BTS, y_BHTV, logsum_BHT = saved
+    dy_BHTV, dtype = grads[0], q_BHTC.dtype
+    # Keys before queries: two of the three products below then need no transposed scores.
+    score_BHST = _product("bhsc,bhtc->bhst", k_BHSC, q_BHTC) * scale + mask_BTS.mT[:, None]
+    weight_BHST = jnp.exp(score_BHST - logsum_BHT[:, :, None])
+    dv_BHSV = _product("bhst,bhtv->bhsv", weight_BHST.astype(dtype), dy_BHTV)
+    mean_BHT = (dy_BHTV * y_BHTV).astype(jnp.float32).sum(axis=-1)
+    dweight_BHST = _product("bhsv,bhtv->bhst", v_BHSV, dy_BHTV)
+    dscore_BHST = (weight_BHST * (dweight_BHST - mean_BHT[:, :, None]) * scale).astype(dtype)
+    dk_BHSC = _product("bhst,bhtc->bhsc", dscore_BHST, q_BHTC)
+    dq_BHTC = _product("bhst,bhsc->bhtc", dscore_BHST, k_BHSC)
+    return dq_BHTC.astype(dtype), dk_BHSC.astype(dtype), dv_BHSV.astype(dtype), None
+
+
+_mix.defvjp(_mix_forward, _mix_backward)
 
 
 def masked(segment_BT: jax.Array) -> jax.Array:

@@ -71,9 +71,9 @@ def by_groups(
     return _combine(y_MD, place_M, weight_NK)
 
 
-# By blocks. Block i holds up to `rows` sorted pairs of one expert. Its tokens are gathered, go
-# through the whole MLP while they are in cache, and are written back; a block may run into the
-# next expert's pairs, which are masked and then overwritten by the block they belong to.
+# By blocks. Block i holds up to `rows` sorted pairs of one expert, which go through the whole MLP
+# while they are in cache. A block may run into the next expert's pairs: what it writes there, that
+# expert overwrites, and what comes after the last one is multiplied by weight 0.
 
 
 def _block_rows(pairs: int, experts: int) -> int:
@@ -100,19 +100,24 @@ class _Blocks:
         pairs = order_M.shape[0]
         self.rows = _block_rows(pairs, size_E.shape[0])
         self.count, self.expert_I, self.first_I, self.size_I = _schedule(size_E, pairs, self.rows)
-        self.order_M = jnp.pad(order_M, (0, self.rows))
-        self.copies, self.padded = copies, pairs + self.rows
+        self.pair_M = jnp.pad(order_M, (0, self.rows))
+        self.token_M = self.pair_M // copies
 
-    def pairs(self, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Pair numbers of the block, and which of them are its own."""
-        pair_B = jax.lax.dynamic_slice_in_dim(self.order_M, self.first_I[i], self.rows)
-        return pair_B, jnp.arange(self.rows) < self.size_I[i]
+    def own(self, i: jax.Array) -> jax.Array:
+        """Which pairs of the block are its expert's."""
+        return jnp.arange(self.rows) < self.size_I[i]
 
     def read(self, a: jax.Array, i: jax.Array) -> jax.Array:
+        """The block's rows."""
         return jax.lax.dynamic_slice_in_dim(a, self.first_I[i], self.rows)
 
     def write(self, a: jax.Array, i: jax.Array, block: jax.Array) -> jax.Array:
+        """`a` with the block's rows replaced."""
         return jax.lax.dynamic_update_slice_in_dim(a, block.astype(a.dtype), self.first_I[i], 0)
+
+    def zeros(self, *width: int, dtype: jnp.dtype) -> jax.Array:
+        """An array with a row a pair."""
+        return jnp.zeros((*self.pair_M.shape, *width), dtype)
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -138,12 +143,11 @@ def by_blocks(
 def _forward(x_ND, order_M, place_M, size_E, weight_NK, weights):
     gate_EDF, up_EDF, down_EFD = weights
     walk = _Blocks(order_M, size_E, weight_NK.shape[1])
+    x_MD = x_ND[walk.token_M]
 
     def one(i, carry):
         y_MD, gate_MF, up_MF = carry
-        e = walk.expert_I[i]
-        pair_B, own_B = walk.pairs(i)
-        x_BD = jnp.where(own_B[:, None], x_ND[pair_B // walk.copies], 0)
+        e, x_BD = walk.expert_I[i], walk.read(x_MD, i)
         gate_BF, up_BF = _dot(x_BD, gate_EDF[e]), _dot(x_BD, up_EDF[e])
         y_BD = _dot(jax.nn.silu(gate_BF) * up_BF, down_EFD[e])
         return (
@@ -152,8 +156,8 @@ def _forward(x_ND, order_M, place_M, size_E, weight_NK, weights):
             walk.write(up_MF, i, up_BF),
         )
 
-    make = lambda width: jnp.zeros((walk.padded, width), x_ND.dtype)
-    start = (make(x_ND.shape[1]), *(make(gate_EDF.shape[2]) for _ in range(2)))
+    widths = (x_ND.shape[1], gate_EDF.shape[2], gate_EDF.shape[2])
+    start = tuple(walk.zeros(width, dtype=x_ND.dtype) for width in widths)
     y_MD, gate_MF, up_MF = jax.lax.fori_loop(0, walk.count, one, start)
     saved = (x_ND, order_M, place_M, size_E, weight_NK, weights, gate_MF, up_MF)
     return _combine(y_MD, place_M, weight_NK), saved
@@ -163,23 +167,22 @@ def _backward(saved, dy_ND):
     x_ND, order_M, place_M, size_E, weight_NK, weights, gate_MF, up_MF = saved
     gate_EDF, up_EDF, down_EFD = weights
     walk = _Blocks(order_M, size_E, weight_NK.shape[1])
-    weight_M = weight_NK.reshape(-1)
+    x_MD, dy_MD = x_ND[walk.token_M], dy_ND[walk.token_M]
+    weight_M = weight_NK.reshape(-1)[walk.pair_M]
 
     def one(i, carry):
         dx_MD, dweight_M, dgate_EDF, dup_EDF, ddown_EFD = carry
-        e = walk.expert_I[i]
-        pair_B, own_B = walk.pairs(i)
-        token_B = pair_B // walk.copies
-        x_BD = jnp.where(own_B[:, None], x_ND[token_B], 0)
-        dy_BD = jnp.where(own_B[:, None], dy_ND[token_B], 0)
+        e, own_B = walk.expert_I[i], walk.own(i)
+        x_BD, dy_BD = walk.read(x_MD, i), walk.read(dy_MD, i)
         gate_BF, up_BF = walk.read(gate_MF, i), walk.read(up_MF, i)
-        weight_B1 = weight_M[pair_B][:, None].astype(x_ND.dtype)
+        # Weight 0 for other experts' pairs keeps them out of this one's gradients.
+        weight_B1 = jnp.where(own_B, walk.read(weight_M, i), 0)[:, None].astype(x_ND.dtype)
 
         slope_BF = jax.nn.sigmoid(gate_BF)
         silu_BF = gate_BF * slope_BF
         h_BF = silu_BF * up_BF
         dh_BF = _dot(dy_BD, down_EFD[e].T)
-        dweight_B = (h_BF * dh_BF).astype(jnp.float32).sum(axis=1)
+        dweight_B = jnp.where(own_B, (h_BF * dh_BF).astype(jnp.float32).sum(axis=1), 0)
         dh_BF *= weight_B1
         dup_BF = dh_BF * silu_BF
         dgate_BF = dh_BF * up_BF * (slope_BF + silu_BF * (1 - slope_BF))
@@ -193,8 +196,8 @@ def _backward(saved, dy_ND):
         )
 
     start = (
-        jnp.zeros((walk.padded, x_ND.shape[1]), x_ND.dtype),
-        jnp.zeros((walk.padded,), jnp.float32),
+        walk.zeros(x_ND.shape[1], dtype=x_ND.dtype),
+        walk.zeros(dtype=jnp.float32),
         *(jnp.zeros(w.shape, jnp.float32) for w in weights),
     )
     dx_MD, dweight_M, *dweights = jax.lax.fori_loop(0, walk.count, one, start)

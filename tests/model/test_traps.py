@@ -14,13 +14,14 @@ import pytest
 from golden.read import golden
 
 from k2jax import configs
-from k2jax.config import ModelConfig, OptimConfig
+from k2jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from k2jax.model import Kimi, attention, hidden, plain
 from k2jax.model.norm import rms_norm
 from k2jax.model.rope import frequencies, rotate, rotation
 from k2jax.model.router import route
 from k2jax.optim import muonclip, newton_schulz, qk_clip, scale_by_muon, shrink
 from k2jax.params import bind, initial, specs
+from k2jax.step import build
 
 MODELS = {name: configs.load(name).model for name in configs.NAMES}
 
@@ -192,6 +193,28 @@ def test_trap_14_qk_clip_without_query_rank_clips_the_whole_query():
     cfg = dataclasses.replace(CLIPPED, q_rank=0)
     new = clipped(cfg, np.full((3, 3), 400.0))
     np.testing.assert_allclose(new["layers.attention.q"][0, 0, 0], [0.5] * 3 + [0.25] * 2)
+
+
+def test_trap_14_statistics_of_micro_batches_are_maximum_and_sum():
+    cfg = golden("kimi").cfg
+    params = jax.tree.map(jnp.asarray, golden("kimi").params())
+    token = jnp.asarray(np.random.default_rng(14).integers(0, cfg.vocab, (4, 12)), "int32")
+    rows = plain(token)._replace(weight=jnp.ones((4, 12)))
+    found = {}
+    for micro in (1, 2):
+        run = RunConfig(
+            model=cfg,
+            data=DataConfig(rows=4, context=12),
+            optim=OptimConfig(name="adamw"),
+            train=TrainConfig(dtype="float32", remat="none", accumulate=micro),
+        )
+        program = build(run)
+        cut = lambda a, micro=micro: a.reshape(micro, -1, a.shape[-1])
+        step = jax.jit(lambda p, b, program=program: program.step(program.init(p), b)[1])
+        found[micro] = step(params, jax.tree.map(cut, rows))
+    for name, right in found[1].items():
+        np.testing.assert_allclose(found[2][name], right, rtol=1e-4, err_msg=name)
+    np.testing.assert_array_equal(found[2]["expert_load"].sum(axis=1), 4 * 12 * 3)
 
 
 def test_trap_15_fused_weights_are_cut_inside_each_head():
