@@ -9,7 +9,8 @@ to the same slots in all rows, after the longest prompt. Slots and positions are
 different things: a row's next position is how many tokens it has.
 """
 
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,18 +25,39 @@ from k2jax.model.norm import rms_norm
 from k2jax.model.rope import Rotation, rotation
 from k2jax.sharding import place, spec
 
-# Stacks up to this deep are unrolled in a step: XLA then slices each layer's weights out of the
-# stack once before the loop over tokens, not at every token. Deeper ones would compile too long.
-UNROLLED = 16
+# Stacks up to this deep are taken apart before the loop over tokens, experts excepted; XLA would
+# otherwise copy each layer's weights out of the stack at every token. Deeper ones would compile
+# too long, and what is taken apart is kept twice.
+TAKEN_APART = 16
+
+Stack = Layer | tuple[Layer, ...]
 
 
 class Cache(NamedTuple):
     """What the tokens so far left for later ones; S counts slots, not positions."""
 
-    latent_LBSM: jax.Array  # compute dtype; normed latent, then rotated shared key
+    # For each stack latent_LBSM, or latent_BSM of each of its layers; compute dtype. The normed
+    # latent, then the rotated shared key.
+    latents: tuple[jax.Array | tuple[jax.Array, ...], ...]
     seen_BS: jax.Array  # bool, slots with a token
     position_B: jax.Array  # int32, of the next token
     slot: jax.Array  # int32 scalar, where the next token goes
+
+
+def stacks(w: Kimi, cfg: ModelConfig) -> tuple[Stack, ...]:
+    """The layers as `step` goes through them: a stack whole, or its layers one by one."""
+    return tuple(_apart(stack, depth) for stack, depth in _whole(w, cfg))
+
+
+def _whole(w: Kimi, cfg: ModelConfig) -> list[tuple[Layer, int]]:
+    dense = [(w.dense, cfg.dense_layers)] if cfg.dense_layers else []
+    return [*dense, (w.layers, cfg.moe_layers)]
+
+
+def _apart(stack: Any, depth: int) -> Any:
+    if depth > TAKEN_APART:
+        return stack
+    return tuple(jax.tree.map(operator.itemgetter(i), stack) for i in range(depth))
 
 
 def prefill(
@@ -66,12 +88,13 @@ def prefill(
         return x_BTD, left_BTM
 
     x_BTD, left = _embedded(w, token_BT, dtype), []
-    for stack in _stacks(w, cfg):
-        x_BTD, left_LBTM = jax.lax.scan(layer, x_BTD, stack)
-        left.append(left_LBTM)
     room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
+    for stack, depth in _whole(w, cfg):
+        x_BTD, left_LBTM = jax.lax.scan(layer, x_BTD, stack)
+        left_LBSM = place(jnp.pad(left_LBTM, room), None, "batch", None, None)
+        left.append(_apart(left_LBSM, depth))
     cache = Cache(
-        place(jnp.pad(jnp.concatenate(left), room), None, "batch", None, None),
+        tuple(left),
         place(jnp.arange(slots) < length_B[:, None], "batch", None),
         length_B,
         jnp.int32(length),
@@ -82,40 +105,51 @@ def prefill(
 
 
 def step(
-    w: Kimi, cache: Cache, token_B: jax.Array, cfg: ModelConfig, dtype: str
-) -> tuple[jax.Array, Cache]:
+    w: Kimi, layers: tuple[Stack, ...], cache: Cache, token_B: jax.Array, cfg: ModelConfig,
+    dtype: str,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Logits after one more token in every row, float32 [batch, vocab], and the longer cache.
 
     The caller sees to it that the cache has a free slot.
+
+    Args:
+        w: weights.
+        layers: `stacks` of them, made once for all steps.
+        cache: from `prefill` or the last step.
+        token_B: int32, one a row.
+        cfg: sizes.
+        dtype: to compute in.
     """
     seen_BS = cache.seen_BS | (jnp.arange(cache.seen_BS.shape[1]) == cache.slot)
     turn = rotation(cache.position_B[:, None], cfg)
-    x_BTD = _embedded(w, token_B[:, None], dtype)
-    latent_LBSM, first = cache.latent_LBSM, 0
+    experts = w.layers.moe.experts
 
-    def layer(carry: tuple[jax.Array, jax.Array], at: tuple[jax.Array, Layer]):
-        (x_BTD, latent_LBSM), (index, w) = carry, at
+    def layer(x_BTD: jax.Array, at: tuple[int | jax.Array, Layer, jax.Array]):
+        index, w, latent_BSM = at
         u_BTD = rms_norm(x_BTD, w.attention_norm[...], cfg.norm_eps)
         left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg), axis=-1)
         left_BTM = place(left_BTM, "batch", None, None)
-        start = (first + index, 0, cache.slot, 0)
-        latent_LBSM = jax.lax.dynamic_update_slice(latent_LBSM, left_BTM[None], start)
-        latent_BSM = jax.lax.dynamic_index_in_dim(latent_LBSM, first + index, keepdims=False)
+        latent_BSM = jax.lax.dynamic_update_slice(latent_BSM, left_BTM, (0, cache.slot, 0))
         x_BTD += absorbed(w.attention, u_BTD, turn, latent_BSM, seen_BS, cfg)
         u_BTD = rms_norm(x_BTD, w.mlp_norm[...], cfg.norm_eps)
         if hasattr(w, "moe"):
             x_BTD += mixture_of_few(w.moe, experts, index, u_BTD, cfg)
         else:
             x_BTD += gated(w.mlp, u_BTD)
-        return (x_BTD, latent_LBSM), None
+        return x_BTD, latent_BSM
 
-    experts = w.layers.moe.experts
-    for depth, stack in zip(_depths(cfg), _stacks(w, cfg), strict=True):
-        (x_BTD, latent_LBSM), _ = jax.lax.scan(
-            layer, (x_BTD, latent_LBSM), (jnp.arange(depth), stack), unroll=depth <= UNROLLED or 1
-        )
-        first += depth
-    cache = Cache(latent_LBSM, seen_BS, cache.position_B + 1, cache.slot + 1)
+    x_BTD, left = _embedded(w, token_B[:, None], dtype), []
+    for stack, old in zip(layers, cache.latents, strict=True):
+        if isinstance(stack, tuple):
+            new = []
+            for at in zip(range(len(stack)), stack, old, strict=True):
+                x_BTD, latent_BSM = layer(x_BTD, at)
+                new.append(latent_BSM)
+            left.append(tuple(new))
+        else:
+            x_BTD, latent_LBSM = jax.lax.scan(layer, x_BTD, (jnp.arange(len(old)), stack, old))
+            left.append(latent_LBSM)
+    cache = Cache(tuple(left), seen_BS, cache.position_B + 1, cache.slot + 1)
     return _logits(w, x_BTD, cfg), cache
 
 
@@ -129,9 +163,10 @@ def absorbed(
     up_RHW = used(w.kv_up, x_BTD.dtype)
     q_BHTR = jnp.einsum("bhtu,rhu->bhtr", q_BHTU, up_RHW[..., : cfg.nope], out_sharding=heads)
     q_BHTM = jnp.concatenate([q_BHTR, q_BHTP], axis=-1)
+    # The cache first: its rows are then read as they lie, by a CPU too.
     logit_BHTS = jnp.einsum(
-        "bhtm,bsm->bhts", q_BHTM, latent_BSM, preferred_element_type=jnp.float32
-    )
+        "bsm,bhtm->bsht", latent_BSM, q_BHTM, preferred_element_type=jnp.float32
+    ).transpose(0, 2, 3, 1)
     logit_BHTS = jnp.where(seen_BS[:, None, None], logit_BHTS * cfg.softmax_scale, -jnp.inf)
     weight_BHTS = jnp.exp(logit_BHTS - logit_BHTS.max(axis=-1, keepdims=True))
     mixed_BHTM = jnp.einsum(
@@ -142,14 +177,6 @@ def absorbed(
     mixed_BHTR = (mixed_BHTM[..., : cfg.kv_rank] / sum_BHT1).astype(x_BTD.dtype)
     y_BHTV = jnp.einsum("bhtr,rhv->bhtv", mixed_BHTR, up_RHW[..., cfg.nope :], out_sharding=heads)
     return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None))
-
-
-def _stacks(w: Kimi, cfg: ModelConfig) -> list[Layer]:
-    return [w.dense, w.layers] if cfg.dense_layers else [w.layers]
-
-
-def _depths(cfg: ModelConfig) -> list[int]:
-    return [cfg.dense_layers, cfg.moe_layers] if cfg.dense_layers else [cfg.moe_layers]
 
 
 def _embedded(w: Kimi, token_BT: jax.Array, dtype: str) -> jax.Array:

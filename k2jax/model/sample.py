@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.config import MESH_AXES, ModelConfig
-from k2jax.model.decode import prefill, step
+from k2jax.model.decode import prefill, stacks, step
 from k2jax.model.kimi import Kimi
 from k2jax.params import Params, bind
 from k2jax.sharding import BATCH, meshless, place
@@ -55,6 +55,7 @@ def extend(
     token_BT = place(jnp.asarray(request.token_BT), "batch", "length")
     length_B = place(jnp.asarray(request.length_B), "batch")
     rows, length = token_BT.shape
+    layers = stacks(w, cfg)
 
     def choose(y_BX: jax.Array, i: jax.Array, done_B: jax.Array, new_BN: jax.Array):
         token_B = pick(place(y_BX, None, None), i, request, kind)
@@ -68,7 +69,7 @@ def extend(
 
     def one(state):
         (i, token_B, done_B, new_BN), cache = state
-        y_BX, cache = step(w, cache, place(token_B, "batch"), cfg, dtype)
+        y_BX, cache = step(w, layers, cache, place(token_B, "batch"), cfg, dtype)
         return choose(y_BX, i, done_B, new_BN), cache
 
     y_BX, cache = prefill(w, token_BT, length_B, cfg, length + room, dtype)

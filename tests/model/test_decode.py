@@ -48,7 +48,9 @@ def stepped(cfg, params, token_BT, lengths, slots, pad=0):
     w = functools.partial(bind, Kimi(cfg))
     prompt = np.where(np.arange(8) < lengths[:, None], token_BT[:, :8], pad)
     prefill = jax.jit(lambda p, t, n: decode.prefill(w(p), t, n, cfg, slots, "float32"))
-    step = jax.jit(lambda p, c, t: decode.step(w(p), c, t, cfg, "float32"))
+    step = jax.jit(
+        lambda p, c, t: decode.step(w(p), decode.stacks(w(p), cfg), c, t, cfg, "float32")
+    )
     y_BX, cache = prefill(params, *map(jnp.asarray, (prompt, lengths)))
     found = [y_BX]
     for i in range(STEPS):
@@ -81,10 +83,10 @@ def test_neither_padding_nor_a_longer_cache_changes_anything():
     np.testing.assert_allclose(found, at_once(KIMI, params, token_BT, LENGTHS), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("unrolled", [0, 16])
-def test_a_deep_stack_is_looped_over_with_the_same_result(monkeypatch, unrolled):
+@pytest.mark.parametrize("deepest", [0, 16])
+def test_a_deep_stack_is_looped_over_with_the_same_result(monkeypatch, deepest):
     cfg = dataclasses.replace(KIMI, dense_layers=0)
-    monkeypatch.setattr(decode, "UNROLLED", unrolled)
+    monkeypatch.setattr(decode, "TAKEN_APART", deepest)
     params, token_BT = drawn(cfg), rows_of(cfg)
     found = stepped(cfg, params, token_BT, LENGTHS, slots=12)
     np.testing.assert_allclose(found, at_once(cfg, params, token_BT, LENGTHS), atol=1e-5, rtol=0)
