@@ -1,7 +1,7 @@
 """Run the README's shell commands as printed, in its order, from the project's root.
 
-A block that starts with ```sh is run line by line; `make train` and `make test` are left out, because
-.ci/run calls them itself. Blocks marked ```console are not commands to run here.
+A block that starts with ```sh is run line by line; `make train` and `make test` are left out,
+because .ci/run calls them itself. Blocks marked ```console are not commands to run here.
 """
 
 import os

@@ -27,10 +27,12 @@ def tiny() -> RunConfig:
             experts_per_token=4,
             context=256,
         ),
-        data=DataConfig(rows=16, context=256),
-        optim=OptimConfig(learning_rate=2e-2, warmup=10, decay=0.5, ns_dtype="float32"),
+        data=DataConfig(rows=8, context=256),
+        optim=OptimConfig(
+            learning_rate=2e-2, warmup=5, decay=0.5, bias_rate=2e-2, ns_dtype="float32"
+        ),
         train=TrainConfig(
-            steps=150, dtype="float32", remat="none", eval_every=25, eval_rows=32, save_every=50
+            steps=100, dtype="float32", remat="none", eval_every=25, eval_rows=16, save_every=50
         ),
         mesh=MeshConfig(data=2, expert=2, model=2),
     )

@@ -1,11 +1,11 @@
-"""Kimi K2 in JAX and Flax: train, evaluate, sample, convert, plan."""
+"""Kimi K2 in JAX and Flax: train, evaluate and sample a mixture of experts."""
 
 import importlib
 from typing import Any
 
 __version__ = "0.1.0"
 
-# Imported on first use, so that `import k2jax` and `import k2jax.optim` load neither flax nor orbax.
+# Imported on first use, so that `import k2jax` and `import k2jax.optim` stay light.
 _HOMES = {
     "ConfigError": "k2jax.config",
     "ModelConfig": "k2jax.config",
@@ -18,7 +18,7 @@ _HOMES = {
     "muonclip": "k2jax.optim",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

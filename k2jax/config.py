@@ -178,7 +178,7 @@ class OptimConfig:
     b2: float = knob(0.95, "AdamW's second decay")
     eps: float = knob(1e-8, "AdamW's epsilon")
     tau: float = knob(100.0, "QK-Clip: largest attention logit before a head is shrunk")
-    clip_norm: float = knob(0.0, "largest global gradient norm; 0: no clipping, as in K2-TR")
+    clip_norm: float = knob(0.0, "largest global gradient norm; 0: no clipping")
     bias_rate: float = knob(1e-3, "router bias moved a step towards balance; 0: fixed")
     aux_loss: float = knob(0.0, "weight of the sequence-wise balance loss; 0: none")
 
@@ -291,7 +291,8 @@ def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
         "train.accumulate": train.accumulate, "train.save_every": train.save_every,
         "train.keep": train.keep, "train.log_every": train.log_every,
         "train.eval_rows": train.eval_rows,
-    } | {f"mesh.{axis}": size for axis, size in zip(MESH_AXES, mesh.shape, strict=True)}  # fmt: skip
+    }  # fmt: skip
+    least |= {f"mesh.{axis}": size for axis, size in zip(MESH_AXES, mesh.shape, strict=True)}
     for name, value in least.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")

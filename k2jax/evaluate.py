@@ -159,9 +159,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the scores, and what gzip and xz need for the same text; the exit code."""
     documents = texts(args.data)
+    from k2jax import startup
     from k2jax.data import compressors
     from k2jax.loading import load
 
+    startup.prepare()
     model = load(args.checkpoint)
     context = min(model.config.context, LONGEST)
     result = score(model, documents, args.rows, context, args.stride)

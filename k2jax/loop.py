@@ -29,7 +29,9 @@ Say = Callable[[str], None]
 PROMPT = "def "
 
 
-def train(run: RunConfig, out: str | Path, *, init: str = "", say: Say = print) -> Model:
+def train(
+    run: RunConfig, out: str | Path, *, init: str = "", say: Say = print, began: float | None = None
+) -> Model:
     """Train to `run.train.steps`, or go on from the newest checkpoint in `out`.
 
     Leaves in `out`: `checkpoints/`, `metrics.jsonl` (one line a step), `loss.png`, `config.json`,
@@ -40,6 +42,7 @@ def train(run: RunConfig, out: str | Path, *, init: str = "", say: Say = print) 
         out: folder of the run.
         init: weights to start from; a checkpoint in `out` wins over it.
         say: told each line worth printing.
+        began: when the command started, on `time.perf_counter`'s clock; now, if not given.
 
     Returns:
         The trained model, on the mesh of the run.
@@ -48,19 +51,17 @@ def train(run: RunConfig, out: str | Path, *, init: str = "", say: Say = print) 
         ConfigError: the run cannot work here; nothing that was saved is lost.
     """
     out = Path(out)
-    mesh = sharding.make(run.mesh)
-    with jax.set_mesh(mesh):
-        return _Training(run, out, say).go(init)
+    with jax.set_mesh(sharding.make(run.mesh)):
+        return _Training(run, out, say, time.perf_counter() if began is None else began).go(init)
 
 
 class _Training:
     """One call of `train`: what its parts share."""
 
-    def __init__(self, run: RunConfig, out: Path, say: Say):
-        self.run, self.out, self.say = run, out, say
+    def __init__(self, run: RunConfig, out: Path, say: Say, began: float):
+        self.run, self.out, self.say, self.began = run, out, say, began
         self.program: Program = build(run)
         sharding.check(self.program.specs, run.mesh, run.data.context)
-        self.began = time.perf_counter()
 
     def go(self, init: str) -> Model:
         with (
@@ -124,7 +125,7 @@ class _Training:
         batches = Batches(data.train, run.data.rows, run.data.context, run.data.seed)
         fetch = lambda step: batches.batch(step, **hosts)
         step_fn, _ = programs.result()
-        rows = contextlib.closing(prefetch(fetch, start, run.train.steps - start))
+        rows: Any = contextlib.closing(prefetch(fetch, start, run.train.steps - start))  # type: ignore[type-var]
         metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule)
         progress = Progress(run, start, self.say, self.began)
         step = start
@@ -198,7 +199,14 @@ def _compile(program: Program, mesh: jax.sharding.Mesh) -> _Programs:
     with jax.set_mesh(mesh):
         state, batch = program.abstract_state(), program.abstract_batch()
         step = jax.jit(program.step, donate_argnums=0).lower(state, batch).compile()
-        return step, jax.jit(program.evaluate)
+        rows = jax.tree.map(lambda a: _without_first_dim(a, mesh), batch)
+        evaluate = jax.jit(program.evaluate).lower(state.params, rows).compile()
+        return step, evaluate
+
+
+def _without_first_dim(a: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    place = jax.NamedSharding(mesh, sharding.storage_spec(("batch", "length")))
+    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=place)
 
 
 def _eval_shape(run: RunConfig) -> tuple[int, int]:

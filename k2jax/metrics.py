@@ -102,13 +102,11 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
         picture: the PNG to write.
         title: above it.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # pyplot would switch a notebook's own plots
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
 
     def draw(axes: Any, name: str, label: str, **style: Any) -> None:
         points = [(line["step"], line[name]) for line in lines if name in line]
@@ -128,4 +126,3 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(picture, dpi=110)
-    plt.close(figure)

@@ -75,7 +75,7 @@ class Declare:
 def specs(module: nnx.Module) -> dict[str, ParamSpec]:
     """Name and declaration of every parameter."""
     flat = nnx.to_flat_state(nnx.state(module))
-    return {".".join(path): leaf.get_metadata("spec") for path, leaf in flat}
+    return {".".join(map(str, path)): leaf.get_metadata("spec") for path, leaf in flat}
 
 
 def bind(module: Module, params: Mapping[str, jax.Array]) -> Module:
@@ -85,7 +85,10 @@ def bind(module: Module, params: Mapping[str, jax.Array]) -> Module:
         KeyError: a parameter is missing.
     """
     graph, state = nnx.split(module)
-    flat = [(path, leaf.replace(params[".".join(path)])) for path, leaf in nnx.to_flat_state(state)]
+    flat = [
+        (path, leaf.replace(params[".".join(map(str, path))]))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
@@ -112,7 +115,8 @@ def _draw(name: str, leaf: ParamSpec, seed: int, std: float) -> jax.Array:
         rng = np.random.default_rng([seed, zlib.crc32(name.encode()), *index])
         return rng.standard_normal(inner, np.float32) * np.float32(std)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         ranges = [range(n)[cut] for n, cut in zip(leaf.stack, index, strict=False)]
         shape = tuple(len(range(n)[cut]) for n, cut in zip(leaf.shape, index, strict=True))
         out = np.empty(shape, np.float32)

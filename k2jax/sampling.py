@@ -66,7 +66,10 @@ def prompt_ids(model: "Model", prompts: Prompts) -> list[list[int]]:
         raise ConfigError("prompts is one text; give a list of texts: [text]")
     if not len(prompts):
         raise ConfigError("there are no prompts; give at least one, it may be an empty text")
-    rows = [_ids(model, prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+    rows = [
+        _ids(model, prompt, f"prompt {number}")  # type: ignore[arg-type]
+        for number, prompt in enumerate(prompts)
+    ]
     for number, row in enumerate(rows):
         if not row:
             raise ConfigError(f"prompt {number} has no token ids; give at least one, such as [BOS]")
@@ -188,8 +191,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print every prompt with its continuation; the exit code."""
+    from k2jax import startup
     from k2jax.loading import load
 
+    startup.prepare()
     model = load(args.checkpoint)
     began = time.perf_counter()
     found = generate(

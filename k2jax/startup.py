@@ -1,15 +1,13 @@
 """What has to be set before jax starts its backends."""
 
-import ctypes
 import os
-import sys
 
 import jax
 
 from k2jax.data.store import default_cache
 
 
-def prepare(devices: int) -> None:
+def prepare(devices: int = 1) -> None:
     """Emulate `devices` devices where there is only a CPU, and keep compiled programs.
 
     Call it before anything is computed. Where a GPU or TPU is found, only the program cache is
@@ -21,19 +19,3 @@ def prepare(devices: int) -> None:
         jax.config.update("jax_compilation_cache_dir", str(default_cache() / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's notes on layouts are for its authors
-    if sys.platform == "linux":
-        _keep_memory()
-
-
-def _keep_memory() -> None:
-    """Let glibc keep freed buffers, which XLA's CPU backend asks for again in every step.
-
-    Returned to the system they cost a page fault for every 4 KiB, a tenth of a small step.
-    """
-    trim_threshold, mmap_max = -1, -4  # malloc.h's M_TRIM_THRESHOLD and M_MMAP_MAX
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library: nothing to tune
-        return
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(mmap_max, 0)

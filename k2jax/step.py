@@ -53,7 +53,7 @@ class Program:
         place = mesh and jax.NamedSharding(mesh, micro_spec())
         array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=place)
         kinds = Batch(*(jnp.int32,) * len(Batch._fields))._replace(weight=jnp.float32)
-        return Batch(*map(array, kinds))
+        return Batch(*map(array, kinds))  # type: ignore[arg-type]
 
     def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         """The next state and the step's metrics.
@@ -171,7 +171,7 @@ def _squares(tree: Params) -> jax.Array:
     """Sum of all squares. As products of arrays with themselves, which need no second array."""
     dims = lambda a: "abcdef"[: a.ndim]
     square = lambda a: jnp.einsum(f"{dims(a)},{dims(a)}->", a, a, out_sharding=sharding.spec())
-    return sum(map(square, tree.values()))
+    return sum(map(square, tree.values()), jnp.zeros(()))
 
 
 def micro_spec() -> P:

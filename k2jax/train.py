@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+import time
 from pathlib import Path
 
 from k2jax import configs
@@ -37,6 +38,7 @@ def _fields(node: object, prefix: str) -> list[str]:
 
 def main(args: argparse.Namespace) -> int:
     """Train; the exit code."""
+    began = time.perf_counter()
     run = override(configs.load(args.config), args.settings)
     validate(run, args.settings)
     out = Path(args.out or Path("runs") / run.name)
@@ -48,7 +50,7 @@ def main(args: argparse.Namespace) -> int:
     startup.prepare(run.mesh.devices)
     from k2jax.loop import train
 
-    train(run, out, init=args.init, say=_say)
+    train(run, out, init=args.init, say=_say, began=began)
     return 0
 
 

@@ -46,8 +46,8 @@ def test_a_mistake_is_one_line(words, says, capsys):
 
 def test_a_mistake_answers_before_jax_loads():
     code = (
-        "import sys; from k2jax.cli import main; code = main(['train', 'tiny', '--train.step', '3']);"
-        "print(code, 'jax' in sys.modules)"
+        "import sys; from k2jax.cli import main;"
+        "print(main(['train', 'tiny', '--train.step', '3']), 'jax' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.split() == ["2", "False"]

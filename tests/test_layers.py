@@ -24,7 +24,7 @@ LAYERS = [  # a room may import from lines above its own, never from its own lin
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # What sampling and evaluation load late, inside their functions, comes from anywhere below cli.
-LATE = {("sampling", "loading"), ("train", "startup")}
+LATE = {("sampling", "loading"), ("sampling", "startup")}
 
 
 def sources():

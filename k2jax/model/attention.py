@@ -91,19 +91,19 @@ def softmax_mix(
     q_BHTC: jax.Array, k_BHSC: jax.Array, v_BHSV: jax.Array, segment_BT: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Values mixed by causal softmax weights `y_BHTV`, and each head's largest logit `top_H`."""
-    y_BHTV, top_BHT = _mix(q_BHTC, k_BHSC, v_BHSV, masked(segment_BT), scale)
+    y_BHTV, top_BHT = _mix(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)
     top_BHT = jnp.where((segment_BT > 0)[:, None], jax.lax.stop_gradient(top_BHT), -jnp.inf)
     return y_BHTV, place(top_BHT.max(axis=(0, 2)), None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _mix(q_BHTC, k_BHSC, v_BHSV, mask_BTS, scale):
+def _mix(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
     """The mixture and each query's largest logit.
 
     The backward pass makes the scores again from queries, keys and each row's log of the sum of
     exponentials: keeping them would cost more than making them.
     """
-    return _mix_forward(q_BHTC, k_BHSC, v_BHSV, mask_BTS, scale)[0]
+    return _mix_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)[0]
 
 
 def _product(einsum: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -113,22 +113,24 @@ def _product(einsum: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(einsum, a, b, out_sharding=layout, preferred_element_type=jnp.float32)
 
 
-def _mix_forward(q_BHTC, k_BHSC, v_BHSV, mask_BTS, scale):
+def _mix_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
+    mask_BTS = masked(segment_BT)
     score_BHTS = _product("bhtc,bhsc->bhts", q_BHTC, k_BHSC) * scale + mask_BTS[:, None]
     top_BHT = score_BHTS.max(axis=-1)
     weight_BHTS = jnp.exp(score_BHTS - top_BHT[..., None])
     sum_BHT = weight_BHTS.sum(axis=-1)
     y_BHTV = _product("bhts,bhsv->bhtv", weight_BHTS.astype(v_BHSV.dtype), v_BHSV)
     y_BHTV = (y_BHTV / sum_BHT[..., None]).astype(v_BHSV.dtype)
-    saved = (q_BHTC, k_BHSC, v_BHSV, mask_BTS, y_BHTV, top_BHT + jnp.log(sum_BHT))
+    saved = (q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, top_BHT + jnp.log(sum_BHT))
     return (y_BHTV, top_BHT), saved
 
 
 def _mix_backward(scale, saved, grads):
-    q_BHTC, k_BHSC, v_BHSV, mask_BTS, y_BHTV, logsum_BHT = saved
+    q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, logsum_BHT = saved
     dy_BHTV, dtype = grads[0], q_BHTC.dtype
     # Keys before queries: two of the three products below then need no transposed scores.
-    score_BHST = _product("bhsc,bhtc->bhst", k_BHSC, q_BHTC) * scale + mask_BTS.mT[:, None]
+    mask_BST = masked(segment_BT, keys_first=True)
+    score_BHST = _product("bhsc,bhtc->bhst", k_BHSC, q_BHTC) * scale + mask_BST[:, None]
     weight_BHST = jnp.exp(score_BHST - logsum_BHT[:, :, None])
     dv_BHSV = _product("bhst,bhtv->bhsv", weight_BHST.astype(dtype), dy_BHTV)
     mean_BHT = (dy_BHTV * y_BHTV).astype(jnp.float32).sum(axis=-1)
@@ -142,10 +144,16 @@ def _mix_backward(scale, saved, grads):
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
-def masked(segment_BT: jax.Array) -> jax.Array:
-    """Added to the logits: 0 for keys of a query's own document up to itself, else -inf."""
+def masked(segment_BT: jax.Array, keys_first: bool = False) -> jax.Array:
+    """Added to the logits: 0 for keys of a query's own document up to itself, else -inf.
+
+    [batch, queries, keys]; queries are split over the mesh, keys are whole.
+    """
     segment_BS = place(segment_BT, "batch", None)
     order_S = jnp.arange(segment_BT.shape[1])
     order_T = place(order_S, "length")
-    same_BTS = segment_BT[:, :, None] == segment_BS[:, None, :]
-    return jnp.where(same_BTS & (order_T[:, None] >= order_S), 0.0, -jnp.inf)
+    if keys_first:
+        same = segment_BS[:, :, None] == segment_BT[:, None, :]
+        return jnp.where(same & (order_S[:, None] <= order_T), 0.0, -jnp.inf)
+    same = segment_BT[:, :, None] == segment_BS[:, None, :]
+    return jnp.where(same & (order_T[:, None] >= order_S), 0.0, -jnp.inf)

@@ -133,7 +133,7 @@ def step(
         x_BTD += absorbed(w.attention, u_BTD, turn, latent_BSM, seen_BS, cfg)
         u_BTD = rms_norm(x_BTD, w.mlp_norm[...], cfg.norm_eps)
         if hasattr(w, "moe"):
-            x_BTD += mixture_of_few(w.moe, experts, index, u_BTD, cfg)
+            x_BTD += mixture_of_few(w.moe, experts, jnp.asarray(index), u_BTD, cfg)
         else:
             x_BTD += gated(w.mlp, u_BTD)
         return x_BTD, latent_BSM
@@ -147,7 +147,11 @@ def step(
                 new.append(latent_BSM)
             left.append(tuple(new))
         else:
-            x_BTD, latent_LBSM = jax.lax.scan(layer, x_BTD, (jnp.arange(len(old)), stack, old))
+            x_BTD, latent_LBSM = jax.lax.scan(
+                layer,
+                x_BTD,
+                (jnp.arange(len(old)), stack, old),  # type: ignore[arg-type]
+            )
             left.append(latent_LBSM)
     cache = Cache(tuple(left), seen_BS, cache.position_B + 1, cache.slot + 1)
     return _logits(w, x_BTD, cfg), cache

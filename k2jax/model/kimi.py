@@ -27,7 +27,7 @@ class Aux(NamedTuple):
     """What the optimizer and the metrics need to know of a forward pass."""
 
     logit_max: jax.Array  # float32 [layers, heads], dense layers first
-    load: jax.Array  # float32 [moe_layers, experts], tokens
+    load: jax.Array  # float32 [moe_layers, experts], choices that fell on each
     aux_loss: jax.Array  # float32 scalar, mean over layers, before its weight
 
 

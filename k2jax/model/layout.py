@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from k2jax.spec import STACK_AXES
 from k2jax.sharding import compute_spec, meshless, spec
+from k2jax.spec import STACK_AXES
 
 if TYPE_CHECKING:
     from flax import nnx

@@ -21,7 +21,6 @@ from k2jax.ops.experts import expert_mlp
 from k2jax.params import Declare
 from k2jax.sharding import BATCH, meshless, place
 
-
 # Rows up to which every chosen expert may see all of them (`mixture_of_few`).
 FEW = 16
 

@@ -130,6 +130,6 @@ def decoding(params: Params) -> Iterator[Params]:
     wide = jax.sharding.Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
     with jax.set_mesh(wide):
         yield {
-            name: jax.device_put(leaf, jax.NamedSharding(wide, leaf.sharding.spec))
+            name: jax.device_put(leaf, jax.NamedSharding(wide, jax.typeof(leaf).sharding.spec))
             for name, leaf in params.items()
         }

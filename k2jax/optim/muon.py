@@ -142,5 +142,6 @@ def _resting(spec: ParamSpec) -> list[list[str]]:
         for entry in storage_spec(spec.axes)
     ]
     cut = spec.stacked + spec.contracted
-    merged = [entries[spec.stacked : cut], entries[cut:]]
-    return entries[: spec.stacked] + [sum(group, []) for group in merged]
+    rows = [axis for entry in entries[spec.stacked : cut] for axis in entry]
+    columns = [axis for entry in entries[cut:] for axis in entry]
+    return [*entries[: spec.stacked], rows, columns]

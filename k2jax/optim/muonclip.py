@@ -11,7 +11,7 @@ from k2jax.optim.qk_clip import qk_clip
 from k2jax.spec import ParamSpec
 
 
-def muonclip(
+def muonclip(  # noqa: PLR0913, the recipe's numbers are its interface
     learning_rate: optax.ScalarOrSchedule,
     *,
     specs: Mapping[str, ParamSpec] | None = None,
