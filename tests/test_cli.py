@@ -21,7 +21,7 @@ MISTAKES = [
     (["train", "tiny", "--model.yarn", "3"], "model.yarn is a section; set one of its fields"),
     (["train", "tiny", "--outt", "x"], "train does not take '--outt'; did you mean '--out'?"),
     (["train", "tiny", "extra"], "train does not take 'extra'"),
-    (["train", "tiny", "--mesh.data", "3"], "must divide it: 12 or 18 would do"),
+    (["train", "tiny", "--mesh.data", "3"], "must divide it: 6 or 12 would do"),
     (["train", "tiny", "--model.experts_per_token", "99"], "it must be in 1..32"),
     (["train", "tiny", "--data.context", "512"], "the model's longest context is 256"),
     (["train", "tiny", "--optim.name", "adamv"], "did you mean 'adamw'?"),

@@ -124,7 +124,7 @@ def step(
     turn = rotation(cache.position_B[:, None], cfg)
     experts = w.layers.moe.experts
 
-    def layer(x_BTD: jax.Array, at: tuple[int | jax.Array, Layer, jax.Array]):
+    def layer(x_BTD: jax.Array, at: Any):
         index, w, latent_BSM = at
         u_BTD = rms_norm(x_BTD, w.attention_norm[...], cfg.norm_eps)
         left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg), axis=-1)
