@@ -114,7 +114,10 @@ class Program:
             "loss": loss,
             "aux_loss": aux.aux_loss,
             "grad_norm": jnp.sqrt(_squares(grads)),
-            "update_rms": jnp.sqrt(_squares(updates) / sum(u.size for u in updates.values())),
+            # As a float: the count of a 1T model is no int32.
+            "update_rms": jnp.sqrt(
+                _squares(updates) / float(sum(u.size for u in updates.values()))
+            ),
             "logit_max": aux.logit_max.max(),
             "load_max": (load.max(axis=-1) / load.mean(axis=-1)).mean(),
             "expert_load": load,
