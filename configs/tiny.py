@@ -29,7 +29,7 @@ def tiny() -> RunConfig:
         ),
         data=DataConfig(rows=8, context=256),
         optim=OptimConfig(
-            learning_rate=2e-2, warmup=5, decay=0.5, bias_rate=2e-2, ns_dtype="float32"
+            learning_rate=1e-2, warmup=10, decay=0.5, bias_rate=2e-2, ns_dtype="float32"
         ),
         train=TrainConfig(
             steps=100, dtype="float32", remat="none", eval_every=25, eval_rows=16, save_every=50

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -73,7 +73,10 @@ class _Training:
             if latest is not None:
                 _check_same(self.run, saved.meta(latest)["config"], self.out)
             # Compiling takes longest, so it starts first and the data is read beside it.
-            programs = pool.submit(_compile, self.program, jax.sharding.get_mesh())
+            programs = _Programs(
+                pool.submit(_compile_step, self.program, jax.sharding.get_mesh()),
+                pool.submit(_compile_evaluate, self.program, jax.sharding.get_mesh()),
+            )
             warm()
             data = open_data(
                 self.run.data.path, self.run.data.tokenizer, self.run.model.vocab,
@@ -88,7 +91,7 @@ class _Training:
             elif step == latest:
                 self.say(f"{self.out} is finished: step {step}; more --train.steps would go on")
             else:
-                self._finish(state, data, programs.result())
+                self._finish(state, data, programs)
             return Model(self.run.model, state.params, data.tokenizer)
 
     def _describe(self, data: Data) -> None:
@@ -116,7 +119,7 @@ class _Training:
         return jax.jit(self.program.init, donate_argnums=0)(params), 0
 
     def _steps(
-        self, state: State, start: int, data: Data, programs: "Future[_Programs]",
+        self, state: State, start: int, data: Data, programs: "_Programs",
         saved: Checkpoints, stop: Stop,
     ) -> tuple[State, int]:  # fmt: skip
         """Steps until the last one or a signal; the state is saved at the end."""
@@ -124,7 +127,7 @@ class _Training:
         hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
         batches = Batches(data.train, run.data.rows, run.data.context, run.data.seed)
         fetch = lambda step: batches.batch(step, **hosts)
-        step_fn, _ = programs.result()
+        step_fn = programs.step.result()
         rows: Any = contextlib.closing(prefetch(fetch, start, run.train.steps - start))  # type: ignore[type-var]
         metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule)
         progress = Progress(run, start, self.say, self.began)
@@ -142,7 +145,7 @@ class _Training:
                         f" (the newest checkpoint is of step {saved.latest() or 0})"
                     )
                 if self._due(step, run.train.eval_every):
-                    values |= self._heldout(state, data, programs.result(), run.train.eval_rows)
+                    values |= self._heldout(state, data, programs, run.train.eval_rows)
                 metrics.write(step, values)
                 progress.show(step, values)
                 if self._due(step, run.train.save_every) or stop.asked:
@@ -160,12 +163,13 @@ class _Training:
         self, state: State, data: Data, programs: "_Programs", limit: int
     ) -> dict[str, float]:
         """Nats per token and bits per byte of held-out rows; `limit` 0 takes all of them."""
+        evaluate = programs.evaluate.result()
         rows, context = _eval_shape(self.run)
         lengths = data.tokenizer.byte_lengths()
         nll = tokens = size = 0.0
         hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
         for batch in eval_batches(data.heldout, rows, context, limit=limit, **hosts):
-            part, count = programs[1](state.params, to_devices(batch))
+            part, count = evaluate(state.params, to_devices(batch))
             nll, tokens = nll + float(part), tokens + float(count)
             size += float((lengths[batch["targets"]] * batch["weights"]).sum())
         if jax.process_count() > 1:
@@ -191,17 +195,24 @@ class _Training:
         )
 
 
-_Programs = tuple[Callable[..., Any], Callable[..., Any]]
+class _Programs(NamedTuple):
+    """Compiled in a thread, the step first."""
+
+    step: Future[Callable[..., Any]]
+    evaluate: Future[Callable[..., Any]]
 
 
-def _compile(program: Program, mesh: jax.sharding.Mesh) -> _Programs:
-    """The step and the evaluation, compiled; in a thread, so the mesh is set again."""
-    with jax.set_mesh(mesh):
+def _compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    with jax.set_mesh(mesh):  # once more: this is another thread
         state, batch = program.abstract_state(), program.abstract_batch()
-        step = jax.jit(program.step, donate_argnums=0).lower(state, batch).compile()
-        rows = jax.tree.map(lambda a: _without_first_dim(a, mesh), batch)
-        evaluate = jax.jit(program.evaluate).lower(state.params, rows).compile()
-        return step, evaluate
+        return jax.jit(program.step, donate_argnums=0).lower(state, batch).compile()
+
+
+def _compile_evaluate(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    with jax.set_mesh(mesh):
+        rows = jax.tree.map(lambda a: _without_first_dim(a, mesh), program.abstract_batch())
+        params = program.abstract_state().params
+        return jax.jit(program.evaluate).lower(params, rows).compile()
 
 
 def _without_first_dim(a: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
