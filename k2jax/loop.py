@@ -116,7 +116,13 @@ class _Training:
             params = initial_params(init, specs)
         else:
             params = initial(specs, self.run.train.seed, self.run.model.init_std)
-        return jax.jit(self.program.init, donate_argnums=0)(params), 0
+        # Said outright: a counter depends on no input, and would else rest on one device only.
+        mesh = jax.sharding.get_mesh()
+        rest = jax.tree.map(
+            lambda a: jax.NamedSharding(mesh, a.sharding.spec if a.sharding else jax.P()),
+            self.program.abstract_state(),
+        )
+        return jax.jit(self.program.init, donate_argnums=0, out_shardings=rest)(params), 0
 
     def _steps(
         self, state: State, start: int, data: Data, programs: "_Programs",

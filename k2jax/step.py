@@ -42,7 +42,15 @@ class Program:
 
     def abstract_state(self) -> State:
         """Shapes and layout of the state on the mesh in use."""
-        return jax.eval_shape(self.init, abstract(self.specs))
+        state = jax.eval_shape(self.init, abstract(self.specs))
+        if sharding.meshless():
+            return state
+        # Counts have no layout of their own; without one they would be restored on one device.
+        whole = jax.NamedSharding(jax.sharding.get_abstract_mesh(), P())
+        return jax.tree.map(
+            lambda a: a if a.sharding else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
+            state,
+        )
 
     def abstract_batch(self) -> Batch:
         """Shapes and layout of one step's batch on the mesh in use."""

@@ -9,7 +9,7 @@ from flax import nnx
 
 from k2jax.config import ModelConfig
 from k2jax.model.attention import Attention, attend
-from k2jax.model.layout import project, used
+from k2jax.model.layout import PROJECTION, project, used
 from k2jax.model.mlp import Mlp, gated
 from k2jax.model.moe import Moe, mixture
 from k2jax.model.norm import rms_norm
@@ -19,7 +19,7 @@ from k2jax.sharding import place, spec
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
 }
 
 

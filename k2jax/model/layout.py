@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from k2jax.sharding import compute_spec, meshless, spec
@@ -12,6 +13,8 @@ from k2jax.spec import STACK_AXES
 
 if TYPE_CHECKING:
     from flax import nnx
+
+PROJECTION = "projection"  # name of every product with a weight, for rematerialisation policies
 
 
 def used(w: "nnx.Variable", dtype: jnp.dtype) -> jax.Array:
@@ -30,7 +33,8 @@ def project(
     einsum: str, x: jax.Array, w: "nnx.Variable", axes: tuple[str | None, ...]
 ) -> jax.Array:
     """`x` contracted with a parameter, in `x`'s dtype, laid out by the result's logical `axes`."""
-    return _contract(einsum, spec(*axes), x, used(w, x.dtype))
+    y = _contract(einsum, spec(*axes), x, used(w, x.dtype))
+    return checkpoint_name(y, PROJECTION)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
