@@ -176,7 +176,7 @@ def gradients(state: State) -> dict[str, np.ndarray]:
     return {name: np.asarray(mu) / (1 - RUN.optim.b1) for name, mu in moments.items()}
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_nothing(remat):
     adam = changed("optim", name="adamw")  # compiles faster
     step, state = adam_step()

@@ -101,12 +101,14 @@ NAMES = [n if n in TRACED else pytest.param(n, marks=pytest.mark.slow) for n in 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_full_size_traces_without_devices_and_keeps_every_layout(name):
     run = configs.load(name)
-    with sharding.pretend(run.mesh):
+    with sharding.pretend(run.mesh) as mesh:
         program = build(run)
         state, batch = program.abstract_state(), program.abstract_batch()
         after, metrics = jax.eval_shape(program.step, state, batch)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
+    # Counts have no dims to lay out.
     kept = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype, a.ndim and a.sharding.spec), tree)
-    assert kept(after.params) == kept(state.params)  # counts have no dims to lay out
+    assert kept(after.params) == kept(state.params)
     assert kept(after.opt) == kept(state.opt)
     assert metrics["loss"].shape == ()
     assert metrics["expert_load"].shape == (run.model.moe_layers, run.model.experts)
