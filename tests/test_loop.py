@@ -1,0 +1,310 @@
+"""A run from the first line to the last: what it leaves, how it stops, and how it goes on."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from k2jax.checkpoint import Checkpoints
+from k2jax.config import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    to_json,
+)
+from k2jax.loop import read_metrics, train
+from k2jax.step import build
+
+SIZES = {
+    "vocab": 576, "embed": 16, "dense_layers": 1, "moe_layers": 1, "heads": 2, "q_rank": 8,
+    "kv_rank": 8, "nope": 4, "rope": 4, "value": 4, "ffw": 16, "experts": 4, "expert_ffw": 8,
+    "experts_per_token": 2, "context": 32,
+}  # fmt: skip
+FILES = ("checkpoints", "config.json", "loss.png", "metrics.jsonl", "tiktoken.model")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> RunConfig:
+    """Six steps on a folder of short texts; AdamW, because it compiles faster."""
+    folder = tmp_path_factory.mktemp("text")
+    for number in range(30):
+        words = (f"def f{number}_{i}(x): return x + {i * number}\n" for i in range(20))
+        (folder / f"{number}.py").write_text("".join(words))
+    return RunConfig(
+        name="test",
+        model=ModelConfig(**SIZES),
+        data=DataConfig(path=str(folder), rows=8, context=32),
+        optim=OptimConfig(name="adamw", learning_rate=1e-2, warmup=2),
+        train=TrainConfig(
+            steps=6, dtype="float32", remat="none", eval_every=3, eval_rows=8, save_every=3, keep=9,
+            log_every=1,
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory):
+    """Nothing outside of the tests' folders; a program that was compiled once is kept."""
+    from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+    root = tmp_path_factory.mktemp("cache")
+    options = {
+        "jax_compilation_cache_dir": str(root / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.3,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("K2JAX_CACHE", str(root))
+        for name, value in options.items():
+            jax.config.update(name, value)
+        reset_cache()
+        yield
+        for name, value in before.items():
+            jax.config.update(name, value)
+        reset_cache()
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """The folder of an uninterrupted run, and what it said."""
+    out, lines = tmp_path_factory.mktemp("runs") / "whole", []
+    train(run, out, say=lines.append)
+    return out, lines
+
+
+def terminating(step: int, lines: list[str]):
+    """A `say` that keeps the lines and sends this process SIGTERM in the given step."""
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.startswith(f"step {step}/"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return say
+
+
+@pytest.fixture(scope="module")
+def stopped(run, tmp_path_factory):
+    """The folder of the same run, which got SIGTERM in its third step, and what it said."""
+    out, lines = tmp_path_factory.mktemp("runs") / "stopped", []
+    train(run, out, say=terminating(3, lines))
+    return out, lines
+
+
+@pytest.fixture
+def again(stopped, tmp_path) -> Path:
+    """A copy of the stopped run to go on with."""
+    return Path(shutil.copytree(stopped[0], tmp_path / "again"))
+
+
+def changed(run: RunConfig, section: str, **fields) -> RunConfig:
+    return dataclasses.replace(
+        run, **{section: dataclasses.replace(getattr(run, section), **fields)}
+    )
+
+
+def state(run: RunConfig, out: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path: weights and optimizer state."""
+    program = build(run)
+    found = Checkpoints(out).restore(step, program.abstract_state()._asdict())
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(found)
+    }
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(out)]
+
+
+def test_a_run_leaves_checkpoints_metrics_a_plot_its_config_and_tokenizer(run, whole):
+    out, _ = whole
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
+    assert Checkpoints(out).steps() == [3, 6]
+    assert json.loads((out / "config.json").read_text()) == to_json(run)
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_one_line_a_step(whole):
+    lines = list(read_metrics(whole[0]))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "heldout_loss" in line] == [3, 6]
+    assert all(np.isfinite(line["loss"]) and line["seconds"] > 0 for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    # top-2 choices of every token of 8 rows of 32, less padding
+    assert 0 < sum(lines[0]["expert_load"][0]) <= 2 * 8 * 32
+
+
+def test_a_run_tells_its_size_speed_score_and_a_sample(whole):
+    said = "\n".join(whole[1])
+    for part in ("parameters on one device", "first step after", "step 6/6: loss", "tokens/s",
+                 "held out:", "gzip -9", "xz -9", "sample:\ndef ", "loss.png"):  # fmt: skip
+        assert part in said, part
+
+
+def test_a_signal_saves_and_says_how_to_go_on(stopped):
+    out, lines = stopped
+    assert Checkpoints(out).steps() == [3]
+    assert lines[-1] == "stopped and saved at step 3; the same command goes on from there"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, whole, again):
+    # A killed process leaves lines of steps that were not saved, and half a line.
+    with (again / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
+    lines = []
+    train(run, again, say=lines.append)
+    assert any(line.startswith("going on from step 3") for line in lines)
+    assert [line["step"] for line in read_metrics(again)] == [1, 2, 3, 4, 5, 6]
+    assert losses(again) == losses(whole[0])
+    found, right = state(run, again, 6), state(run, whole[0], 6)
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_run_goes_on_alike_on_another_mesh(run, whole, again):
+    mesh = MeshConfig(data=2, expert=2, model=2)
+    model = train(dataclasses.replace(run, mesh=mesh), again, say=lambda line: None)
+    assert len(model.params["head"].sharding.device_set) == mesh.devices
+    np.testing.assert_allclose(losses(again)[3], losses(whole[0])[3], rtol=1e-5)
+    np.testing.assert_allclose(losses(again), losses(whole[0]), rtol=1e-4)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run, whole):
+    before, lines = content(whole[0]), []
+    train(run, whole[0], say=lines.append)
+    assert lines[-1] == f"{whole[0]} is finished: step 6; more --train.steps would go on"
+    assert content(whole[0]) == before
+
+
+OTHERS = [
+    ("model", {"ffw": 32}, "model.ffw 16, not 32"),
+    ("data", {"rows": 16}, "data.rows 8, not 16"),
+    ("optim", {"name": "muonclip"}, "optim.name adamw, not muonclip"),
+]
+
+
+@pytest.mark.parametrize(("section", "fields", "says"), OTHERS)
+def test_another_run_in_the_same_folder_is_refused(section, fields, says, run, whole):
+    before = content(whole[0])
+    with pytest.raises(ConfigError) as error:
+        train(changed(run, section, **fields), whole[0], say=lambda line: None)
+    assert str(error.value) == f"{whole[0]} holds a run with {says}; give another --out"
+    assert content(whole[0]) == before
+
+
+def test_init_takes_weights_alone(run, whole, tmp_path):
+    out = tmp_path / "new"
+    train(run, out, init=str(whole[0]), say=terminating(1, []))
+    (first,) = read_metrics(out)
+    assert first["step"] == 1
+    assert first["learning_rate"] == run.optim.learning_rate / run.optim.warmup
+    assert first["loss"] < losses(whole[0])[3]
+    found, given = state(run, out, 1), state(run, whole[0], 6)
+    for name, value in given.items():
+        if "params" in name:  # Adam's first update is at most 1, and the weights decay a little
+            moved = 1.2 * first["learning_rate"]
+            np.testing.assert_allclose(found[name], value, rtol=0, atol=moved, err_msg=name)
+    counts = {name: value for name, value in found.items() if name.endswith("count")}
+    assert counts
+    assert all(count == 1 for count in counts.values())
+
+
+def test_init_of_another_architecture_is_refused_in_one_line(run, whole, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        other = changed(run, "model", ffw=32)
+        train(other, tmp_path / "new", init=str(whole[0]), say=lambda line: None)
+    assert "dense.mlp" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run, again):
+    with pytest.raises(ConfigError) as error:
+        train(changed(run, "optim", learning_rate=1e30), again, say=lambda line: None)
+    says = r"the loss is nan at step [56]; lower optim.learning_rate \(the newest .* of step 3\)"
+    assert re.fullmatch(says, str(error.value))
+    assert Checkpoints(again).steps() == [3]
+
+
+def test_data_that_is_not_there_is_named(run, tmp_path):
+    (tmp_path / "text.txt").write_text("")
+    for name, says in (("texts.txt", "did you mean 'text.txt'?"), ("text.txt", "is empty")):
+        with pytest.raises(ConfigError) as error:
+            train(changed(run, "data", path=str(tmp_path / name)), tmp_path / "out", say=print)
+        assert str(tmp_path / name) in str(error.value)
+        assert says in str(error.value)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED = [
+    (MeshConfig(data=4, expert=4), "takes 16 devices, there are 8"),
+    (MeshConfig(model=4), "'heads' (size 2) 4 ways over model; 2 would divide it"),
+    (MeshConfig(expert=8), "'experts' (size 4) 8 ways over expert; 4 would divide it"),
+]
+
+
+@pytest.mark.parametrize(("mesh", "says"), REFUSED, ids=str)
+def test_a_mesh_that_does_not_fit_is_refused(mesh, says, run, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        train(dataclasses.replace(run, mesh=mesh), tmp_path / "out", say=print)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def command(run: RunConfig, out: Path) -> list[str]:
+    """`k2jax train` of this run for more steps than anyone waits for."""
+    settings = {f"model.{name}": size for name, size in SIZES.items()}
+    settings |= {
+        "data.path": run.data.path, "data.rows": 8, "data.context": 32, "optim.name": "adamw",
+        "train.steps": 1_000_000, "train.log_every": 1, "train.eval_every": 0,
+        "train.save_every": 500_000, "mesh.data": 1, "mesh.expert": 1, "mesh.model": 1,
+    }  # fmt: skip
+    words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return [sys.executable, "-m", "k2jax.cli", "train", "tiny", "--out", str(out), *words]
+
+
+def terminated(words: list[str]) -> list[str]:
+    """The lines of a command that gets SIGTERM after its second step."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        lines, steps = [], 0
+        for line in job.stdout:
+            lines.append(line.rstrip("\n"))
+            steps += line.startswith("step ")
+            if steps == 2 and line.startswith("step "):  # once: a second signal would kill
+                job.send_signal(signal.SIGTERM)
+        assert job.wait(60) == 0, job.stderr.read()
+        assert "Traceback" not in job.stderr.read()
+    return lines
+
+
+def test_the_command_saves_on_sigterm_exits_0_and_goes_on_when_given_again(run, tmp_path):
+    words = command(run, tmp_path / "out")
+    first = terminated(words)
+    step = Checkpoints(tmp_path / "out").latest()
+    assert first[-1] == f"stopped and saved at step {step}; the same command goes on from there"
+    second = terminated(words)
+    assert f"going on from step {step} in {tmp_path / 'out'}" in second
+    assert Checkpoints(tmp_path / "out").latest() > step
+    steps = [line["step"] for line in read_metrics(tmp_path / "out")]
+    assert steps == list(range(1, Checkpoints(tmp_path / "out").latest() + 1))
