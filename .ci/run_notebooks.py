@@ -15,7 +15,9 @@ def main() -> int:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         began = time.perf_counter()
         notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}})
+        client = NotebookClient(
+            notebook, timeout=900, startup_timeout=180, resources={"metadata": {"path": str(ROOT)}}
+        )
         client.execute()
         sys.stdout.write(f"{path.name}: {time.perf_counter() - began:.0f} s\n")
     return 0

@@ -16,8 +16,8 @@ import numpy as np
 from k2jax import sharding
 from k2jax.checkpoint import Checkpoints, warm
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
-from k2jax.data import Batches, Data, compressors, eval_batches, open_data, prefetch
-from k2jax.loading import initial_params
+from k2jax.data import Batches, Data, compressors, eval_batches, open_data, prefetch, sources
+from k2jax.loading import find, initial_params
 from k2jax.metrics import Metrics, Progress, plot
 from k2jax.model import Model
 from k2jax.params import initial
@@ -72,7 +72,10 @@ class _Training:
             latest = saved.latest()
             if latest is not None:
                 _check_same(self.run, saved.meta(latest)["config"], self.out)
-            # Compiling takes longest, so it starts first and the data is read beside it.
+            sources.find(self.run.data.path)  # mistakes first: compiling cannot be interrupted
+            if init and latest is None:
+                find(init)
+            # Compiling takes longest, so it starts before the rest and the data is read beside it.
             programs = _Programs(
                 pool.submit(_compile_step, self.program, jax.sharding.get_mesh()),
                 pool.submit(_compile_evaluate, self.program, jax.sharding.get_mesh()),
