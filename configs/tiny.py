@@ -6,7 +6,8 @@ from k2jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunCo
 def tiny() -> RunConfig:
     """20M parameters, 5M of them active; `make train`, 2 CPU cores.
 
-    Experts and attention heads are really split, over 8 devices that the CPU emulates.
+    Experts and attention heads are really split, over 8 devices that the CPU emulates. 2.22 bits
+    per byte of held-out text after 7.5 minutes, installation included, other work beside it.
     """
     return RunConfig(
         name="tiny",
@@ -39,7 +40,7 @@ def tiny() -> RunConfig:
 
 
 def small() -> RunConfig:
-    """86M parameters: an evening on 2 CPU cores, minutes on a GPU.
+    """86M parameters, meant for an evening on 2 CPU cores or a GPU; not run by us yet.
 
     `k2jax train small`; on one GPU add `--mesh.data 1 --mesh.expert 1 --mesh.model 1
     --train.dtype bfloat16`.

@@ -114,18 +114,9 @@ def _total(
 def _program() -> Callable[..., Any]:
     import jax
 
-    from k2jax.loss import cross_entropy
-    from k2jax.model import Kimi, head, hidden
-    from k2jax.params import bind
+    from k2jax.step import total_loss
 
-    @functools.partial(jax.jit, static_argnums=(2, 3))
-    def total(params, batch, cfg, dtype):
-        w = bind(Kimi(cfg), params)
-        x_BTD, _ = hidden(w, batch, cfg, dtype)
-        nll_BT = cross_entropy(head(w, x_BTD), batch.target)
-        return (nll_BT * batch.weight).sum(), batch.weight.sum()
-
-    return total
+    return jax.jit(total_loss, static_argnums=(2, 3))
 
 
 def texts(path: str) -> list[str]:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from k2jax import sharding
-from k2jax.config import RunConfig
+from k2jax.config import ModelConfig, RunConfig
 from k2jax.loss import cross_entropy
 from k2jax.model import Aux, Batch, Kimi, head, hidden
 from k2jax.optim import adamw, balance, muonclip, warmup_stable_decay
@@ -141,10 +141,17 @@ class Program:
             params: weights.
             batch: each array is [rows, length].
         """
-        w = bind(Kimi(self.run.model), params)
-        x_BTD, _ = hidden(w, batch, self.run.model, self.run.train.dtype)
-        nll_BT = cross_entropy(head(w, x_BTD), batch.target)
-        return (nll_BT * batch.weight).sum(), batch.weight.sum()
+        return total_loss(params, batch, self.run.model, self.run.train.dtype)
+
+
+def total_loss(
+    params: Params, batch: Batch, cfg: ModelConfig, dtype: str
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the negative log likelihoods in nats, and how many targets counted."""
+    w = bind(Kimi(cfg), params)
+    x_BTD, _ = hidden(w, batch, cfg, dtype)
+    nll_BT = cross_entropy(head(w, x_BTD), batch.target)
+    return (nll_BT * batch.weight).sum(), batch.weight.sum()
 
 
 def build(run: RunConfig) -> Program:

@@ -90,18 +90,17 @@ def hidden(
         y_BTD, balance = mixture(layer.moe, u_BTD, batch.segment, cfg)
         return x_BTD + y_BTD, (top_H, balance)
 
-    wrap = functools.partial(jax.checkpoint, policy=POLICIES[remat]) if remat != "none" else id_
+    wrap = (
+        functools.partial(jax.checkpoint, policy=POLICIES[remat])
+        if remat != "none"
+        else lambda layer: layer
+    )
     top_LH = jnp.zeros((0, cfg.heads), jnp.float32)
     if cfg.dense_layers:
         x_BTD, top_LH = jax.lax.scan(wrap(dense), x_BTD, w.dense)
     x_BTD, (top, balance) = jax.lax.scan(wrap(mixed), x_BTD, w.layers)
     aux = Aux(jnp.concatenate([top_LH, top]), balance.load_E, balance.aux.mean())
     return rms_norm(x_BTD, w.norm[...], cfg.norm_eps), aux
-
-
-def id_(f):
-    """The function itself: no rematerialisation."""
-    return f
 
 
 def _attended(layer: Layer, x_BTD, turn, segment_BT, cfg):
