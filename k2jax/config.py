@@ -236,13 +236,18 @@ class MeshConfig:
         return tuple(getattr(self, axis) for axis in MESH_AXES)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """By the name of the axis."""
+        return dict(zip(MESH_AXES, self.shape, strict=True))
+
+    @property
     def devices(self) -> int:
         """How many devices the mesh takes."""
         return math.prod(self.shape)
 
     def __str__(self) -> str:
         """Only the axes that split something: `data=2 expert=4`."""
-        split = [f"{a}={n}" for a, n in zip(MESH_AXES, self.shape, strict=True) if n > 1]
+        split = [f"{a}={n}" for a, n in self.sizes.items() if n > 1]
         return " ".join(split) or "one device"
 
 
@@ -313,7 +318,7 @@ def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
         "train.keep": train.keep, "train.log_every": train.log_every,
         "train.eval_rows": train.eval_rows,
     }  # fmt: skip
-    least |= {f"mesh.{axis}": size for axis, size in zip(MESH_AXES, mesh.shape, strict=True)}
+    least |= {f"mesh.{axis}": size for axis, size in mesh.sizes.items()}
     for name, value in least.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")

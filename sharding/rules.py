@@ -7,7 +7,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 from k2jax.sharding.table import STORAGE, split
 
-from k2jax.config import MESH_AXES, ConfigError, MeshConfig
+from k2jax.config import ConfigError, MeshConfig
 from k2jax.spec import ParamSpec
 
 
@@ -58,7 +58,7 @@ def check(specs: Mapping[str, ParamSpec], mesh: MeshConfig, context: int) -> Non
         for axis, size in zip(leaf.axes, leaf.shape, strict=True)
     } | {"length": context}
     for axis, size in lengths.items():
-        over = split(axis, dict(zip(MESH_AXES, mesh.shape, strict=True)))
+        over = split(axis, mesh.sizes)
         ways = math.prod(getattr(mesh, name) for name in over)
         if size % ways:
             raise ConfigError(

@@ -73,7 +73,7 @@ def _training(
     validate(run)
     found = as_json(best, args.tokens)
     found["others"] = [
-        {"mesh": _sizes(e), "accumulate": e.case.accumulate, "reason": reason(e, best)}
+        {"mesh": e.mesh.sizes, "accumulate": e.case.accumulate, "reason": reason(e, best)}
         for e in searched.found[1:4]
     ]
     found["refused"] = dict(searched.refused)
@@ -99,10 +99,6 @@ def _planned(run: RunConfig, best: Estimate) -> RunConfig:
     return dataclasses.replace(run, mesh=best.case.mesh, train=train)
 
 
-def _sizes(best: Estimate | decode.Decode) -> dict[str, int]:
-    return dict(zip(MESH_AXES, best.mesh.shape, strict=True))
-
-
 def _common(run: RunConfig, best: Estimate | decode.Decode) -> dict[str, Any]:
     """What plans of training and of decoding both say."""
     return {
@@ -111,7 +107,7 @@ def _common(run: RunConfig, best: Estimate | decode.Decode) -> dict[str, Any]:
         "source": "formulas",
         "fits": best.fits,
         "devices": best.target.devices,
-        "mesh": _sizes(best),
+        "mesh": best.mesh.sizes,
         "hbm_limit_bytes": best.target.hbm,
         "wire_bytes_per_device": best.wire,
         "roofline_seconds": best.roofline,

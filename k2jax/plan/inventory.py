@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Iterator
 
-from k2jax.config import MESH_AXES, MeshConfig, ModelConfig
+from k2jax.config import MeshConfig, ModelConfig
 from k2jax.sharding.table import STORAGE, TRAIN, split
 from k2jax.spec import ParamSpec
 
@@ -95,8 +95,7 @@ def mesh_axes(leaf: ParamSpec, mesh: MeshConfig, gathered: bool = False) -> tupl
 @functools.cache
 def _mesh_axes(axes: tuple[str, ...], mesh: MeshConfig, gathered: bool) -> tuple[str, ...]:
     kept = [axis for axis in axes if not (gathered and axis in STORAGE)]
-    sizes = dict(zip(MESH_AXES, mesh.shape, strict=True))
-    return tuple(name for axis in kept for name in split(axis, sizes))
+    return tuple(name for axis in kept for name in split(axis, mesh.sizes))
 
 
 @functools.cache
@@ -107,7 +106,7 @@ def size(leaf: ParamSpec) -> int:
 
 def refusal(cfg: ModelConfig, mesh: MeshConfig, context: int) -> str:
     """Why the mesh does not divide the model: the logical axis; empty where it does."""
-    sizes = dict(zip(MESH_AXES, mesh.shape, strict=True))
+    sizes = mesh.sizes
     for axis in TRAIN:
         if axis == "batch" or (axis == "ffw" and not cfg.dense_layers):
             continue
