@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.ops.exchange import Pieces, exchange
-from k2jax.ops.experts import Weights, expert_mlp, sort_by_expert, spread, unsort
+from k2jax.ops.experts import (
+    Weights,
+    collect,
+    expert_mlp,
+    sort_by_expert,
+    sorted_mlp,
+    spread,
+    turned,
+)
 
 AXIS = "expert"
 ALIGNED = 8  # rows of a buffer are a multiple of this
@@ -53,23 +61,35 @@ def exchanged(
     devices = jax.lax.axis_size(AXIS)
     experts = weights[0].shape[0] * devices
     order_M, place_M, size_E, weight_NK = sort_by_expert(expert_NK, weight_NK, experts)
-    x_MD = spread(x_ND, order_M, place_M)
-    weight_M1 = unsort(weight_NK.reshape(-1, 1), place_M, order_M)
     size_PE = jax.lax.all_gather(size_E, AXIS)
     length = buffer_rows(order_M.shape[0], devices, dispatch.buffer)
-    bounded = dispatch.kind == "bounded"
-    rounds = jnp.int32(1) if bounded else _rounds(size_PE, devices, length)
-    y_MD = _in_rounds(x_MD, weight_M1, weights, size_PE, rounds, length)
-    y_NKD = unsort(y_MD, order_M, place_M).reshape(*expert_NK.shape, -1)
-    y_ND = y_NKD.astype(jnp.float32).sum(axis=1).astype(x_ND.dtype)
-    late_P = jnp.maximum(_received(size_PE, devices) - length * rounds, 0)
-    return y_ND, late_P.sum() / size_PE.sum()
+    if dispatch.kind == "bounded":
+        sent_PE, rounds = _within(size_PE, devices, length), jnp.int32(1)
+    else:
+        sent_PE, rounds = size_PE, _rounds(size_PE, devices, length)
+    x_MD = spread(x_ND, order_M, place_M)
+    weight_M1 = turned(weight_NK.reshape(-1, 1), order_M, place_M)
+    sizes = Sizes(_begin(size_PE, 1), sent_PE, rounds)
+    y_MD = _in_rounds(x_MD, weight_M1, weights, sizes, length)
+    return collect(y_MD, order_M, place_M, x_ND.shape[0]), 1 - sent_PE.sum() / size_PE.sum()
 
 
 def buffer_rows(pairs: int, devices: int, buffer: float) -> int:
     """Rows a device receives in a round: `buffer` times its share, at most all there are."""
     aligned = -(-int(pairs * buffer) // ALIGNED) * ALIGNED
     return min(aligned, pairs * devices)
+
+
+class Sizes(NamedTuple):
+    """What every device sends to every expert, [senders, experts], and in how many rounds."""
+
+    first: jax.Array  # row of the sender where an expert's begin
+    sent: jax.Array  # how many of them travel
+    rounds: jax.Array
+
+
+def _begin(size: jax.Array, axis: int) -> jax.Array:
+    return jnp.cumsum(size, axis=axis) - size
 
 
 def _received(size_PE: jax.Array, devices: int) -> jax.Array:
@@ -84,72 +104,80 @@ def _rounds(size_PE: jax.Array, devices: int, length: int) -> jax.Array:
     return jax.lax.pmax(-(-fullest // length), everywhere)
 
 
-def _pieces(size_PE: jax.Array, devices: int, length: int, turn: jax.Array) -> Pieces:
-    """What is sent in a round.
+def _within(size_PE: jax.Array, devices: int, length: int) -> jax.Array:
+    """What fits: a device that gets too much takes the same share for each of its experts."""
+    share_P = jnp.minimum(length / jnp.maximum(_received(size_PE, devices), 1), 1)
+    share_E = jnp.repeat(share_P, size_PE.shape[1] // devices)
+    kept_E = jnp.floor(size_PE.sum(axis=0) * share_E).astype(size_PE.dtype)
+    return jnp.clip(kept_E - _begin(size_PE, 0), 0, size_PE)
 
-    The rows for a device, sender after sender, are a sequence; round i carries its rows from
-    `i length` to `(i + 1) length`.
+
+def _round(sizes: Sizes, length: int, turn: jax.Array) -> tuple[Pieces, jax.Array]:
+    """What is sent in a round, and the rows that each expert of this device gets.
+
+    The rows for a device, expert after expert and for each sender after sender, are a sequence;
+    round i carries its rows from `i length` to `(i + 1) length`.
     """
-    size_PP = size_PE.reshape(devices, devices, -1).sum(axis=2)
-    begin = lambda a, axis: jnp.cumsum(a, axis=axis) - a
-    place_PP = begin(size_PP, 0) - turn * length
-    low_PP = jnp.clip(-place_PP, 0, size_PP)
-    high_PP = jnp.clip(length - place_PP, 0, size_PP)
-    return Pieces(begin(size_PP, 1) + low_PP, high_PP - low_PP, place_PP + low_PP)
+    sent_PE = sizes.sent
+    devices = sent_PE.shape[0]
+    begin_E = _begin(sent_PE.sum(axis=0).reshape(devices, -1), 1).reshape(-1)
+    place_PE = begin_E + _begin(sent_PE, 0) - turn * length
+    low_PE = jnp.clip(-place_PE, 0, sent_PE)
+    high_PE = jnp.clip(length - place_PE, 0, sent_PE)
+    pieces = Pieces(sizes.first + low_PE, high_PE - low_PE, place_PE + low_PE)
+    return pieces, pieces.size.sum(axis=0).reshape(devices, -1)[jax.lax.axis_index(AXIS)]
 
 
-def _experts(size_PE: jax.Array, devices: int, length: int, turn: jax.Array) -> jax.Array:
-    """Which of its experts each received row of a round is for; their number for rows of nobody."""
-    own_PE = size_PE.reshape(devices, devices, -1)[:, jax.lax.axis_index(AXIS)]
-    end_S = jnp.cumsum(own_PE.reshape(-1))  # sender after sender, expert after expert
-    row_L = jnp.arange(length) + turn * length
-    segment_L = jnp.searchsorted(end_S, row_L, side="right", method="compare_all")
-    experts = own_PE.shape[1]
-    return jnp.where(row_L < end_S[-1], segment_L % experts, experts).astype(jnp.int32)
-
-
-def _round(x_MD, weight_M1, weights: Weights, size_PE: jax.Array, length: int, turn: jax.Array):
-    """Rows there, through their experts, and back."""
-    devices = size_PE.shape[0]
-    pieces = _pieces(size_PE, devices, length, turn)
-    x_LD = exchange(x_MD, pieces, length, AXIS)
-    weight_L1 = exchange(weight_M1, pieces, length, AXIS)
-    expert_L1 = _experts(size_PE, devices, length, turn)[:, None]
-    y_LD = expert_mlp(x_LD, expert_L1, weight_L1, weights)
-    return exchange(y_LD, pieces.back(), x_MD.shape[0], AXIS)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _in_rounds(
-    x_MD: jax.Array, weight_M1: jax.Array, weights: Weights, size_PE: jax.Array,
-    rounds: jax.Array, length: int,
-) -> jax.Array:  # fmt: skip
-    """Sorted rows through their experts; those of rounds that are not run give 0.
+    x_MD: jax.Array, weight_M1: jax.Array, weights: Weights, sizes: Sizes, length: int
+) -> jax.Array:
+    """Sorted rows through their experts; those that do not travel give 0.
 
-    The backward pass goes through the rounds again and makes what it needs of each anew.
+    Rows go there, through the experts and back into their places, a round at a time. The backward
+    pass goes through the rounds again and makes what it needs of each anew.
     """
-    one = lambda i, y_MD: y_MD + _round(x_MD, weight_M1, weights, size_PE, length, i)
-    return jax.lax.fori_loop(0, rounds, one, jnp.zeros_like(x_MD))
+
+    def one(turn, y_MD):
+        pieces, size_E = _round(sizes, length, turn)
+        x_LD, weight_L1 = _there((x_MD, weight_M1), pieces, length)
+        y_LD = sorted_mlp(x_LD, weight_L1, weights, size_E)
+        return exchange(y_LD, pieces, y_MD, AXIS, back=True)
+
+    return jax.lax.fori_loop(0, sizes.rounds, one, jnp.zeros_like(x_MD))
 
 
-def _rounds_forward(x_MD, weight_M1, weights, size_PE, rounds, length):
-    saved = (x_MD, weight_M1, weights, size_PE, rounds)
+def _there(rows: tuple[jax.Array, ...], pieces: Pieces, length: int) -> list[jax.Array]:
+    """Rows where their experts are; 0 where nobody sends."""
+    empty = lambda a: jnp.zeros((length, a.shape[1]), a.dtype)
+    return [exchange(a, pieces, empty(a), AXIS) for a in rows]
+
+
+def _rounds_forward(x_MD, weight_M1, weights, sizes, length):
+    saved = (x_MD, weight_M1, weights, sizes)
     return _in_rounds(*saved, length), saved
 
 
 def _rounds_backward(length, saved, dy_MD):
-    *inputs, size_PE, rounds = saved
+    x_MD, weight_M1, weights, sizes = saved
 
-    def one(i, grads):
-        again = lambda *inputs: _round(*inputs, size_PE, length, i)
-        more = jax.vjp(again, *inputs)[1](dy_MD)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, more)
+    def one(turn, grads):
+        dx_MD, dweight_M1, dweights = grads
+        pieces, size_E = _round(sizes, length, turn)
+        x_LD, weight_L1, dy_LD = _there((x_MD, weight_M1, dy_MD), pieces, length)
+        again = lambda x, weight, weights: sorted_mlp(x, weight, weights, size_E)
+        dx_LD, dweight_L1, more = jax.vjp(again, x_LD, weight_L1, weights)[1](dy_LD)
+        return (
+            exchange(dx_LD, pieces, dx_MD, AXIS, back=True),
+            exchange(dweight_L1, pieces, dweight_M1, AXIS, back=True),
+            jax.tree.map(lambda a, b: a + b.astype(a.dtype), dweights, more),
+        )
 
     # A row gets its gradient in one round only; an expert in each, so those add up in float32.
-    dx_MD, dweight_M1 = (jnp.zeros_like(a) for a in inputs[:2])
-    dweights = tuple(jnp.zeros(w.shape, jnp.float32) for w in inputs[2])
-    *drows, dweights = jax.lax.fori_loop(0, rounds, one, (dx_MD, dweight_M1, dweights))
-    return (*drows, jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, inputs[2]), None, None)
+    dweights = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
+    start = (jnp.zeros_like(x_MD), jnp.zeros_like(weight_M1), dweights)
+    *drows, dweights = jax.lax.fori_loop(0, sizes.rounds, one, start)
+    return (*drows, jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), None)
 
 
 _in_rounds.defvjp(_rounds_forward, _rounds_backward)

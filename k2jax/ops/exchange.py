@@ -11,18 +11,15 @@ import jax.numpy as jnp
 
 
 class Pieces(NamedTuple):
-    """What every device of the axis sends to every other; int32 [senders, receivers].
+    """What every device of the axis sends to every expert, and back; int32 [senders, experts].
 
-    Each device holds the whole tables, so each knows the way there and the way back.
+    Experts lie on the devices in order. Each device holds the whole tables, so each knows the way
+    there and the way back.
     """
 
     first: jax.Array  # row of the sender where the piece begins
     size: jax.Array  # rows; may be 0
-    place: jax.Array  # row of the receiver where it goes
-
-    def back(self) -> "Pieces":
-        """The opposite exchange."""
-        return Pieces(self.place.T, self.size.T, self.first.T)
+    place: jax.Array  # row where it goes, on the device of the expert
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -46,54 +43,53 @@ def _scattered(axis: str, dim: int, _, dy: jax.Array) -> tuple[jax.Array]:
 gather_over.defvjp(lambda part, axis, dim: (gather_over(part, axis, dim), None), _scattered)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def exchange(rows_MD: jax.Array, pieces: Pieces, length: int, axis: str) -> jax.Array:
-    """What this device receives, `[length, D]`; rows that nobody sends are 0.
+def exchange(
+    rows: jax.Array, pieces: Pieces, into: jax.Array, axis: str, back: bool = False
+) -> jax.Array:
+    """`into` with the rows that this device receives written over its own.
 
     Args:
-        rows_MD: what it sends, anywhere in its rows.
+        rows: [M, D], what it sends.
         pieces: which of them go where; those of one receiver do not overlap.
-        length: rows of the result.
+        into: [L, D].
         axis: of the mesh.
+        back: from the experts' devices to where the pieces came from.
 
-    Its gradient is the opposite exchange, written out: JAX's own (0.10 to 0.12) loses rows where a
-    piece is empty. XLA's CPU backend has no ragged all-to-all; there all rows are gathered, and
-    each device picks its own.
+    It is not to be differentiated: JAX's gradient of it (0.10 to 0.12) loses rows where a piece is
+    empty, and what it is needed for is the opposite exchange. XLA's CPU backend has no ragged
+    all-to-all; there all rows are gathered, and each device picks its own.
     """
     return jax.lax.platform_dependent(
-        rows_MD, pieces,
-        cpu=functools.partial(_picked, length=length, axis=axis),
-        default=functools.partial(_ragged, length=length, axis=axis),
+        rows, into, *_own(pieces, axis, back),
+        cpu=functools.partial(_picked, axis=axis),
+        default=functools.partial(jax.lax.ragged_all_to_all, axis_name=axis),
     )  # fmt: skip
 
 
-def _ragged(rows_MD: jax.Array, pieces: Pieces, *, length: int, axis: str) -> jax.Array:
-    me = jax.lax.axis_index(axis)
-    return jax.lax.ragged_all_to_all(
-        rows_MD, jnp.zeros((length, *rows_MD.shape[1:]), rows_MD.dtype),
-        pieces.first[me], pieces.size[me], pieces.place[me], pieces.size[:, me], axis_name=axis,
-    )  # fmt: skip
+def _own(pieces: Pieces, axis: str, back: bool) -> tuple[jax.Array, ...]:
+    """This device's pieces: where each begins, its rows, where it goes; rows of those it receives.
+
+    As many for every other device as that has experts.
+    """
+    me, devices = jax.lax.axis_index(axis), pieces.size.shape[0]
+    sender = lambda table_PE: table_PE[me]
+    owner = lambda table_PE: table_PE.reshape(devices, devices, -1)[:, me].reshape(-1)
+    if back:
+        return owner(pieces.place), owner(pieces.size), owner(pieces.first), sender(pieces.size)
+    return sender(pieces.first), sender(pieces.size), sender(pieces.place), owner(pieces.size)
 
 
-def _picked(rows_MD: jax.Array, pieces: Pieces, *, length: int, axis: str) -> jax.Array:
-    me, rows = jax.lax.axis_index(axis), rows_MD.shape[0]
-    first_P, size_P, place_P = pieces.first[:, me], pieces.size[:, me], pieces.place[:, me]
-    within_PL = jnp.arange(length) - place_P[:, None]
-    mine_PL = (within_PL >= 0) & (within_PL < size_P[:, None])
-    there_PL = jnp.arange(len(first_P))[:, None] * rows + first_P[:, None] + within_PL
-    row_L = jnp.where(mine_PL, there_PL, 0).sum(axis=0)
-    all_MD = jax.lax.all_gather(rows_MD, axis, tiled=True)
-    mine_L = mine_PL.any(axis=0).reshape(-1, *(1,) * (rows_MD.ndim - 1))
-    return jnp.where(mine_L, all_MD[row_L], 0)
-
-
-def _forward(rows_MD: jax.Array, pieces: Pieces, length: int, axis: str):
-    return exchange(rows_MD, pieces, length, axis), (pieces, rows_MD.shape[0])
-
-
-def _backward(length: int, axis: str, saved, dy_LD: jax.Array):
-    pieces, rows = saved
-    return exchange(dy_LD, pieces.back(), rows, axis), None
-
-
-exchange.defvjp(_forward, _backward)
+def _picked(
+    rows: jax.Array, into: jax.Array, first_S: jax.Array, size_S: jax.Array, place_S: jax.Array,
+    _: jax.Array, *, axis: str,
+) -> jax.Array:  # fmt: skip
+    """The same by gathering: S pieces a device, a device's experts of them for each other one."""
+    me, devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
+    from_all = lambda a_S: jax.lax.all_gather(a_S, axis).reshape(devices, devices, -1)[:, me]
+    first_PX, size_PX, place_PX = map(from_all, (first_S, size_S, place_S))
+    begin_PX = first_PX + jnp.arange(devices)[:, None] * rows.shape[0]
+    within_PXL = jnp.arange(into.shape[0]) - place_PX[..., None]
+    mine_PXL = (within_PXL >= 0) & (within_PXL < size_PX[..., None])
+    row_L = jnp.where(mine_PXL, begin_PX[..., None] + within_PXL, 0).sum(axis=(0, 1))
+    everyones = jax.lax.all_gather(rows, axis, tiled=True)
+    return jnp.where(mine_PXL.any(axis=(0, 1))[:, None], everyones[row_L], into)

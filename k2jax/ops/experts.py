@@ -1,5 +1,7 @@
 """The chosen experts' MLPs: each token through its experts, summed by weight."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -55,54 +57,94 @@ def sort_by_expert(expert_NK: jax.Array, weight_NK: jax.Array, experts: int):
     return order_M, place_M, size_E, jnp.where(here_M.reshape(weight_NK.shape), weight_NK, 0.0)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def collect(y_MD: jax.Array, order_M: jax.Array, place_M: jax.Array, tokens: int) -> jax.Array:
+    """Sums of each token's sorted rows, in float32 and back: the opposite of `spread`.
+
+    A choice at a time, so that rows in the order of tokens are never all there.
+    """
+    place_KN = place_M.reshape(tokens, -1).T
+    y_ND = sum(y_MD[place_N].astype(jnp.float32) for place_N in place_KN)
+    return y_ND.astype(y_MD.dtype)
+
+
 @jax.custom_vjp
 def spread(x_ND: jax.Array, order_M: jax.Array, place_M: jax.Array) -> jax.Array:
     """A row for each sorted pair. Its gradient gathers: TPUs compile wide scatters for minutes."""
     return x_ND[order_M // (order_M.shape[0] // x_ND.shape[0])]
 
 
-spread.defvjp(
-    lambda x_ND, order_M, place_M: (spread(x_ND, order_M, place_M), (x_ND.shape, place_M)),
-    lambda saved, dx_MD: (
-        dx_MD[saved[1]]
-        .reshape(saved[0][0], -1, saved[0][1])
-        .astype(jnp.float32)
-        .sum(axis=1)
-        .astype(dx_MD.dtype),
-        None,
-        None,
+collect.defvjp(
+    lambda y_MD, order_M, place_M, tokens: (
+        collect(y_MD, order_M, place_M, tokens),
+        (order_M, place_M, jnp.zeros((tokens, 0))),
     ),
+    lambda _, saved, dy_ND: (spread(dy_ND, *saved[:2]), None, None),
+)
+spread.defvjp(
+    lambda x_ND, order_M, place_M: (
+        spread(x_ND, order_M, place_M),
+        (order_M, place_M, jnp.zeros((x_ND.shape[0], 0))),
+    ),
+    lambda saved, dx_MD: (collect(dx_MD, *saved[:2], saved[2].shape[0]), None, None),
 )
 
 
 @jax.custom_vjp
-def unsort(y_MD: jax.Array, order_M: jax.Array, place_M: jax.Array) -> jax.Array:
-    """Sorted pairs back in the order of tokens and choices."""
-    return y_MD[place_M]
+def turned(a_M1: jax.Array, order_M: jax.Array, place_M: jax.Array) -> jax.Array:
+    """Rows in another order; `place_M` is its inverse, by which the gradient is gathered."""
+    return a_M1[order_M]
 
 
-unsort.defvjp(
-    lambda y_MD, order_M, place_M: (y_MD[place_M], order_M),
-    lambda order_M, dy_MD: (dy_MD[order_M], None, None),
+turned.defvjp(
+    lambda a_M1, order_M, place_M: (a_M1[order_M], place_M),
+    lambda place_M, da_M1: (da_M1[place_M], None, None),
 )
 
 
-def _combine(y_MD: jax.Array, weight_NK: jax.Array) -> jax.Array:
-    y_NKD = y_MD.reshape(*weight_NK.shape, -1)
-    return jnp.einsum("nkd,nk->nd", y_NKD.astype(jnp.float32), weight_NK).astype(y_MD.dtype)
+def sorted_mlp(
+    x_MD: jax.Array, weight_M1: jax.Array, weights: Weights, size_E: jax.Array
+) -> jax.Array:
+    """Rows through the expert of their group, times their weight.
+
+    Args:
+        x_MD: rows, those of expert 0 first.
+        weight_M1: float32; 0 for rows of no expert.
+        weights: as those of `expert_mlp`.
+        size_E: int32, rows of each expert.
+    """
+    rows_M = jnp.arange(x_MD.shape[0], dtype=jnp.int32)
+    return jax.lax.platform_dependent(
+        x_MD, weight_M1, weights, size_E,
+        cpu=lambda x, weight, weights, size: by_blocks(x, rows_M, rows_M, size, weight, weights),
+        default=sorted_by_groups,
+    )  # fmt: skip
+
+
+def sorted_by_groups(
+    x_MD: jax.Array, weight_M1: jax.Array, weights: Weights, size_E: jax.Array
+) -> jax.Array:
+    """`sorted_mlp` by grouped products.
+
+    The weight is applied between them, where rows are narrow, and so that its gradient does not
+    need the output.
+    """
+    gate_EDF, up_EDF, down_EFD = weights
+    gate_MF = grouped(x_MD, gate_EDF, size_E)
+    up_MF = grouped(x_MD, up_EDF, size_E)
+    h_MF = (jax.nn.silu(gate_MF) * up_MF).astype(jnp.float32) * weight_M1
+    return grouped(h_MF.astype(x_MD.dtype), down_EFD, size_E)
 
 
 def by_groups(
     x_ND: jax.Array, order_M: jax.Array, place_M: jax.Array, size_E: jax.Array,
     weight_NK: jax.Array, weights: Weights,
 ) -> jax.Array:  # fmt: skip
-    """`expert_mlp` of sorted pairs by the backend's grouped matmul."""
-    gate_EDF, up_EDF, down_EFD = weights
+    """`expert_mlp` of sorted pairs by grouped products."""
     x_MD = spread(x_ND, order_M, place_M)
-    gate_MF = grouped(x_MD, gate_EDF, size_E)
-    up_MF = grouped(x_MD, up_EDF, size_E)
-    y_MD = grouped(jax.nn.silu(gate_MF) * up_MF, down_EFD, size_E)
-    return _combine(unsort(y_MD, order_M, place_M), weight_NK)
+    weight_M1 = turned(weight_NK.reshape(-1, 1), order_M, place_M)
+    y_MD = sorted_by_groups(x_MD, weight_M1, weights, size_E)
+    return collect(y_MD, order_M, place_M, x_ND.shape[0])
 
 
 # By blocks. Block i holds up to `rows` sorted pairs of one expert, which go through the whole MLP
@@ -194,7 +236,8 @@ def _forward(x_ND, order_M, place_M, size_E, weight_NK, weights):
     start = tuple(walk.zeros(width, dtype=x_ND.dtype) for width in widths)
     y_MD, gate_MF, up_MF = jax.lax.fori_loop(0, walk.count, one, start)
     saved = (x_ND, order_M, place_M, size_E, weight_NK, weights, gate_MF, up_MF)
-    return _combine(y_MD[place_M], weight_NK), saved
+    y_NKD = y_MD[place_M].reshape(*weight_NK.shape, -1).astype(jnp.float32)
+    return jnp.einsum("nkd,nk->nd", y_NKD, weight_NK).astype(y_MD.dtype), saved
 
 
 def _backward(saved, dy_ND):
