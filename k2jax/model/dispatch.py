@@ -12,6 +12,7 @@ Everything here sees one device (`shard_map`). Along the mesh axis `expert` each
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -138,19 +139,32 @@ def _in_rounds(
     pass goes through the rounds again and makes what it needs of each anew.
     """
 
-    def one(turn, y_MD):
+    def one(turn, y):
         pieces, size_E = _round(sizes, length, turn)
-        x_LD, weight_L1 = _there((x_MD, weight_M1), pieces, length)
+        x_LD, weight_L1 = _there((rows, weight_M1), pieces, length)
         y_LD = sorted_mlp(x_LD, weight_L1, weights, size_E)
-        return exchange(y_LD, pieces, y_MD, AXIS, back=True)
+        return exchange(_apart(y_LD), pieces, y, AXIS, back=True)
 
-    return jax.lax.fori_loop(0, sizes.rounds, one, jnp.zeros_like(x_MD))
+    rows = _apart(x_MD)
+    return _flat(jax.lax.fori_loop(0, sizes.rounds, one, jnp.zeros_like(rows)))
 
 
 def _there(rows: tuple[jax.Array, ...], pieces: Pieces, length: int) -> list[jax.Array]:
     """Rows where their experts are; 0 where nobody sends."""
-    empty = lambda a: jnp.zeros((length, a.shape[1]), a.dtype)
-    return [exchange(a, pieces, empty(a), AXIS) for a in rows]
+    empty = lambda a: jnp.zeros((length, *a.shape[1:]), a.dtype)
+    return [_flat(exchange(a, pieces, empty(a), AXIS)) for a in rows]
+
+
+def _apart(a_MD: jax.Array) -> jax.Array:
+    """Rows as TPUs exchange them: with a dim of 2 between, a bfloat16 row is one stretch of memory.
+
+    Where loops carry them like this, no round copies all rows into that form and back.
+    """
+    return a_MD.reshape(a_MD.shape[0], math.gcd(2, a_MD.shape[1]), -1)
+
+
+def _flat(a: jax.Array) -> jax.Array:
+    return a.reshape(a.shape[0], -1)
 
 
 def _rounds_forward(x_MD, weight_M1, weights, sizes, length):
@@ -162,22 +176,24 @@ def _rounds_backward(length, saved, dy_MD):
     x_MD, weight_M1, weights, sizes = saved
 
     def one(turn, grads):
-        dx_MD, dweight_M1, dweights = grads
+        dx, dweight_M1, dweights = grads
         pieces, size_E = _round(sizes, length, turn)
-        x_LD, weight_L1, dy_LD = _there((x_MD, weight_M1, dy_MD), pieces, length)
+        x_LD, weight_L1, dy_LD = _there((rows, weight_M1, drows), pieces, length)
         again = lambda x, weight, weights: sorted_mlp(x, weight, weights, size_E)
         dx_LD, dweight_L1, more = jax.vjp(again, x_LD, weight_L1, weights)[1](dy_LD)
         return (
-            exchange(dx_LD, pieces, dx_MD, AXIS, back=True),
+            exchange(_apart(dx_LD), pieces, dx, AXIS, back=True),
             exchange(dweight_L1, pieces, dweight_M1, AXIS, back=True),
             jax.tree.map(lambda a, b: a + b.astype(a.dtype), dweights, more),
         )
 
     # A row gets its gradient in one round only; an expert in each, so those add up in float32.
     dweights = tuple(jnp.zeros(w.shape, jnp.float32) for w in weights)
-    start = (jnp.zeros_like(x_MD), jnp.zeros_like(weight_M1), dweights)
-    *drows, dweights = jax.lax.fori_loop(0, sizes.rounds, one, start)
-    return (*drows, jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights), None)
+    rows, drows = _apart(x_MD), _apart(dy_MD)
+    start = (jnp.zeros_like(rows), jnp.zeros_like(weight_M1), dweights)
+    dx, dweight_M1, dweights = jax.lax.fori_loop(0, sizes.rounds, one, start)
+    dweights = jax.tree.map(lambda d, w: d.astype(w.dtype), dweights, weights)
+    return _flat(dx), dweight_M1, dweights, None
 
 
 _in_rounds.defvjp(_rounds_forward, _rounds_backward)

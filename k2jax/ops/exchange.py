@@ -49,9 +49,9 @@ def exchange(
     """`into` with the rows that this device receives written over its own.
 
     Args:
-        rows: [M, D], what it sends.
+        rows: [M, ...], what it sends.
         pieces: which of them go where; those of one receiver do not overlap.
-        into: [L, D].
+        into: [L, ...].
         axis: of the mesh.
         back: from the experts' devices to where the pieces came from.
 
@@ -92,4 +92,5 @@ def _picked(
     mine_PXL = (within_PXL >= 0) & (within_PXL < size_PX[..., None])
     row_L = jnp.where(mine_PXL, begin_PX[..., None] + within_PXL, 0).sum(axis=(0, 1))
     everyones = jax.lax.all_gather(rows, axis, tiled=True)
-    return jnp.where(mine_PXL.any(axis=(0, 1))[:, None], everyones[row_L], into)
+    mine_L = mine_PXL.any(axis=(0, 1)).reshape(-1, *(1,) * (into.ndim - 1))
+    return jnp.where(mine_L, everyones[row_L], into)

@@ -64,7 +64,9 @@ def collect(y_MD: jax.Array, order_M: jax.Array, place_M: jax.Array, tokens: int
     A choice at a time, so that rows in the order of tokens are never all there.
     """
     place_KN = place_M.reshape(tokens, -1).T
-    y_ND = sum(y_MD[place_N].astype(jnp.float32) for place_N in place_KN)
+    y_ND = jnp.zeros((tokens, y_MD.shape[1]), jnp.float32)
+    for place_N in place_KN:
+        y_ND += y_MD[place_N].astype(jnp.float32)
     return y_ND.astype(y_MD.dtype)
 
 
