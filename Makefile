@@ -8,19 +8,22 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: train test test-all parity lint notebooks clean
+.PHONY: train test test-all parity compiles lint notebooks clean
 
 train: $(VENV)/installed  ## Install, train the small model on real text, print a sample.
 	$(HUGE_PAGES) $(RUN)/k2jax train tiny
 
 test: $(VENV)/installed-dev  ## Install what tests need and run all but the slow ones.
-	$(RUN)/python -m pytest -q -m "not slow and not parity"
+	$(RUN)/python -m pytest -q -m "not slow and not parity and not compiles"
 
 test-all: $(VENV)/installed-dev  ## The slow ones too.
-	$(RUN)/python -m pytest -q -m "not parity"
+	$(RUN)/python -m pytest -q -m "not parity and not compiles"
 
 parity: $(VENV)/installed-parity  ## Against transformers on PyTorch; installs both.
 	$(RUN)/python -m pytest -q -m parity
+
+compiles: $(VENV)/installed-plan  ## By the real TPU and CUDA compilers, without their devices.
+	$(RUN)/python -m pytest -q -m compiles
 
 lint: $(VENV)/installed-dev  ## Style of the tree, types of the installed wheel.
 	$(RUN)/ruff check .
@@ -40,6 +43,10 @@ $(VENV)/installed: $(VENV)/bin/python setup.cfg pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(RUN)/python -m pip install -q -e ".[dev]"
+	@touch $@
+
+$(VENV)/installed-plan: $(VENV)/installed-dev
+	$(RUN)/python -m pip install -q -e ".[dev,plan]"
 	@touch $@
 
 $(VENV)/installed-parity: $(VENV)/installed-dev

@@ -15,7 +15,7 @@ from k2jax.config import MESH_AXES, ConfigError, RunConfig
 from k2jax.plan.hlo import Account, account
 from k2jax.plan.targets import Target
 
-MISSING = "compiling for {0} needs {1}: pip install 'k2jax[plan]', in the version of your jaxlib"
+MISSING = "compiling for {0} needs {1}: pip install 'k2jax[plan]'"
 
 # What XLA asks of a GPU: cores, compute capability, memory, its bandwidth, L2 cache, clock in GHz.
 GPUS = {
@@ -68,7 +68,7 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
 
     if target.chip.kind == "cpu":
         startup.prepare(target.devices)
-    devices = np.array(_devices(target)[: run.mesh.devices], dtype=object)
+    devices = np.array(devices_of(target)[: run.mesh.devices], dtype=object)
     mesh = Mesh(
         devices.reshape(run.mesh.shape), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES)
     )
@@ -88,7 +88,8 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
         seconds = time.perf_counter() - began
     return Compiled(
         memory=_memory(compiled.memory_analysis()),
-        account=account(compiled.as_text(), run.mesh.shape),
+        # The rounds of an exchange: as many as balanced experts need.
+        account=account(compiled.as_text(), run.mesh.shape, max(1.0, 1 / run.train.buffer)),
         seconds=seconds,
         host_peak=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         limit=target.hbm,
@@ -109,7 +110,12 @@ def _memory(found: Any) -> dict[str, float]:
     }
 
 
-def _devices(target: Target) -> list[Any]:
+def devices_of(target: Target) -> list[Any]:
+    """Devices that can be compiled for, without one of them here.
+
+    Raises:
+        ConfigError: the compiler is not installed, or knows no such topology.
+    """
     if target.chip.kind == "tpu":
         return _tpus(target)
     if target.chip.kind == "gpu":
@@ -130,6 +136,8 @@ def _tpus(target: Target) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{target.generation}-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    if os.environ.get("JAX_PLATFORMS") == "cpu":  # no chip is touched, so none has to be guarded
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     name = f"{target.generation}:{'x'.join(map(str, target.shape))}"

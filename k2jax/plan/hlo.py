@@ -59,12 +59,13 @@ class Account:
     open_loops: int = 0
 
 
-def account(text: str, mesh: tuple[int, ...] = ()) -> Account:
+def account(text: str, mesh: tuple[int, ...] = (), open_trips: float = 1.0) -> Account:
     """Read an optimised program.
 
     Args:
         text: `compiled.as_text()`.
         mesh: sizes of MESH_AXES, to name the axes of a collective.
+        open_trips: how often a loop runs whose count only the data knows.
 
     Returns:
         Matrix products at two operations a multiplication; ring bytes of collectives, an
@@ -73,7 +74,7 @@ def account(text: str, mesh: tuple[int, ...] = ()) -> Account:
     """
     entry, computations = _parse(text)
     found = Account()
-    times = _times(entry, computations, found)
+    times = _times(entry, computations, found, open_trips)
     for name, weight in times.items():
         lines = computations[name]
         shapes = {line.name: line.shapes for line in lines}
@@ -107,7 +108,7 @@ def _parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
 
 
 def _times(
-    entry: str, computations: dict[str, list[Instruction]], found: Account
+    entry: str, computations: dict[str, list[Instruction]], found: Account, open_trips: float
 ) -> dict[str, float]:
     """How often each computation runs. Callees stand before their callers in the text."""
     times: dict[str, float] = defaultdict(float)
@@ -121,7 +122,7 @@ def _times(
             if line.op == "while":
                 trips = _trips(line, computations)
                 found.open_loops += trips is None
-                count = float(trips or 1)
+                count = float(trips or open_trips)
             for callee in _callees(line):
                 times[callee] += weight * count
     return dict(times)

@@ -94,17 +94,16 @@ def _attention(case: Case) -> dict[str, float]:
 def _experts(case: Case) -> dict[str, float]:
     """Rows sorted by expert with their hidden widths, and the gradients of both.
 
-    An exchange has them as they come and sorted: inputs, gradients of outputs and gradients of
-    inputs, twice each, and the outputs that the gradients of the choices' weights need.
+    An exchange has a row a choice where tokens are, and one where experts are: of both the inputs,
+    the gradients of outputs and the gradients of inputs.
     """
     cfg, width = case.model, case.width
     hidden = cfg.expert_ffw / case.mesh.model
-    # Gathered tokens and their gradients; or a row a choice, sorted, and what comes back.
-    each = cfg.experts_per_token if case.exchanges else case.mesh.expert
+    copies, each = (3, cfg.experts_per_token) if case.exchanges else (2, case.mesh.expert)
     return {
-        "expert rows": width * case.pairs * (7 if case.exchanges else 2) * cfg.embed,
-        "expert hidden": width * case.pairs * 4 * hidden,
-        "travelling tokens": width * 2 * each * case.tokens * cfg.embed,
+        "expert rows": width * copies * case.pairs * cfg.embed,
+        "expert hidden": width * 4 * case.pairs * hidden,
+        "travelling tokens": width * copies * each * case.tokens * cfg.embed,
     }
 
 

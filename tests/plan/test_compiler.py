@@ -14,25 +14,20 @@ from k2jax.plan.work import Case
 SMALL = {
     "model.moe_layers": "2", "train.dtype": "bfloat16", "train.remat": "full",
     "optim.name": "adamw", "mesh.data": "2", "mesh.expert": "2", "mesh.model": "2",
+    "train.dispatch": "exchange",
 }  # fmt: skip
 RUN = override(configs.load("tiny"), SMALL)
 
 
-def installed(module):
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("target", "module"),
-    [("cpu:8", "jax"), ("v5p:2x2x2", "libtpu"), ("h200:1x8", "jax_plugins.xla_cuda13")],
+    "target",
+    [
+        pytest.param("cpu:8", marks=pytest.mark.slow),
+        pytest.param("v5p:2x2x2", marks=pytest.mark.compiles),
+        pytest.param("h200:1x8", marks=pytest.mark.compiles),
+    ],
 )
-def test_a_step_compiles_with_the_arguments_of_the_formula(target, module):
-    if not installed(module):
-        pytest.skip(f"needs {module}: pip install 'k2jax[plan]'")
+def test_a_step_compiles_with_the_arguments_of_the_formula(target):
     found = compile_step(RUN, targets.parse(target))
     formula = sum(memory.arguments(Case(RUN, RUN.mesh, 1)).values())
     assert found.memory["arguments"] == pytest.approx(formula, rel=0.05)  # tiles are padded
@@ -48,7 +43,7 @@ def test_without_the_plugin_the_line_names_the_extra(monkeypatch):
         compile_step(RUN, targets.parse("h200:1x8"))
 
 
-@pytest.mark.skipif(installed("libtpu"), reason="libtpu is installed")
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_libtpu_the_line_names_the_extra():
     with pytest.raises(ConfigError, match=r"TPUs needs libtpu: pip install 'k2jax\[plan\]'"):
         compile_step(RUN, targets.parse("v5p:2x2x2"))

@@ -1,0 +1,32 @@
+"""Kernels, by the real compilers of accelerators that are not here, at the sizes of K2."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from k2jax.ops.grouped import grouped
+from k2jax.plan import targets
+from k2jax.plan.compiler import GPU_OPTIONS, devices_of
+
+ROWS, EXPERTS, EMBED, HIDDEN = 65_536, 12, 7_168, 2_048
+GPUS = ("h100:1x1", "h200:1x1", "b200:1x1")
+TPUS = ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+def forward_and_backward(x, w, size, dy):
+    y, back = jax.vjp(lambda x, w: grouped(x, w, size), x, w)
+    return y, *back(dy)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("target", [*GPUS, *TPUS])
+def test_grouped_products_compile_and_no_row_meets_every_expert(target):
+    device = jax.sharding.SingleDeviceSharding(devices_of(targets.parse(target))[0])
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=device)
+    size = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32, sharding=device)
+    args = (array(ROWS, EMBED), array(EXPERTS, EMBED, HIDDEN), size, array(ROWS, HIDDEN))
+    platform, options = ("cuda", GPU_OPTIONS) if target in GPUS else ("tpu", None)
+    lowered = jax.jit(forward_and_backward).trace(*args).lower(lowering_platforms=(platform,))
+    compiled = lowered.compile(options)
+    # Masked copies of the rows, one an expert, would take 11 GB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 1e8
