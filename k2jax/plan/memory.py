@@ -38,7 +38,10 @@ def moments(case: Case) -> dict[str, dict[str, float]]:
         size(specs[name]) / ways(specs[name], case.mesh, gathered=True)
         for name in ("embed", "head")
     )
-    busiest = max(_attention(case), _experts(case), key=lambda parts: sum(parts.values()))
+    attention = _attention(case)
+    # A layer is made again as a whole: what its attention keeps waits for the experts' gradients.
+    experts = _experts(case) | {"queries and keys": attention["queries and keys"] / 2}
+    busiest = max(attention, experts, key=lambda parts: sum(parts.values()))
     layers = {"gradients": gradients, "kept activations": kept} | _layer_weights(case)
     orthogonal = {"updates": 4 * trained, "newton-schulz": newton.iteration(case)}
     return {
