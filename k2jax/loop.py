@@ -20,6 +20,7 @@ from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches,
 from k2jax.loading import find, initial_params
 from k2jax.metrics import Metrics, Progress, plot
 from k2jax.model import Model
+from k2jax.model.check import check_kernels
 from k2jax.params import initial
 from k2jax.sampling import generate
 from k2jax.signals import Stop
@@ -74,6 +75,8 @@ class _Training:
                 _check_same(self.run, saved.meta(latest)["config"], self.out)
             words = (self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
             check(*words)  # mistakes first: compiling cannot be interrupted
+            if jax.default_backend() != "cpu":
+                check_kernels(self.program.dispatch)
             if init and latest is None:
                 find(init)
             # Compiling takes longest, so it starts before the rest and the data is read beside it.
