@@ -65,11 +65,11 @@ class _Training:
 
     def go(self, init: str) -> Model:
         with (
-            Checkpoints(self.out, self.run.train.keep) as saved,
+            Checkpoints(self.out, self.run.train.keep, self.run.train.keep_every) as saved,
             Stop() as stop,
             ThreadPoolExecutor(1) as pool,
         ):
-            latest = saved.latest()
+            latest = saved.recover(self.say)
             if latest is not None:
                 _check_same(self.run, saved.meta(latest)["config"], self.out)
             words = (self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from k2jax.checkpoint import integrity
 from k2jax.checkpoint.steps import META
 from k2jax.checkpoint.tree import CHUNK_BYTES, Flat, split_axes
 
@@ -79,6 +80,7 @@ def writer(parts: tuple[str, ...]) -> Any:
     ocp = orbax()
     items = {part: _handler(ocp) for part in parts}
     handler = ocp.CompositeCheckpointHandler(**items, **{META: ocp.JsonCheckpointHandler()})
+    integrity.guard(handler)
     return ocp.AsyncCheckpointer(handler)
 
 

@@ -9,19 +9,21 @@ import errno
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
-from k2jax.checkpoint import engine, steps
+from k2jax.checkpoint import engine, integrity, steps
 from k2jax.checkpoint.tree import Flat, compare, concrete, flatten, inventory, unflatten
 from k2jax.config import ConfigError
 
 FORMAT = 1
 PACKAGES = ("k2jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore")
+LINE = 200  # bytes of a message from one process to the others
 PATIENCE = 10.0  # seconds that threads of a failed save may take to stop writing
 
 
@@ -31,16 +33,17 @@ class Checkpoints:
     All processes of a job call every method alike.
     """
 
-    def __init__(self, folder: str | epath.Path, keep: int = 1):
+    def __init__(self, folder: str | epath.Path, keep: int = 1, keep_every: int = 0):
         """Open `folder`, which need not exist; nothing is touched before the first save.
 
         Args:
             folder: of the run; steps live in `<folder>/checkpoints/<step>/`.
             keep: newest steps to keep. One more is there while the next is being written.
+            keep_every: steps that it divides are kept for ever; 0: none.
         """
         self.folder = epath.Path(folder).absolute()
         self.root = self.folder / steps.CHECKPOINTS
-        self.keep = keep
+        self.keep, self.keep_every = keep, keep_every
         self._writer: Any = None
         self._saving: int | None = None
 
@@ -59,6 +62,66 @@ class Checkpoints:
             ConfigError: the step is missing, incomplete or unreadable.
         """
         return steps.read_meta(self._existing(step))
+
+    def check(self, step: int, *parts: str) -> None:
+        """Read the files of a step and compare them with what was written, on all processes.
+
+        Args:
+            step: one that `latest` or `steps` named.
+            parts: those to look at; none: all. What has no record of its files is not looked at.
+
+        Raises:
+            ConfigError: the step is damaged; names the first file.
+        """
+        if why := self._damage(step, parts):
+            raise self._damaged(step, why)
+
+    def recover(self, say: Callable[[str], None]) -> int | None:
+        """The newest step that is as it was written; None: nothing was saved yet.
+
+        Damaged ones above it are set aside as `<step>.damaged`, so that these steps can be saved
+        again, and `say` is told. Only for who goes on saving here.
+
+        Raises:
+            ConfigError: every step is damaged; nothing is renamed.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(steps.numbered(self.root)):
+            if not (why := self._damage(step)):
+                break
+            damaged[step] = why
+        else:
+            if damaged:
+                found = "; ".join(f"{step} ({why})" for step, why in damaged.items())
+                raise ConfigError(
+                    f"no checkpoint in {self.root} is intact: {found}; move that folder away to"
+                    " begin anew"
+                )
+            return None
+        for number, why in damaged.items():
+            if jax.process_index() == 0:
+                steps.set_aside(self.root / str(number))
+            say(
+                f"checkpoint of step {number} in {self.root} is damaged ({why}); it is kept as"
+                f" {number}{steps.DAMAGED}, and the run goes on from step {step}"
+            )
+        return step
+
+    def _damage(self, step: int, parts: tuple[str, ...] = ()) -> str:
+        path = self.root / str(step)
+        why = steps.incomplete(path)
+        if not why:
+            try:
+                steps.read_meta(path)
+            except ConfigError:
+                why = f"{steps.META}/metadata is not JSON"
+        share = jax.process_index(), jax.process_count()
+        return _any(why or integrity.damage(path, (*parts, steps.META) if parts else (), share))
+
+    def _damaged(self, step: int, why: str) -> ConfigError:
+        others = [s for s in self.steps() if s < step]
+        older = f"; older complete steps: {_list(others)}" if others else ""
+        return ConfigError(f"checkpoint of step {step} in {self.root} is damaged ({why}){older}")
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Write a step in the background; returns once the arrays are copied to the host.
@@ -113,7 +176,7 @@ class Checkpoints:
         self._saving = None
         engine.trim()
         if jax.process_index() == 0:
-            steps.prune(self.root, self.keep)
+            steps.prune(self.root, self.keep, self.keep_every)
 
     def close(self) -> None:
         """`wait`, and free what saving held."""
@@ -164,11 +227,7 @@ class Checkpoints:
         try:
             flat = engine.restore(path / part, wanted)
         except Exception as error:
-            others = [s for s in self.steps() if s < step]
-            older = f"; older complete steps: {_list(others)}" if others else ""
-            raise ConfigError(
-                f"checkpoint of step {step} in {self.root} is damaged ({engine.line(error)}){older}"
-            ) from error
+            raise self._damaged(step, engine.line(error)) from error
         return unflatten(tree, flat)
 
     def _existing(self, step: int) -> epath.Path:
@@ -189,6 +248,18 @@ class Checkpoints:
             f"checkpoint of step {step} could not be written to {self.root}: {engine.cause(error)};"
             f" {safe}"
         )
+
+
+def _any(text: str) -> str:
+    """What some process has to say, told to all; the first of several."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(text.encode()[:LINE].ljust(LINE, b"\0"), np.uint8)
+    told = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, LINE)
+    found = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in told]
+    return next(filter(None, found), "")
 
 
 def _check_room(root: epath.Path, flat: Mapping[str, Flat]) -> None:
