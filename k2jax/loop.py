@@ -17,11 +17,13 @@ from k2jax import sharding
 from k2jax.checkpoint import Checkpoints, warm
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
+from k2jax.files import OUTSIDE, replace
 from k2jax.loading import find, initial_params
 from k2jax.metrics import Metrics, Progress, plot
 from k2jax.model import Model
 from k2jax.params import initial
 from k2jax.sampling import generate
+from k2jax.saving import Saves
 from k2jax.signals import Stop
 from k2jax.step import Program, State, build, to_devices
 
@@ -51,8 +53,14 @@ def train(
         ConfigError: the run cannot work here; nothing that was saved is lost.
     """
     out = Path(out)
+    began = time.perf_counter() if began is None else began
     with jax.set_mesh(sharding.make(run.mesh)):
-        return _Training(run, out, say, time.perf_counter() if began is None else began).go(init)
+        try:
+            return _Training(run, out, say, began).go(init)
+        except OSError as error:
+            if error.errno not in OUTSIDE:
+                raise
+            raise ConfigError(f"{error.filename or out}: {error.strerror}") from error
 
 
 class _Training:
@@ -98,7 +106,7 @@ class _Training:
     def _describe(self, data: Data) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         data.tokenizer.save(self.out / "tiktoken.model")
-        (self.out / "config.json").write_text(json.dumps(to_json(self.run), indent=1) + "\n")
+        replace(self.out / "config.json", json.dumps(to_json(self.run), indent=1) + "\n")
         count = sum(math.prod(leaf.shape) for leaf in self.program.specs.values())
         self.say(
             f"{self.run.name}: {count / 1e6:.1f}M parameters on {self.run.mesh};"
@@ -139,7 +147,8 @@ class _Training:
         fetch = lambda step: batches.batch(step, **hosts)
         step_fn = programs.step.result()
         rows: Any = contextlib.closing(prefetch(fetch, start, run.train.steps - start))  # type: ignore[type-var]
-        metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule)
+        metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule, self.say)
+        saves = Saves(saved, self.say)
         progress = Progress(run, start, self.say, self.began)
         step = start
         with rows as ready, metrics, progress:
@@ -149,6 +158,7 @@ class _Training:
                 step += 1
                 values = _numbers(found)
                 values["seconds"] = time.perf_counter() - began
+                values |= saves.told()
                 if not math.isfinite(values["loss"]):
                     raise ConfigError(
                         f"the loss is {values['loss']} at step {step}; lower optim.learning_rate"
@@ -160,10 +170,10 @@ class _Training:
                 progress.show(step, values)
                 if self._due(step, run.train.save_every) or stop.asked:
                     meta = {"config": to_json(run), "data": {"step": step}}
-                    saved.save(step, state._asdict(), meta)
+                    saves.save(step, state._asdict(), meta)
                 if stop.asked:
                     break
-        saved.wait()
+        saves.finish(state._asdict())
         return state, step
 
     def _due(self, step: int, every: int) -> bool:

@@ -1,6 +1,7 @@
 """A run from the first line to the last: what it leaves, how it stops, and how it goes on."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -191,6 +192,63 @@ def test_a_run_goes_on_alike_on_another_mesh(run, whole, again):
     assert len(model.params["head"].sharding.device_set) == mesh.devices
     np.testing.assert_allclose(losses(again)[3], losses(whole[0])[3], rtol=1e-5)
     np.testing.assert_allclose(losses(again), losses(whole[0]), rtol=1e-4)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, whole, tmp_path):
+    out, lines = Path(shutil.copytree(whole[0], tmp_path / "damaged")), []
+    file = max((out / "checkpoints/6/params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    train(run, out, say=lines.append)
+    assert lines[0].startswith(f"checkpoint of step 6 in {out}/checkpoints is damaged (params/")
+    assert lines[0].endswith("; it is kept as 6.damaged, and the run goes on from step 3")
+    assert Checkpoints(out).steps() == [3, 6] and (out / "checkpoints/6.damaged").is_dir()
+    assert losses(out) == losses(whole[0])
+    found, right = state(run, out, 6), state(run, whole[0], 6)
+    for name, value in right.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def full_disk(monkeypatch, *numbers: int) -> None:
+    """Saving these steps fails, as if while they were being written."""
+    import orbax.checkpoint as ocp
+
+    save = ocp.AsyncCheckpointer.save
+
+    def fail(self, directory, *args, **kwargs):
+        if int(directory.name) in numbers:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(self, directory, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", fail)
+
+
+def test_a_run_outlives_a_save_that_fails(run, whole, tmp_path, monkeypatch):
+    lines: list[str] = []
+    full_disk(monkeypatch, 3)
+    train(run, tmp_path / "out", say=lines.append)
+    (warning,) = [line for line in lines if line.startswith("warning")]
+    assert "checkpoint of step 3 could not be written" in warning
+    assert "the disk is full" in warning and "none is there yet" in warning
+    assert Checkpoints(tmp_path / "out").steps() == [6]
+    assert losses(tmp_path / "out") == losses(whole[0])
+
+
+def test_a_last_save_that_fails_is_no_success(run, again, monkeypatch):
+    full_disk(monkeypatch, 6)
+    with pytest.raises(ConfigError, match=r"step 6 could not be .*full.*; step 3 is complete"):
+        train(run, again, say=lambda line: None)
+    assert Checkpoints(again).steps() == [3]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch):
+    def fail(path, text):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("k2jax.loop.replace", fail)
+    with pytest.raises(ConfigError, match=r"config.json: Read-only file system$"):
+        train(run, tmp_path / "out", say=lambda line: None)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(run, whole):

@@ -156,7 +156,8 @@ class Checkpoints:
         }
         self._saving = step
         try:
-            _check_room(self.root, flat)
+            if why := _any(_no_room(self.root, flat)):
+                raise OSError(errno.ENOSPC, why)
             self._writer.save(self.root / str(step), args=engine.save_args(flat, entry))
         except Exception as error:
             raise self._failed(error) from error
@@ -262,14 +263,14 @@ def _any(text: str) -> str:
     return next(filter(None, found), "")
 
 
-def _check_room(root: epath.Path, flat: Mapping[str, Flat]) -> None:
-    """Refuse a save that cannot fit, before anything is written."""
+def _no_room(root: epath.Path, flat: Mapping[str, Flat]) -> str:
+    """Why a save cannot fit, before anything is written; empty: it can."""
     if str(root).startswith("gs://"):
-        return
+        return ""
     size = sum(leaf.nbytes for leaves in flat.values() for leaf in leaves.values())
     free = shutil.disk_usage(root).free
-    if size // jax.process_count() > free:
-        raise OSError(errno.ENOSPC, f"it takes {size:,} bytes, {free:,} are free")
+    full = size // jax.process_count() > free
+    return f"it takes {size:,} bytes, {free:,} are free" if full else ""
 
 
 def _sweep_after_failure(root: epath.Path) -> None:
