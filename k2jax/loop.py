@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from k2jax import sharding
+from k2jax import provenance, sharding
 from k2jax.checkpoint import Checkpoints, warm
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
@@ -29,6 +29,7 @@ from k2jax.step import Program, State, build, to_devices
 
 Say = Callable[[str], None]
 PROMPT = "def "
+PLOT = "loss.png"  # the last thing that a run leaves
 
 
 def train(
@@ -37,7 +38,7 @@ def train(
     """Train to `run.train.steps`, or go on from the newest checkpoint in `out`.
 
     Leaves in `out`: `checkpoints/`, `metrics.jsonl` (one line a step), `loss.png`, `config.json`,
-    `tiktoken.model`. SIGTERM saves and returns.
+    `run.json` (one entry a start), `tiktoken.model`. SIGTERM saves and returns.
 
     Args:
         run: validated.
@@ -94,10 +95,11 @@ class _Training:
             self._describe(data)
             state, step = self._start(saved, latest, init)
             if step < self.run.train.steps:
+                provenance.record(self.run, self.out, step)
                 state, step = self._steps(state, step, data, programs, saved, stop)
             if step < self.run.train.steps:
                 self.say(f"stopped and saved at step {step}; the same command goes on from there")
-            elif step == latest:
+            elif step == latest and (self.out / PLOT).exists():
                 self.say(f"{self.out} is finished: step {step}; more --train.steps would go on")
             else:
                 self._finish(state, data, programs)
@@ -205,7 +207,7 @@ class _Training:
             f"held out: {bits:.4f} bits per byte, {found['heldout_loss']:.4f} nats per token"
             f" (gzip -9: {packed['gzip']:.4f}, xz -9: {packed['xz']:.4f} bits per byte)"
         )
-        plot(self.out / "metrics.jsonl", self.out / "loss.png", self.run.name)
+        plot(self.out / "metrics.jsonl", self.out / PLOT, self.run.name)
         model = Model(self.run.model, state.params, data.tokenizer)
         ids = generate(model, [PROMPT], max_new_tokens=min(64, self.run.model.context // 2))[0]
         self.say(f"sample:\n{PROMPT}{data.tokenizer.decode(ids)}")

@@ -17,7 +17,7 @@ LAYERS = [  # a room may import from lines above its own, never from its own lin
     {"sharding"},
     {"params", "ops", "configs", "chat", "loss"},
     {"model", "optim", "data", "checkpoint", "metrics", "signals"},
-    {"loading", "startup", "step", "sampling", "saving"},
+    {"loading", "startup", "step", "sampling", "saving", "provenance"},
     {"evaluate", "describe", "loop", "conversion", "plan"},
     {"train"},
     {"cli"},

@@ -35,7 +35,9 @@ SIZES = {
     "kv_rank": 8, "nope": 4, "rope": 4, "value": 4, "ffw": 16, "experts": 4, "expert_ffw": 8,
     "experts_per_token": 2, "context": 32,
 }  # fmt: skip
-FILES = ("checkpoints", "config.json", "loss.png", "metrics.jsonl", "tiktoken.model")
+FILES = (
+    "checkpoints", "config.json", "loss.png", "metrics.jsonl", "run.json", "tiktoken.model",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

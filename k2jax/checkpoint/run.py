@@ -151,7 +151,7 @@ class Checkpoints:
             **meta,
             "step": step,
             "format": FORMAT,
-            "versions": _versions(),
+            "versions": versions(),
             "arrays": {part: inventory(leaves) for part, leaves in flat.items()},
         }
         self._saving = step
@@ -284,7 +284,8 @@ def _sweep_after_failure(root: epath.Path) -> None:
             time.sleep(0.1)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that numbers and files depend on."""
     found = {}
     for name in PACKAGES:
         try:
