@@ -86,7 +86,7 @@ def source_hash() -> str:
     import k2jax.configs
     import k2jax.sharding
 
-    files = {}  # installed, configs lie within k2jax; in a checkout, beside it
+    files: dict[str, Path] = {}  # installed, configs lie within k2jax; in a checkout, beside it
     for package in (k2jax, k2jax.configs, k2jax.sharding):
         folder = Path(str(package.__file__)).parent
         name = package.__name__.replace(".", "/")
