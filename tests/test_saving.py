@@ -71,6 +71,32 @@ def test_a_failed_save_is_a_warning_and_the_next_one_is_tried(number, says, save
     assert value(folder, 3) == 3
 
 
+def test_a_folder_that_refuses_every_change_is_a_warning_each_time(saves, monkeypatch):
+    for step in (1, 2):
+        saves.save(step, state(step), {})
+    saves.checkpoints.wait()
+
+    def refuse(*args):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("k2jax.checkpoint.run.PATIENCE", 0.1)
+        patch.setattr("k2jax.checkpoint.steps.sweep", refuse)
+        patch.setattr("k2jax.checkpoint.steps.prune", refuse)
+        patch.setattr(saves.checkpoints, "_writer", None)
+        for step in (3, 4):
+            saves.save(step, state(step), {})
+        patch.undo()
+        patch.setattr("k2jax.checkpoint.steps.prune", refuse)
+        saves.save(5, state(5), {})
+        saves.finish(state(5))
+    assert [line.split(" could")[0] for line in saves.lines[:2]] == [
+        f"warning: checkpoint of step {step}" for step in (3, 4)
+    ]
+    assert "old checkpoints in" in saves.lines[2] and "Operation not permitted" in saves.lines[2]
+    assert len(saves.lines) == 3 and saves.checkpoints.steps() == [1, 2, 5]
+
+
 def test_the_last_save_is_tried_twice_and_its_failure_is_the_run_s(saves, monkeypatch):
     saves.save(1, state(1), {})
     patch = broken(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))

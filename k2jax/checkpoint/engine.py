@@ -44,12 +44,17 @@ def orbax() -> Any:
         _glibc("mallopt", M_ARENA_MAX, ARENAS)
         # A failure is logged with its traceback by each thread, and raised: once is enough.
         logging.getLogger("absl").addFilter(_untold)
+        logging.getLogger("asyncio").addFilter(_awaited)
         _hush()
     return ocp
 
 
 def _untold(record: logging.LogRecord) -> bool:
     return not record.exc_info or "orbax" not in record.pathname
+
+
+def _awaited(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _hush() -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from k2jax.checkpoint.steps import TEMPORARY
@@ -21,6 +22,7 @@ RECORD = "files.json"
 OWN = "files.{}.json"
 BLOCK = 2**24
 READERS = 4
+LINE = 200  # bytes of a message from one process to the others
 
 # Bytes and CRC-32 by the name of the file.
 Sums = dict[str, list[int]]
@@ -135,3 +137,15 @@ def _look(path: epath.Path, size: int, checksum: int) -> str:
         if error.errno == errno.EIO:  # others, a missing permission say, are no damage
             return f"cannot be read ({error.strerror})"
         raise
+
+
+def agree(text: str) -> str:
+    """What some process has to say, told to all; the first of several."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    mine = np.frombuffer(text.encode()[:LINE].ljust(LINE, b"\0"), np.uint8)
+    told = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, LINE)
+    found = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in told]
+    return next(filter(None, found), "")

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from k2jax.checkpoint import engine, integrity, steps
@@ -23,7 +22,6 @@ from k2jax.config import ConfigError
 
 FORMAT = 1
 PACKAGES = ("k2jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore")
-LINE = 200  # bytes of a message from one process to the others
 PATIENCE = 10.0  # seconds that threads of a failed save may take to stop writing
 
 
@@ -116,7 +114,9 @@ class Checkpoints:
             except ConfigError:
                 why = f"{steps.META}/metadata is not JSON"
         share = jax.process_index(), jax.process_count()
-        return _any(why or integrity.damage(path, (*parts, steps.META) if parts else (), share))
+        return integrity.agree(
+            why or integrity.damage(path, (*parts, steps.META) if parts else (), share)
+        )
 
     def _damaged(self, step: int, why: str) -> ConfigError:
         others = [s for s in self.steps() if s < step]
@@ -141,11 +141,6 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             raise ValueError(f"step {step} is already in {self.root}")
-        if self._writer is None:
-            self.root.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                steps.sweep(self.root)
-            self._writer = engine.writer(tuple(state))
         flat = {part: flatten(tree) for part, tree in state.items()}
         entry = {
             **meta,
@@ -156,17 +151,26 @@ class Checkpoints:
         }
         self._saving = step
         try:
-            if why := _any(_no_room(self.root, flat)):
+            self._open(tuple(state))
+            if why := integrity.agree(_no_room(self.root, flat)):
                 raise OSError(errno.ENOSPC, why)
             self._writer.save(self.root / str(step), args=engine.save_args(flat, entry))
         except Exception as error:
             raise self._failed(error) from error
 
+    def _open(self, parts: tuple[str, ...]) -> None:
+        if self._writer is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                steps.sweep(self.root)
+            self._writer = engine.writer(parts)
+
     def wait(self) -> None:
         """Finish the save in progress, then delete old steps.
 
         Raises:
-            ConfigError: it failed; older checkpoints are as they were.
+            ConfigError: it failed, and older checkpoints are as they were; or it did not, and these
+                cannot be deleted.
         """
         if self._saving is None:
             return
@@ -177,7 +181,12 @@ class Checkpoints:
         self._saving = None
         engine.trim()
         if jax.process_index() == 0:
-            steps.prune(self.root, self.keep, self.keep_every)
+            try:
+                steps.prune(self.root, self.keep, self.keep_every)
+            except OSError as error:
+                raise ConfigError(
+                    f"old checkpoints in {self.root} cannot be deleted: {engine.cause(error)}"
+                ) from error
 
     def close(self) -> None:
         """`wait`, and free what saving held."""
@@ -249,18 +258,6 @@ class Checkpoints:
             f"checkpoint of step {step} could not be written to {self.root}: {engine.cause(error)};"
             f" {safe}"
         )
-
-
-def _any(text: str) -> str:
-    """What some process has to say, told to all; the first of several."""
-    if jax.process_count() == 1:
-        return text
-    from jax.experimental import multihost_utils
-
-    mine = np.frombuffer(text.encode()[:LINE].ljust(LINE, b"\0"), np.uint8)
-    told = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, LINE)
-    found = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in told]
-    return next(filter(None, found), "")
 
 
 def _no_room(root: epath.Path, flat: Mapping[str, Flat]) -> str:
