@@ -22,7 +22,7 @@ from k2jax.params import initial
 from k2jax.startup import prepare
 from k2jax.step import build, to_devices
 
-STEPS, EVERY = 6, 50
+STEPS, EVERY = 4, 50
 
 
 def batch(run):
@@ -92,4 +92,4 @@ def main(pairs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 8)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 6)
