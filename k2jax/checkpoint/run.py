@@ -113,10 +113,10 @@ class Checkpoints:
                 steps.read_meta(path)
             except ConfigError:
                 why = f"{steps.META}/metadata is not JSON"
-        share = jax.process_index(), jax.process_count()
-        return integrity.agree(
-            why or integrity.damage(path, (*parts, steps.META) if parts else (), share)
-        )
+        if not why:
+            share = jax.process_index(), jax.process_count()
+            why = integrity.damage(path, (*parts, steps.META) if parts else (), share)
+        return integrity.agree(why)
 
     def _damaged(self, step: int, why: str) -> ConfigError:
         others = [s for s in self.steps() if s < step]
