@@ -216,7 +216,8 @@ class TrainConfig:
     eval_every: int = knob(100, "steps between held-out losses; 0: only at the end")
     eval_rows: int = knob(64, "held-out rows in each of them; the last one reads all")
     save_every: int = knob(100, "steps between checkpoints; the last step is always saved")
-    keep: int = knob(2, "checkpoints kept")
+    keep: int = knob(2, "newest checkpoints kept")
+    keep_every: int = knob(0, "steps it divides are kept for ever, if saved; 0: none")
     log_every: int = knob(10, "steps between printed lines where there is no terminal")
 
 

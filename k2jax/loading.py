@@ -87,6 +87,7 @@ class Source:
         if self.step is None:
             return load_published(self.folder, specs, dtype)
         checkpoints = Checkpoints(self.folder)
+        checkpoints.check(self.step, "params")
         meta = checkpoints.meta(self.step)
         step = Path(checkpoints.root) / str(self.step)
         saved = meta["arrays"]["params"]

@@ -13,21 +13,24 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from k2jax import sharding
+from k2jax import provenance, sharding
 from k2jax.checkpoint import Checkpoints, warm
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
+from k2jax.files import OUTSIDE, replace
 from k2jax.loading import find, initial_params
 from k2jax.metrics import Metrics, Progress, plot
 from k2jax.model import Model
 from k2jax.model.check import check_kernels
 from k2jax.params import initial
 from k2jax.sampling import generate
+from k2jax.saving import Saves
 from k2jax.signals import Stop
 from k2jax.step import Program, State, build, to_devices
 
 Say = Callable[[str], None]
 PROMPT = "def "
+PLOT = "loss.png"  # the last thing that a run leaves
 
 
 def train(
@@ -36,7 +39,7 @@ def train(
     """Train to `run.train.steps`, or go on from the newest checkpoint in `out`.
 
     Leaves in `out`: `checkpoints/`, `metrics.jsonl` (one line a step), `loss.png`, `config.json`,
-    `tiktoken.model`. SIGTERM saves and returns.
+    `run.json` (one entry a start), `tiktoken.model`. SIGTERM saves and returns.
 
     Args:
         run: validated.
@@ -52,8 +55,14 @@ def train(
         ConfigError: the run cannot work here; nothing that was saved is lost.
     """
     out = Path(out)
+    began = time.perf_counter() if began is None else began
     with jax.set_mesh(sharding.make(run.mesh)):
-        return _Training(run, out, say, time.perf_counter() if began is None else began).go(init)
+        try:
+            return _Training(run, out, say, began).go(init)
+        except OSError as error:
+            if error.errno not in OUTSIDE:
+                raise
+            raise ConfigError(f"{error.filename or out}: {error.strerror}") from error
 
 
 class _Training:
@@ -66,11 +75,11 @@ class _Training:
 
     def go(self, init: str) -> Model:
         with (
-            Checkpoints(self.out, self.run.train.keep) as saved,
+            Checkpoints(self.out, self.run.train.keep, self.run.train.keep_every) as saved,
             Stop() as stop,
             ThreadPoolExecutor(1) as pool,
         ):
-            latest = saved.latest()
+            latest = saved.recover(self.say)
             if latest is not None:
                 _check_same(self.run, saved.meta(latest)["config"], self.out)
             words = (self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
@@ -89,10 +98,11 @@ class _Training:
             self._describe(data)
             state, step = self._start(saved, latest, init)
             if step < self.run.train.steps:
+                provenance.record(self.run, self.out, step)
                 state, step = self._steps(state, step, data, programs, saved, stop)
             if step < self.run.train.steps:
                 self.say(f"stopped and saved at step {step}; the same command goes on from there")
-            elif step == latest:
+            elif step == latest and (self.out / PLOT).exists():
                 self.say(f"{self.out} is finished: step {step}; more --train.steps would go on")
             else:
                 self._finish(state, data, programs)
@@ -101,7 +111,7 @@ class _Training:
     def _describe(self, data: Data) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         data.tokenizer.save(self.out / "tiktoken.model")
-        (self.out / "config.json").write_text(json.dumps(to_json(self.run), indent=1) + "\n")
+        replace(self.out / "config.json", json.dumps(to_json(self.run), indent=1) + "\n")
         count = sum(math.prod(leaf.shape) for leaf in self.program.specs.values())
         self.say(
             f"{self.run.name}: {count / 1e6:.1f}M parameters on {self.run.mesh};"
@@ -142,7 +152,8 @@ class _Training:
         fetch = lambda step: batches.batch(step, **hosts)
         step_fn = programs.step.result()
         rows: Any = contextlib.closing(prefetch(fetch, start, run.train.steps - start))  # type: ignore[type-var]
-        metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule)
+        metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule, self.say)
+        saves = Saves(saved, self.say)
         progress = Progress(run, start, self.say, self.began)
         step = start
         with rows as ready, metrics, progress:
@@ -152,6 +163,7 @@ class _Training:
                 step += 1
                 values = _numbers(found)
                 values["seconds"] = time.perf_counter() - began
+                values |= saves.told()
                 if not math.isfinite(values["loss"]):
                     raise ConfigError(
                         f"the loss is {values['loss']} at step {step}; lower optim.learning_rate"
@@ -163,10 +175,10 @@ class _Training:
                 progress.show(step, values)
                 if self._due(step, run.train.save_every) or stop.asked:
                     meta = {"config": to_json(run), "data": {"step": step}}
-                    saved.save(step, state._asdict(), meta)
+                    saves.save(step, state._asdict(), meta)
                 if stop.asked:
                     break
-        saved.wait()
+        saves.finish(state._asdict())
         return state, step
 
     def _due(self, step: int, every: int) -> bool:
@@ -198,7 +210,7 @@ class _Training:
             f"held out: {bits:.4f} bits per byte, {found['heldout_loss']:.4f} nats per token"
             f" (gzip -9: {packed['gzip']:.4f}, xz -9: {packed['xz']:.4f} bits per byte)"
         )
-        plot(self.out / "metrics.jsonl", self.out / "loss.png", self.run.name)
+        plot(self.out / "metrics.jsonl", self.out / PLOT, self.run.name)
         model = Model(self.run.model, state.params, data.tokenizer)
         ids = generate(model, [PROMPT], max_new_tokens=min(64, self.run.model.context // 2))[0]
         self.say(f"sample:\n{PROMPT}{data.tokenizer.decode(ids)}")

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from k2jax.config import RunConfig
+from k2jax.files import Lines, replace
 
 
 class Metrics:
     """Appends one JSON line a step. Lines of steps after the one resumed from are dropped."""
 
-    def __init__(self, path: Path, start: int, schedule: Callable[[int], Any]):
+    def __init__(
+        self, path: Path, start: int, schedule: Callable[[int], Any], say: Callable[[str], None]
+    ):
         """Keep the lines up to step `start`; `schedule` gives each step's learning rate."""
         self.schedule = schedule
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= start] if start else []
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self.file = path.open("a")
+        replace(path, "".join(f"{line}\n" for line in kept))
+        self.file = Lines(path, say)
 
     def __enter__(self) -> "Metrics":
         """Ready to write."""
@@ -32,8 +35,7 @@ class Metrics:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line: the step, its learning rate, and `values`."""
         values = {"step": step, "learning_rate": float(self.schedule(step - 1)), **values}
-        self.file.write(json.dumps({name: _short(value) for name, value in values.items()}) + "\n")
-        self.file.flush()
+        self.file.write(json.dumps({name: _short(value) for name, value in values.items()}))
 
 
 def _short(value: Any) -> Any:

@@ -6,10 +6,11 @@ from types import FrameType
 
 
 class Stop:
-    """While open, SIGTERM and a first Ctrl-C set `asked` instead of ending the process.
+    """While open, SIGTERM, SIGUSR1 and a first Ctrl-C set `asked` instead of ending the process.
 
-    A second Ctrl-C interrupts as usual. Outside of the main thread no signal can be caught, and
-    `asked` stays false.
+    Clusters announce the end with SIGTERM, SLURM with what its `--signal` says, often SIGUSR1;
+    either may come again. A second Ctrl-C interrupts as usual. Outside of the main thread no signal
+    can be caught, and `asked` stays false.
     """
 
     def __init__(self) -> None:
@@ -20,13 +21,14 @@ class Stop:
     def __enter__(self) -> "Stop":
         """Start to catch."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *error: object) -> None:
         """Back to what was caught before."""

@@ -13,11 +13,11 @@ import k2jax.model
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # a room may import from lines above its own, never from its own line or below
-    {"config", "spec"},
+    {"config", "files", "spec"},
     {"sharding"},
     {"params", "ops", "configs", "chat", "loss"},
     {"model", "optim", "data", "checkpoint", "metrics", "signals"},
-    {"loading", "startup", "step", "sampling"},
+    {"loading", "startup", "step", "sampling", "saving", "provenance"},
     {"evaluate", "describe", "loop", "conversion", "plan"},
     {"train"},
     {"cli"},

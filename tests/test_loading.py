@@ -71,6 +71,16 @@ def test_a_run_its_checkpoints_folder_and_one_step_are_loadable(run, params):
     assert find(run).step == 5 and find(run / "checkpoints" / "3").step == 3
 
 
+def test_a_damaged_weight_is_named_with_the_older_step_not_loaded(run):
+    file = max((run / "checkpoints/5/params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"step 5 .* is damaged \(params/.*complete steps: 3$"):
+        load(run)
+    assert load(run / "checkpoints" / "3").config == CONFIG
+
+
 def test_load_is_a_name_of_the_package(run):
     assert k2jax.load(str(run)).config == CONFIG
 

@@ -1,6 +1,7 @@
 """A run from the first line to the last: what it leaves, how it stops, and how it goes on."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from k2jax import loop
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import (
     ConfigError,
@@ -34,7 +36,9 @@ SIZES = {
     "kv_rank": 8, "nope": 4, "rope": 4, "value": 4, "ffw": 16, "experts": 4, "expert_ffw": 8,
     "experts_per_token": 2, "context": 32,
 }  # fmt: skip
-FILES = ("checkpoints", "config.json", "loss.png", "metrics.jsonl", "tiktoken.model")
+FILES = (
+    "checkpoints", "config.json", "loss.png", "metrics.jsonl", "run.json", "tiktoken.model",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +183,58 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, whole, again):
     assert any(line.startswith("going on from step 3") for line in lines)
     assert [line["step"] for line in read_metrics(again)] == [1, 2, 3, 4, 5, 6]
     assert losses(again) == losses(whole[0])
+    assert [start["step"] for start in json.loads((again / "run.json").read_text())] == [0, 3]
     found, right = state(run, again, 6), state(run, whole[0], 6)
     assert found.keys() == right.keys()
     for name, value in right.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def twice() -> None:
+    """A notice, and its repetition."""
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def noticed(monkeypatch, place: object, name: str) -> None:
+    """Calling this for the first time brings a notice."""
+    call, calls = getattr(place, name), []
+
+    def wrapped(*args, **kwargs):
+        if not calls:
+            twice()
+        calls.append(1)
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, wrapped)
+
+
+NOTICES = {  # where, and how far a run that goes on from step 3 still gets
+    "compiling": (loop, "_compile_step", 4),
+    "restoring": (Checkpoints, "restore", 4),
+    "a step": (loop, "to_devices", 4),
+    "evaluation": (loop, "eval_batches", 6),
+    "a save": (Checkpoints, "save", 6),
+}
+
+
+@pytest.mark.parametrize("name", NOTICES)
+def test_a_notice_ends_the_run_saved_wherever_it_comes(name, run, whole, again, monkeypatch):
+    place, function, step = NOTICES[name]
+    noticed(monkeypatch, place, function)
+    lines: list[str] = []
+    train(changed(run, "train", steps=8, eval_every=6, save_every=6), again, say=lines.append)
+    assert lines[-1] == f"stopped and saved at step {step}; the same command goes on from there"
+    assert Checkpoints(again).latest() == step
+    assert [line["step"] for line in read_metrics(again)] == list(range(1, step + 1))
+
+
+def test_a_run_killed_after_its_last_save_still_gets_its_plot(run, whole, tmp_path):
+    out, lines = Path(shutil.copytree(whole[0], tmp_path / "out")), []
+    (out / "loss.png").unlink()
+    train(run, out, say=lines.append)
+    assert (out / "loss.png").exists() and any(line.startswith("held out: ") for line in lines)
+    assert losses(out) == losses(whole[0])
 
 
 def test_a_run_goes_on_alike_on_another_mesh(run, whole, again):
@@ -191,6 +243,76 @@ def test_a_run_goes_on_alike_on_another_mesh(run, whole, again):
     assert len(model.params["head"].sharding.device_set) == mesh.devices
     np.testing.assert_allclose(losses(again)[3], losses(whole[0])[3], rtol=1e-5)
     np.testing.assert_allclose(losses(again), losses(whole[0]), rtol=1e-4)
+
+
+def test_a_run_on_another_mesh_is_the_same_run(run, whole, tmp_path):
+    """Sums in another order are all that differs: 1e-6 of the first loss.
+
+    Adam divides each gradient by its size, so rounding moves whole updates of weights whose
+    gradient is near zero; after five of them the loss may differ by 1e-4 of itself.
+    """
+    mesh = MeshConfig(data=2, expert=2, model=2)
+    train(dataclasses.replace(run, mesh=mesh), tmp_path / "out", say=lambda line: None)
+    found, right = losses(tmp_path / "out"), losses(whole[0])
+    np.testing.assert_allclose(found[0], right[0], rtol=1e-6)
+    np.testing.assert_allclose(found, right, rtol=1e-4)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, whole, tmp_path):
+    out, lines = Path(shutil.copytree(whole[0], tmp_path / "damaged")), []
+    file = max((out / "checkpoints/6/params").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    train(run, out, say=lines.append)
+    assert lines[0].startswith(f"checkpoint of step 6 in {out}/checkpoints is damaged (params/")
+    assert lines[0].endswith("; it is kept as 6.damaged, and the run goes on from step 3")
+    assert Checkpoints(out).steps() == [3, 6] and (out / "checkpoints/6.damaged").is_dir()
+    assert losses(out) == losses(whole[0])
+    found, right = state(run, out, 6), state(run, whole[0], 6)
+    for name, value in right.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def full_disk(monkeypatch, *numbers: int) -> None:
+    """Saving these steps fails, as if while they were being written."""
+    import orbax.checkpoint as ocp
+
+    save = ocp.AsyncCheckpointer.save
+
+    def fail(self, directory, *args, **kwargs):
+        if int(directory.name) in numbers:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(self, directory, *args, **kwargs)
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "save", fail)
+
+
+def test_a_run_outlives_a_save_that_fails(run, whole, tmp_path, monkeypatch):
+    lines: list[str] = []
+    full_disk(monkeypatch, 3)
+    train(run, tmp_path / "out", say=lines.append)
+    (warning,) = [line for line in lines if line.startswith("warning")]
+    assert "checkpoint of step 3 could not be written" in warning
+    assert "the disk is full" in warning and "none is there yet" in warning
+    assert Checkpoints(tmp_path / "out").steps() == [6]
+    assert losses(tmp_path / "out") == losses(whole[0])
+
+
+def test_a_last_save_that_fails_is_no_success(run, again, monkeypatch):
+    full_disk(monkeypatch, 6)
+    with pytest.raises(ConfigError, match=r"step 6 could not be .*full.*; step 3 is complete"):
+        train(run, again, say=lambda line: None)
+    assert Checkpoints(again).steps() == [3]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch):
+    def fail(path, text):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("k2jax.loop.replace", fail)
+    with pytest.raises(ConfigError, match=r"config.json: Read-only file system$"):
+        train(run, tmp_path / "out", say=lambda line: None)
 
 
 def test_a_finished_run_says_so_and_changes_nothing(run, whole):

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from k2jax.checkpoint import integrity
 from k2jax.checkpoint.steps import META
 from k2jax.checkpoint.tree import CHUNK_BYTES, Flat, split_axes
 
@@ -43,12 +44,17 @@ def orbax() -> Any:
         _glibc("mallopt", M_ARENA_MAX, ARENAS)
         # A failure is logged with its traceback by each thread, and raised: once is enough.
         logging.getLogger("absl").addFilter(_untold)
+        logging.getLogger("asyncio").addFilter(_awaited)
         _hush()
     return ocp
 
 
 def _untold(record: logging.LogRecord) -> bool:
     return not record.exc_info or "orbax" not in record.pathname
+
+
+def _awaited(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _hush() -> None:
@@ -79,6 +85,7 @@ def writer(parts: tuple[str, ...]) -> Any:
     ocp = orbax()
     items = {part: _handler(ocp) for part in parts}
     handler = ocp.CompositeCheckpointHandler(**items, **{META: ocp.JsonCheckpointHandler()})
+    integrity.guard(handler)
     return ocp.AsyncCheckpointer(handler)
 
 

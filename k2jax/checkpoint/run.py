@@ -9,14 +9,14 @@ import errno
 import importlib.metadata
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 import jax
 from etils import epath
 
-from k2jax.checkpoint import engine, steps
+from k2jax.checkpoint import engine, integrity, steps
 from k2jax.checkpoint.tree import Flat, compare, concrete, flatten, inventory, unflatten
 from k2jax.config import ConfigError
 
@@ -31,16 +31,17 @@ class Checkpoints:
     All processes of a job call every method alike.
     """
 
-    def __init__(self, folder: str | epath.Path, keep: int = 1):
+    def __init__(self, folder: str | epath.Path, keep: int = 1, keep_every: int = 0):
         """Open `folder`, which need not exist; nothing is touched before the first save.
 
         Args:
             folder: of the run; steps live in `<folder>/checkpoints/<step>/`.
             keep: newest steps to keep. One more is there while the next is being written.
+            keep_every: steps that it divides are kept for ever; 0: none.
         """
         self.folder = epath.Path(folder).absolute()
         self.root = self.folder / steps.CHECKPOINTS
-        self.keep = keep
+        self.keep, self.keep_every = keep, keep_every
         self._writer: Any = None
         self._saving: int | None = None
 
@@ -60,6 +61,68 @@ class Checkpoints:
         """
         return steps.read_meta(self._existing(step))
 
+    def check(self, step: int, *parts: str) -> None:
+        """Read the files of a step and compare them with what was written, on all processes.
+
+        Args:
+            step: one that `latest` or `steps` named.
+            parts: those to look at; none: all. What has no record of its files is not looked at.
+
+        Raises:
+            ConfigError: the step is damaged; names the first file.
+        """
+        if why := self._damage(step, parts):
+            raise self._damaged(step, why)
+
+    def recover(self, say: Callable[[str], None]) -> int | None:
+        """The newest step that is as it was written; None: nothing was saved yet.
+
+        Damaged ones above it are set aside as `<step>.damaged`, so that these steps can be saved
+        again, and `say` is told. Only for who goes on saving here.
+
+        Raises:
+            ConfigError: every step is damaged; nothing is renamed.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(steps.numbered(self.root)):
+            if not (why := self._damage(step)):
+                break
+            damaged[step] = why
+        else:
+            if damaged:
+                found = "; ".join(f"{step} ({why})" for step, why in damaged.items())
+                raise ConfigError(
+                    f"no checkpoint in {self.root} is intact: {found}; move that folder away to"
+                    " begin anew"
+                )
+            return None
+        for number, why in damaged.items():
+            if jax.process_index() == 0:
+                steps.set_aside(self.root / str(number))
+            say(
+                f"checkpoint of step {number} in {self.root} is damaged ({why}); it is kept as"
+                f" {number}{steps.DAMAGED}, and the run goes on from step {step}"
+            )
+        return step
+
+    def _damage(self, step: int, parts: tuple[str, ...] = ()) -> str:
+        path = self.root / str(step)
+        why = steps.incomplete(path)
+        if not why:
+            try:
+                steps.read_meta(path)
+            except ConfigError:
+                why = f"{steps.META}/metadata is not JSON"
+        if not why:
+            share = jax.process_index(), jax.process_count()
+            why = integrity.damage(path, (*parts, steps.META) if parts else (), share)
+        return integrity.agree(why)
+
+    def _damaged(self, step: int, why: str) -> ConfigError:
+        others = [s for s in self.steps() if s < step]
+        older = f"; older complete steps: {_list(others)}" if others else ""
+        return ConfigError(f"checkpoint of step {step} in {self.root} is damaged ({why}){older}")
+
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Write a step in the background; returns once the arrays are copied to the host.
 
@@ -78,31 +141,36 @@ class Checkpoints:
         self.wait()
         if step in self.steps():
             raise ValueError(f"step {step} is already in {self.root}")
-        if self._writer is None:
-            self.root.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                steps.sweep(self.root)
-            self._writer = engine.writer(tuple(state))
         flat = {part: flatten(tree) for part, tree in state.items()}
         entry = {
             **meta,
             "step": step,
             "format": FORMAT,
-            "versions": _versions(),
+            "versions": versions(),
             "arrays": {part: inventory(leaves) for part, leaves in flat.items()},
         }
         self._saving = step
         try:
-            _check_room(self.root, flat)
+            self._open(tuple(state))
+            if why := integrity.agree(_no_room(self.root, flat)):
+                raise OSError(errno.ENOSPC, why)
             self._writer.save(self.root / str(step), args=engine.save_args(flat, entry))
         except Exception as error:
             raise self._failed(error) from error
+
+    def _open(self, parts: tuple[str, ...]) -> None:
+        if self._writer is None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0:
+                steps.sweep(self.root)
+            self._writer = engine.writer(parts)
 
     def wait(self) -> None:
         """Finish the save in progress, then delete old steps.
 
         Raises:
-            ConfigError: it failed; older checkpoints are as they were.
+            ConfigError: it failed, and older checkpoints are as they were; or it did not, and these
+                cannot be deleted.
         """
         if self._saving is None:
             return
@@ -113,7 +181,12 @@ class Checkpoints:
         self._saving = None
         engine.trim()
         if jax.process_index() == 0:
-            steps.prune(self.root, self.keep)
+            try:
+                steps.prune(self.root, self.keep, self.keep_every)
+            except OSError as error:
+                raise ConfigError(
+                    f"old checkpoints in {self.root} cannot be deleted: {engine.cause(error)}"
+                ) from error
 
     def close(self) -> None:
         """`wait`, and free what saving held."""
@@ -164,11 +237,7 @@ class Checkpoints:
         try:
             flat = engine.restore(path / part, wanted)
         except Exception as error:
-            others = [s for s in self.steps() if s < step]
-            older = f"; older complete steps: {_list(others)}" if others else ""
-            raise ConfigError(
-                f"checkpoint of step {step} in {self.root} is damaged ({engine.line(error)}){older}"
-            ) from error
+            raise self._damaged(step, engine.line(error)) from error
         return unflatten(tree, flat)
 
     def _existing(self, step: int) -> epath.Path:
@@ -191,14 +260,14 @@ class Checkpoints:
         )
 
 
-def _check_room(root: epath.Path, flat: Mapping[str, Flat]) -> None:
-    """Refuse a save that cannot fit, before anything is written."""
+def _no_room(root: epath.Path, flat: Mapping[str, Flat]) -> str:
+    """Why a save cannot fit, before anything is written; empty: it can."""
     if str(root).startswith("gs://"):
-        return
+        return ""
     size = sum(leaf.nbytes for leaves in flat.values() for leaf in leaves.values())
     free = shutil.disk_usage(root).free
-    if size // jax.process_count() > free:
-        raise OSError(errno.ENOSPC, f"it takes {size:,} bytes, {free:,} are free")
+    full = size // jax.process_count() > free
+    return f"it takes {size:,} bytes, {free:,} are free" if full else ""
 
 
 def _sweep_after_failure(root: epath.Path) -> None:
@@ -212,7 +281,8 @@ def _sweep_after_failure(root: epath.Path) -> None:
             time.sleep(0.1)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that numbers and files depend on."""
     found = {}
     for name in PACKAGES:
         try:

@@ -2,7 +2,8 @@
 
 `<folder>/checkpoints/<step>/` appears by one rename, after all its bytes are written: a folder
 with a plain number and a commit mark is complete. A save that was killed leaves a name with
-TEMPORARY in it, a deletion that was killed one with DELETED.
+TEMPORARY in it, a deletion that was killed one with DELETED. What was damaged later is never
+deleted here: its name becomes one with DAMAGED.
 """
 
 import json
@@ -18,6 +19,7 @@ META = "meta"
 COMMITTED = "commit_success.txt"
 TEMPORARY = ".orbax-checkpoint-tmp"
 DELETED = ".deleted"
+DAMAGED = ".damaged"
 
 
 def complete(root: epath.Path) -> list[int]:
@@ -36,6 +38,30 @@ def is_step(path: epath.Path) -> bool:
     return (path / COMMITTED).exists() and (path / META / "metadata").exists()
 
 
+def incomplete(path: epath.Path) -> str:
+    """What a step's folder lacks; empty: nothing."""
+    if not any(path.iterdir()):
+        return "the folder is empty"
+    needed = (COMMITTED, f"{META}/metadata")
+    return next((f"{name} is missing" for name in needed if not (path / name).exists()), "")
+
+
+def numbered(root: epath.Path) -> list[int]:
+    """Steps that were complete once, oldest first: killed saves leave none such, except in gs://.
+
+    Without an atomic rename a folder there has its last name from the beginning.
+    """
+    if _unrenamed(root):
+        return complete(root)
+    return (
+        sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal()) if root.is_dir() else []
+    )
+
+
+def _unrenamed(root: epath.Path) -> bool:
+    return str(root).startswith("gs://")
+
+
 def sweep(root: epath.Path) -> None:
     """Delete what killed saves and deletions left. Only for the process that saves here."""
     if not root.is_dir():
@@ -44,13 +70,23 @@ def sweep(root: epath.Path) -> None:
         if TEMPORARY in path.name or path.name.endswith(DELETED):
             path.rmtree(missing_ok=True)
         elif path.name.isdecimal() and not is_step(path):
-            _delete(path)
+            _delete(path) if _unrenamed(root) else set_aside(path)
 
 
-def prune(root: epath.Path, keep: int) -> None:
-    """Delete all but the `keep` newest complete steps."""
+def set_aside(path: epath.Path) -> str:
+    """Rename a damaged step, so that the number is free again; its new name."""
+    name = path.name + DAMAGED
+    while (path.parent / name).exists():
+        name += "+"
+    path.rename(path.parent / name)
+    return name
+
+
+def prune(root: epath.Path, keep: int, keep_every: int = 0) -> None:
+    """Delete all but the `keep` newest complete steps and the multiples of `keep_every`."""
     for step in complete(root)[:-keep]:
-        _delete(root / str(step))
+        if not keep_every or step % keep_every:
+            _delete(root / str(step))
 
 
 def _delete(path: epath.Path) -> None:

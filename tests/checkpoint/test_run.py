@@ -79,6 +79,13 @@ def test_only_the_newest_are_kept(tmp_path):
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"10", "100"}
 
 
+def test_multiples_of_keep_every_stay(tmp_path):
+    with Checkpoints(tmp_path, keep=1, keep_every=4) as checkpoints:
+        for step in (2, 4, 6, 8, 10, 12, 14):
+            checkpoints.save(step, {"params": {"w": jnp.zeros(4)}}, {})
+    assert checkpoints.steps() == [4, 8, 12, 14]
+
+
 def test_what_changes_after_save_returns_is_not_in_the_checkpoint(tmp_path):
     change = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     want = {"params": {"w": np.arange(1 << 20, dtype=np.float32)}}
@@ -134,7 +141,7 @@ def test_what_a_killed_save_or_deletion_leaves_never_counts_and_is_swept(tmp_pat
     assert len(list(root.iterdir())) == 6, "reading deletes nothing"
     with checkpoints:
         checkpoints.save(3, state(3), META)
-    assert {p.name for p in root.iterdir()} == {"2", "3", "notes"}
+    assert {p.name for p in root.iterdir()} == {"2", "3", "4.damaged", "notes"}, "4 is no save's"
 
 
 def test_a_step_that_is_not_there_names_those_that_are(tmp_path):

@@ -1,0 +1,57 @@
+"""When a run saves, and what happens when it cannot."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from k2jax.checkpoint import Checkpoints
+from k2jax.config import ConfigError
+
+NOTABLE = 1.0  # seconds that a save may wait for the one before without a word
+
+
+class Saves:
+    """A failed save is a warning, and the next one is tried as planned; the last must succeed."""
+
+    def __init__(self, checkpoints: Checkpoints, say: Callable[[str], None]):
+        """`say` is told of failures, and of waiting."""
+        self.checkpoints, self.say = checkpoints, say
+        self.last: tuple[int, Mapping[str, Any]] | None = None
+        self.seconds: float | None = None
+
+    def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+        """Begin to write a step; a failure, of this save or the one before, is said."""
+        began = time.perf_counter()
+        self._try(self.checkpoints.wait)
+        if (waited := time.perf_counter() - began) > NOTABLE:
+            self.say(
+                f"step {step} waited {waited:.1f} s until the checkpoint before it was written;"
+                " a larger train.save_every waits less"
+            )
+        self._try(lambda: self.checkpoints.save(step, state, meta))
+        self.last = step, meta
+        self.seconds = time.perf_counter() - began
+
+    def _try(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except ConfigError as error:
+            self.say(f"warning: {error}; the next save tries again")
+
+    def finish(self, state: Mapping[str, Any]) -> None:
+        """Wait for the last save; if it failed, write `state`, which it was to hold, once more.
+
+        Raises:
+            ConfigError: that failed too; the line says what is complete.
+        """
+        if self.last is None:
+            return
+        self._try(self.checkpoints.wait)
+        if self.last[0] not in self.checkpoints.steps():
+            self.checkpoints.save(self.last[0], state, self.last[1])
+            self.checkpoints.wait()
+
+    def told(self) -> dict[str, float]:
+        """For the metrics: what the save after the step before took, if there was one."""
+        seconds, self.seconds = self.seconds, None
+        return {} if seconds is None else {"save_seconds": seconds}
