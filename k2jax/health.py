@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from k2jax.config import LEAST_WINDOW, ConfigError, HealthConfig
+from k2jax.config import LEAST_WINDOW, HealthConfig
 
 TO_SIGMA = 1.4826  # of a Gaussian's median absolute deviation
 LEAST_DEVIATION = 0.005  # of the median: losses that hardly differ make no spike of the next
@@ -118,10 +118,3 @@ class Events:
             fields[name] = None if sick else value
         with self.path.open("a") as file:
             file.write(json.dumps(fields) + "\n")
-
-
-def lost(step: int, patience: int, loss: float, hint: str) -> ConfigError:
-    """The one line with which a run ends that skipped too many steps."""
-    return ConfigError(
-        f"{patience} steps in a row were skipped, the last is {step} with loss {loss:.6g}; {hint}"
-    )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from k2jax import sharding
+from k2jax import sharding, trackers
 from k2jax.checkpoint import Checkpoints, warm
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
@@ -24,6 +24,7 @@ from k2jax.params import initial
 from k2jax.sampling import generate
 from k2jax.signals import Stop
 from k2jax.step import Program, State, build, to_devices
+from k2jax.watch import Watch, profiler, speed_of, timed
 
 Say = Callable[[str], None]
 PROMPT = "def "
@@ -62,6 +63,8 @@ class _Training:
         self.run, self.out, self.say, self.began = run, out, say, began
         self.program: Program = build(run)
         sharding.check(self.program.specs, run.mesh, run.data.context)
+        trackers.check(run)
+        self.watch = Watch(run, out, say)
 
     def go(self, init: str) -> Model:
         with (
@@ -85,8 +88,12 @@ class _Training:
             data = open_data(*words, progress=self.say)
             self._describe(data)
             state, step = self._start(saved, latest, init)
-            if step < self.run.train.steps:
+            while step < self.run.train.steps:
                 state, step = self._steps(state, step, data, programs, saved, stop)
+                if self.watch.back is None:
+                    break
+                jax.tree.map(lambda a: a.delete(), state)  # there is no room for two
+                state, step = self._start(saved, self.watch.back, "")
             if step < self.run.train.steps:
                 self.say(f"stopped and saved at step {step}; the same command goes on from there")
             elif step == latest:
@@ -130,36 +137,45 @@ class _Training:
         saved: Checkpoints, stop: Stop,
     ) -> tuple[State, int]:  # fmt: skip
         """Steps until the last one or a signal; the state is saved at the end."""
-        run = self.run
+        run, watch = self.run, self.watch
+        watch.begin(saved.meta(start) if start else {})
         hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
         batches = Batches(data.train, run.data.rows, run.data.context, run.data.seed)
         if isinstance(data.train, Mixture):
-            epochs = zip(data.train.names, batches.epochs(run.train.steps), strict=True)
+            epochs = zip(
+                data.train.names, batches.epochs(watch.order.index(run.train.steps)), strict=True
+            )
             self.say("epochs in all: " + ", ".join(f"{name} {n:.2f}" for name, n in epochs))
-        fetch = lambda step: batches.batch(step, **hosts)
+        fetch = lambda step: batches.batch(watch.order.index(step), **hosts)
         step_fn = programs.step.result()
         rows: Any = contextlib.closing(prefetch(fetch, start, run.train.steps - start))  # type: ignore[type-var]
         metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule)
         progress = Progress(run, start, self.say, self.began)
-        step = start
-        with rows as ready, metrics, progress:
-            for batch in ready:
+        speed, step = speed_of(run), start
+        with (
+            rows as ready, metrics, progress, trackers.opened(run, self.out, start) as track,
+            profiler(run, self.out, watch.events) as profile,
+        ):  # fmt: skip
+            for batch, waited in timed(ready):
+                profile(step + 1)
                 began = time.perf_counter()
-                state, found = step_fn(state, to_devices(batch, run.train.accumulate))
+                on_devices = to_devices(batch, run.train.accumulate)
+                state, found = step_fn(state, on_devices, np.float32(watch.health.ceiling))
                 step += 1
                 values = _numbers(found)
-                values["seconds"] = time.perf_counter() - began
-                if not math.isfinite(values["loss"]):
-                    raise ConfigError(
-                        f"the loss is {values['loss']} at step {step}; lower optim.learning_rate"
-                        f" (the newest checkpoint is of step {saved.latest() or 0})"
-                    )
+                values |= speed.of(time.perf_counter() - began, waited)
+                verdict = watch.judge(step, values)
+                if watch.goes_back(step, verdict, saved):
+                    break
                 if self._due(step, run.train.eval_every):
                     values |= self._heldout(state, data, programs, run.train.eval_rows)
-                metrics.write(step, values)
+                line = metrics.write(step, values, watch.applied(step, verdict))
                 progress.show(step, values)
+                track(line)
+                if watch.health.lost:
+                    raise ConfigError(watch.lost(step, values["loss"], state.params, batch))
                 if self._due(step, run.train.save_every) or stop.asked:
-                    meta = {"config": to_json(run), "data": {"step": step}}
+                    meta = {"config": to_json(run)} | watch.meta(step)
                     saved.save(step, state._asdict(), meta)
                 if stop.asked:
                     break
@@ -215,7 +231,9 @@ class _Programs(NamedTuple):
 def _compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     with jax.set_mesh(mesh):  # once more: this is another thread
         state, batch = program.abstract_state(), program.abstract_batch()
-        return jax.jit(program.step, donate_argnums=0).lower(state, batch).compile(_options())
+        ceiling = jax.ShapeDtypeStruct((), np.float32, sharding=jax.NamedSharding(mesh, jax.P()))
+        step = jax.jit(program.step, donate_argnums=0)
+        return step.lower(state, batch, ceiling).compile(_options())
 
 
 def _compile_evaluate(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:

@@ -1,6 +1,9 @@
 """What a run says of itself: `metrics.jsonl`, a progress bar or plain lines, and a plot."""
 
+import dataclasses
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -8,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from k2jax.config import RunConfig
+
+STATM = Path("/proc/self/statm")  # sizes of this process in pages
 
 
 class Metrics:
@@ -29,18 +34,53 @@ class Metrics:
         """Close the file."""
         self.file.close()
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line: the step, its learning rate, and `values`."""
-        values = {"step": step, "learning_rate": float(self.schedule(step - 1)), **values}
-        self.file.write(json.dumps({name: _short(value) for name, value in values.items()}) + "\n")
+    def write(self, step: int, values: dict[str, Any], applied: int) -> dict[str, Any]:
+        """One line, which is returned: the step, its learning rate, and `values`.
+
+        `applied`: steps before this one that moved the weights; the schedule counts only those.
+        """
+        values = {"step": step, "learning_rate": float(self.schedule(applied)), **values}
+        line = {name: _short(value) for name, value in values.items()}
+        self.file.write(json.dumps(line) + "\n")
         self.file.flush()
+        return line
 
 
 def _short(value: Any) -> Any:
-    """Floats, also those of a list, in as many digits as float32 has."""
+    """Floats, also those of a list, in as many digits as float32 has; None if not finite."""
     if isinstance(value, list):
         return [_short(part) for part in value]
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None  # JSON has no NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Turns seconds into rates."""
+
+    tokens: int  # of a step
+    flops: float  # of a token: three forward passes
+    peak: float  # operations a second of all devices; 0: not known
+
+    def of(self, seconds: float, waited: float) -> dict[str, float]:
+        """Metrics of a step that took `seconds`, after its input was waited for."""
+        rate = self.tokens / (seconds + waited)
+        found = {"seconds": seconds, "input_seconds": waited, "tokens_per_second": rate}
+        found["flops_per_second"] = rate * self.flops
+        if self.peak:
+            found["mfu"] = rate * self.flops / self.peak
+        if memory := resident():
+            found["host_bytes"] = memory
+        return found
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now; 0 where the system does not tell."""
+    try:
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _step(line: str) -> float:
@@ -115,7 +155,7 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
     left, middle, right = figure.subplots(1, 3)
 
     def draw(axes: Any, name: str, label: str, **style: Any) -> None:
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
 
