@@ -83,8 +83,10 @@ class Watch:
         if verdict != "spike" or self.run.health.on_spike != "rewind":
             return False
         saved.wait()
-        back = max((done for done in saved.steps() if done < step), default=None)
-        if back is None:
+        good = [done for done in saved.steps() if done < step]
+        # One of a stopped run comes second: a run without that stop would not have it.
+        back = max(good, key=lambda done: (done % self.run.train.save_every == 0, done), default=0)
+        if not back:
             self.say("no checkpoint to go back to yet")
             return False
         self._rewinds[back] += 1
@@ -98,6 +100,7 @@ class Watch:
         self.order = self.order.without(back, step)
         self.events.add(step, "rewound", to=back, left_out=left_out)
         self.say(f"back to step {back}; batches {left_out[0]} to {left_out[1]} are left out")
+        saved.drop_after(back)
         self.back = back
         return True
 

@@ -88,12 +88,15 @@ def whole(run, tmp_path_factory):
     return out, lines
 
 
-def terminating(step: int, lines: list[str]):
-    """A `say` that keeps the lines and sends this process SIGTERM in the given step."""
+def terminating(step: int, lines: list[str], after: str = ""):
+    """A `say` that keeps the lines and sends this process SIGTERM in the given step.
+
+    `after`: how a line begins that must have come before.
+    """
 
     def say(line: str) -> None:
         lines.append(line)
-        if line.startswith(f"step {step}/"):
+        if line.startswith(f"step {step}/") and any(old.startswith(after) for old in lines):
             os.kill(os.getpid(), signal.SIGTERM)
 
     return say
@@ -436,19 +439,25 @@ def test_a_spike_is_skipped_and_a_run_stopped_after_it_goes_on_alike(longer, tmp
 
 def test_a_rewound_run_is_the_one_that_never_had_those_batches(longer, tmp_path, monkeypatch):
     rewinding = changed(longer, "health", on_spike="rewind")
-    found, stopped, right = (tmp_path / name for name in ("found", "stopped", "right"))
+    found, before, after, right = (
+        tmp_path / name for name in ("found", "before", "after", "right")
+    )
     with monkeypatch.context() as patch:
         spoil(patch)
         lines = []
         train(rewinding, found, say=lines.append)
-        train(rewinding, stopped, say=terminating(SICK, []))  # between the rewind and a save
-        train(rewinding, stopped, say=lambda line: None)
+        # Stopped before the spike, with a checkpoint that `found` has not, and after it.
+        train(rewinding, before, say=terminating(SICK, []))
+        train(rewinding, after, say=terminating(31, [], after="back to"))
+        assert Checkpoints(after).latest() == 31
+        for out in (before, after):
+            train(rewinding, out, say=lambda line: None)
     assert f"back to step 30; batches 30 to {SICK} are left out" in lines
     assert [(e["event"], e["step"]) for e in events(found)] == [("spike", 34), ("rewound", 34)]
     assert events(found)[1]["left_out"] == [30, SICK]
     leave_out(monkeypatch, 30, SICK)
     train(rewinding, right, say=lambda line: None)
-    for out in (found, stopped):
+    for out in (found, before, after):
         assert losses(out) == losses(right)
         assert [line["step"] for line in read_metrics(out)] == list(range(1, 45))
         same_state(longer, out, right, 44)

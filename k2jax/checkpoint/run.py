@@ -115,6 +115,12 @@ class Checkpoints:
         if jax.process_index() == 0:
             steps.prune(self.root, self.keep)
 
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the run goes another way from `step` on."""
+        self.wait()
+        if jax.process_index() == 0:
+            steps.drop_after(self.root, step)
+
     def close(self) -> None:
         """`wait`, and free what saving held."""
         try:
