@@ -55,10 +55,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten within low..high; with 2 and 5 times those where there are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    each = max(1, (last - first) // 5)
-    found = [10.0**k for k in range(first, last + 1, each) if low <= 10.0**k <= high]
-    return found if len(found) > 1 else [low, high]
+    for parts in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        found = [m * 10.0**k for k in range(first, last + 1) for m in parts]
+        found = [value for value in found if low <= value <= high]
+        if len(found) > 2:
+            break
+    return found[:: max(1, math.ceil(len(found) / 6))]
 
 
 def plot(
