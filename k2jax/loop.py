@@ -170,7 +170,7 @@ class _Training:
                 if self._due(step, run.train.eval_every):
                     values |= self._heldout(state, data, programs, run.train.eval_rows)
                 line = metrics.write(step, values, watch.applied(step, verdict))
-                progress.show(step, values)
+                progress.show(step, values, watch.health.skipped, watch.health.spikes)
                 track(line)
                 if watch.health.lost:
                     raise ConfigError(watch.lost(step, values["loss"], state.params, batch))

@@ -98,12 +98,15 @@ class Progress:
         self.run, self.start, self.say, self.began = run, start, say, began
         self.tokens = run.data.rows * run.data.context
         self.bar: Any = None
+        self.live: Any = None
         self.heldout = ""
+        self.newest: dict[str, Any] = {}
         self.first = 0.0
 
     def __enter__(self) -> "Progress":
         """Show the bar."""
         if sys.stdout.isatty():
+            from rich.live import Live
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
@@ -111,17 +114,18 @@ class Progress:
                 MofNCompleteColumn(), BarColumn(None), TextColumn("{task.description}"),
                 TimeRemainingColumn(), expand=True,
             )  # fmt: skip
-            self.bar.start()
+            self.live = Live(self.bar, refresh_per_second=4)
+            self.live.start()
             self.task = self.bar.add_task("", total=self.run.train.steps, completed=self.start)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Remove the bar."""
-        if self.bar is not None:
-            self.bar.stop()
+        if self.live is not None:
+            self.live.stop()
 
-    def show(self, step: int, values: dict[str, Any]) -> None:
-        """Tell of one finished step."""
+    def show(self, step: int, values: dict[str, Any], skipped: int = 0, spikes: int = 0) -> None:
+        """Tell of one finished step, and of how many were skipped or spikes so far."""
         now = time.perf_counter()
         if step == self.start + 1:
             self.first = now
@@ -135,7 +139,13 @@ class Progress:
         speed = speed if step > self.start + 1 else self.tokens / values["seconds"]
         text = f"loss {values['loss']:.4f}{self.heldout}, {speed:,.0f} tokens/s"
         if self.bar is not None:
+            from rich.console import Group
+
+            from k2jax.view import table
+
+            self.newest |= values  # the held-out loss is measured seldom
             self.bar.update(self.task, completed=step, description=text)
+            self.live.update(Group(self.bar, table(self.newest, skipped, spikes)))
         elif step % self.run.train.log_every == 0 or step == self.run.train.steps:
             self.say(f"step {step}/{self.run.train.steps}: {text}")
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # a room may import from lines above its own, never from its own line or below
     {"config", "spec"},
     {"sharding"},
-    {"params", "ops", "configs", "chat", "loss"},
+    {"params", "ops", "configs", "chat", "loss", "view"},
     {"model", "optim", "data", "checkpoint", "metrics", "signals", "health"},
     {"loading", "startup", "step", "sampling", "trackers"},
     {"evaluate", "describe", "conversion", "plan"},
