@@ -81,7 +81,7 @@ class _Training:
                 find(init)
             # Compiling takes longest, so it starts before the rest and the data is read beside it.
             programs = _Programs(
-                pool.submit(_compile_step, self.program, jax.sharding.get_mesh()),
+                pool.submit(compile_step, self.program, jax.sharding.get_mesh()),
                 pool.submit(_compile_evaluate, self.program, jax.sharding.get_mesh()),
             )
             warm()
@@ -162,7 +162,7 @@ class _Training:
                 on_devices = to_devices(batch, run.train.accumulate)
                 state, found = step_fn(state, on_devices, np.float32(watch.health.ceiling))
                 step += 1
-                values = _numbers(found)
+                values = numbers(found)
                 values |= speed.of(time.perf_counter() - began, waited)
                 verdict = watch.judge(step, values)
                 if watch.goes_back(step, verdict, saved):
@@ -228,7 +228,8 @@ class _Programs(NamedTuple):
     evaluate: Future[Callable[..., Any]]
 
 
-def _compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """A run's step for the mesh: from state, batch and ceiling; the state is donated."""
     with jax.set_mesh(mesh):  # once more: this is another thread
         state, batch = program.abstract_state(), program.abstract_batch()
         ceiling = jax.ShapeDtypeStruct((), np.float32, sharding=jax.NamedSharding(mesh, jax.P()))
@@ -257,7 +258,7 @@ def _eval_shape(run: RunConfig) -> tuple[int, int]:
     return run.data.rows // run.train.accumulate, run.data.context
 
 
-def _numbers(found: dict[str, jax.Array]) -> dict[str, Any]:
+def numbers(found: dict[str, jax.Array]) -> dict[str, Any]:
     """A step's metrics on the host: floats, lists, and the expert load as whole numbers."""
     host: dict[str, np.ndarray] = jax.device_get(found)
     host["expert_load"] = host["expert_load"].astype(int)

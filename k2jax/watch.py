@@ -154,27 +154,28 @@ def profiler(run: RunConfig, out: Path, events: Events) -> Iterator[Any]:
     Raises:
         ConfigError: another trace is being taken in this process.
     """
-    window, on = run.train.profiled, False
+    window = run.train.profiled
+    taken: list[int] = []
 
-    def stop(step: int) -> None:
+    def stop() -> None:
         jax.profiler.stop_trace()
-        events.add(step, "profiled", file=PROFILE, steps=[window[0], window[-1]])
+        events.add(taken[-1], "profiled", file=PROFILE, steps=[taken[0], taken[-1]])
+        taken.clear()
 
     def before(step: int) -> None:
-        nonlocal on
-        if not on and step in window:
+        if taken and step not in window:
+            stop()
+        if not taken and step in window:
             try:
                 jax.profiler.start_trace(out / PROFILE)
             except Exception as error:
                 line = str(error).splitlines()[0]
                 raise ConfigError(f"train.profile cannot start: {line}") from error
-            on = True
-        elif on and step not in window:
-            on = False
-            stop(step - 1)
+        if step in window:
+            taken.append(step)
 
     try:
         yield before
     finally:
-        if on:
-            stop(window[-1])
+        if taken:
+            stop()

@@ -21,7 +21,7 @@ LAYERS = [  # a room may import from lines above its own, never from its own lin
     {"evaluate", "describe", "conversion", "plan"},
     {"watch", "report"},
     {"loop"},
-    {"train"},
+    {"train", "replay"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

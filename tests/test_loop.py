@@ -29,6 +29,7 @@ from k2jax.data import Batches
 from k2jax.data.tokenise import tokenise
 from k2jax.loop import read_metrics, train
 from k2jax.params import initial
+from k2jax.replay import replay
 from k2jax.step import build
 
 SIZES = {
@@ -276,6 +277,23 @@ def test_steps_that_cannot_be_taken_end_the_run_in_one_line_and_the_batch_is_kep
     kept = dict(np.load(file))
     assert (kept["step"], kept["index"], kept["seed"]) == (7, 6, run.data.seed)
     assert kept["tokens"].shape == (8, 32)
+    assert replay(again, 7)["skipped"] == 1
+    assert replay(again, 7)["loss"] == pytest.approx(losses(again)[6], rel=1e-6)
+    with pytest.raises(ConfigError, match=r"no file .*; there are: step-7\.npz"):
+        replay(again, 6)
+
+
+def test_a_window_of_steps_is_profiled(run, tmp_path):
+    train(changed(run, "train", profile="2:3"), tmp_path / "out", say=terminating(4, []))
+    assert list((tmp_path / "out/profile").rglob("*.xplane.pb"))
+    (event,) = events(tmp_path / "out")
+    assert (event["event"], event["step"], event["steps"]) == ("profiled", 3, [2, 3])
+
+
+def test_a_profile_is_complete_though_the_run_stops_in_its_window(run, tmp_path):
+    train(changed(run, "train", profile="1:3"), tmp_path / "out", say=terminating(2, []))
+    assert list((tmp_path / "out/profile").rglob("*.xplane.pb"))
+    assert [event["event"] for event in events(tmp_path / "out")] == ["profiled"]
 
 
 def test_a_weight_that_is_not_finite_is_named(run, tmp_path):
