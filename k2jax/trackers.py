@@ -53,7 +53,7 @@ def opened(run: RunConfig, out: Path, start: int) -> Iterator[Callable[[Line], N
 
 def scalars(line: Line) -> dict[str, float]:
     """Numbers by name; those of a list as `name/layer_0`, ..."""
-    found = {}
+    found: dict[str, float] = {}
     for name, value in line.items():
         if name in UNPLOTTED or value is None:
             continue
