@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError, RunConfig
@@ -86,6 +87,8 @@ class Watch:
         good = [done for done in saved.steps() if done < step]
         # One of a stopped run comes second: a run without that stop would not have it.
         back = max(good, key=lambda done: (done % self.run.train.save_every == 0, done), default=0)
+        if jax.process_count() > 1:  # another process may have listed one that is being deleted
+            back = int(multihost_utils.broadcast_one_to_all(np.int32(back)))
         if not back:
             self.say("no checkpoint to go back to yet")
             return False
