@@ -4,7 +4,8 @@ Three steps of the same weights and batch take turns, so that all see the same m
 and new weights only), guarded (`Program.step`: norms, per-layer metrics, the choice between old
 and new state), and whole (also what the loop does with the metrics of each step: fetching them,
 judging the loss, one line of `metrics.jsonl`). Medians of seconds and of the process's CPU
-seconds, over rounds of STEPS steps each; one JSON line.
+seconds, over rounds of STEPS steps each; `host_seconds` is the processor's time for what the loop
+does. One JSON line.
 """
 
 import json
@@ -67,7 +68,7 @@ def main(rounds: int) -> None:
         guarded = jax.jit(program.step, donate_argnums=0)
         watch, speed = Watch(run, Path(folder), lambda line: None), speed_of(run)
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0, program.schedule)
-        ceiling = np.float32(np.inf)
+        ceiling, host = np.float32(np.inf), []
         # Copies: each step donates its own state.
         states = {k: jax.jit(program.init)(params) for k in ("bare", "guarded", "whole")}
 
@@ -80,9 +81,12 @@ def main(rounds: int) -> None:
             if kind == "guarded":
                 float(found["loss"])
                 return
+            jax.block_until_ready(found)
+            began = time.thread_time()
             values = numbers(found) | speed.of(1.0, 0.0)
             verdict = watch.judge(number, values)
             metrics.write(number, values, watch.applied(number, verdict))
+            host.append(time.thread_time() - began)
 
         for kind in states:
             take(kind, 1)
@@ -98,6 +102,7 @@ def main(rounds: int) -> None:
                 seconds[kind].append((time.perf_counter() - began) / STEPS)
                 cpu[kind].append((time.process_time() - used) / STEPS)
     result = {"bench": "health", "rounds": rounds, "steps_a_round": STEPS}
+    result["host_seconds"] = round(statistics.median(host), 5)
     for name, found in (("seconds", seconds), ("cpu_seconds", cpu)):
         middle = {kind: statistics.median(values) for kind, values in found.items()}
         result[name] = {kind: round(value, 4) for kind, value in middle.items()}
