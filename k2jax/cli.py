@@ -15,6 +15,7 @@ VERBS = {
     "generate": ("k2jax.sampling", "continue a prompt"),
     "convert": ("k2jax.conversion", "published weights into our checkpoints, and back"),
     "plan": ("k2jax.plan.command", "what a run takes on machines that are not here"),
+    "report": ("k2jax.report", "one HTML page with the plots of a run"),
     "describe": ("k2jax.describe", "every parameter: shape, layout, optimizer, published name"),
 }
 

@@ -35,6 +35,9 @@ DISPATCH = ("gather", "exchange", "bounded")
 NS_METHODS = ("standard", "gram")
 NS_POLYNOMIALS = ("moonlight", "polar_express")  # those of optim.newton_schulz.POLYNOMIALS
 MATRIX_VIEWS = ("whole", "per_head")
+ON_SPIKE = ("log", "skip", "rewind")
+TRACKERS = ("tensorboard", "wandb")
+LEAST_WINDOW = 20  # losses from which a spike can be told
 
 
 class ConfigError(ValueError):
@@ -219,6 +222,37 @@ class TrainConfig:
     keep: int = knob(2, "newest checkpoints kept")
     keep_every: int = knob(0, "steps it divides are kept for ever, if saved; 0: none")
     log_every: int = knob(10, "steps between printed lines where there is no terminal")
+    log_to: str = knob("", f"also log to: {', '.join(TRACKERS)} (several: a,b)")
+    profile: str = knob("", "steps to profile, FROM:TO (both included); empty: none")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `log_to`."""
+        return tuple(name for name in self.log_to.split(",") if name)
+
+    @property
+    def profiled(self) -> range:
+        """The steps in `profile`.
+
+        Raises:
+            ConfigError: it is not FROM:TO.
+        """
+        if not self.profile:
+            return range(0)
+        first, _, last = self.profile.partition(":")
+        if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+            raise ConfigError(f"train.profile is {self.profile!r}; give steps as FROM:TO, as 20:24")
+        return range(int(first), int(last) + 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """When a step counts as sick, and what is done about it."""
+
+    spike: float = knob(6.0, "loss over the window's median that is a spike, in deviations; 0: off")
+    window: int = knob(100, "losses that median and deviation are of")
+    on_spike: str = knob("log", f"what to do about a spike: {', '.join(ON_SPIKE)}")
+    patience: int = knob(10, "skipped steps in a row, or rewinds to a checkpoint, that end the run")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,6 +296,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
+    health: HealthConfig = HealthConfig()
 
 
 def override(config: Any, settings: dict[str, str]) -> Any:
@@ -350,7 +385,25 @@ def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
             f"data.rows is {data.rows}; replica x data x expert ({spread}) x train.accumulate"
             f" ({train.accumulate}) must divide it: {lower} or {lower + step} would do"
         )
+    _validate_health(run)
     _validate_effects(run, set(settings))
+
+
+def _validate_health(run: RunConfig) -> None:
+    health, train = run.health, run.train
+    least = {"spike": 0, "window": LEAST_WINDOW, "patience": 1}
+    for name, low in least.items():
+        if getattr(health, name) < low:
+            raise ConfigError(
+                f"health.{name} is {getattr(health, name)}; it must be at least {low}"
+            )
+    for name in train.trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"train.log_to names {name!r}; {nearest(name, TRACKERS)}")
+    if train.profiled and train.profiled[-1] > train.steps:
+        raise ConfigError(
+            f"train.profile is {train.profile!r}; the run ends with step {train.steps}"
+        )
 
 
 def _validate_choices(run: RunConfig) -> None:
@@ -364,6 +417,7 @@ def _validate_choices(run: RunConfig) -> None:
         "optim.ns_method": (run.optim.ns_method, NS_METHODS),
         "optim.ns_polynomial": (run.optim.ns_polynomial, NS_POLYNOMIALS),
         "optim.matrix_view": (run.optim.matrix_view, MATRIX_VIEWS),
+        "health.on_spike": (run.health.on_spike, ON_SPIKE),
     }
     for name, (value, known) in choices.items():
         if value not in known:
@@ -391,6 +445,8 @@ def _validate_effects(run: RunConfig, settings: set[str]) -> None:
         idle["optim.mtp_loss"] = "model.mtp_layers 0"
     if run.train.eval_every == 0:
         idle["train.eval_rows"] = "train.eval_every 0"
+    if run.health.spike == 0:
+        idle |= dict.fromkeys(("health.window", "health.on_spike"), "health.spike 0")
     for name in sorted(settings & set(idle)):
         raise ConfigError(f"{name} has no effect with {idle[name]}")
 

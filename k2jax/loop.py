@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from k2jax import provenance, sharding
+from k2jax import provenance, sharding, trackers
 from k2jax.checkpoint import Checkpoints, warm
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
@@ -27,6 +27,7 @@ from k2jax.sampling import generate
 from k2jax.saving import Saves
 from k2jax.signals import Stop
 from k2jax.step import Program, State, build, to_devices
+from k2jax.watch import Watch, profiler, speed_of, timed
 
 Say = Callable[[str], None]
 PROMPT = "def "
@@ -72,6 +73,8 @@ class _Training:
         self.run, self.out, self.say, self.began = run, out, say, began
         self.program: Program = build(run)
         sharding.check(self.program.specs, run.mesh, run.data.context)
+        trackers.check(run)
+        self.watch = Watch(run, out, say)
 
     def go(self, init: str) -> Model:
         with (
@@ -90,7 +93,7 @@ class _Training:
                 find(init)
             # Compiling takes longest, so it starts before the rest and the data is read beside it.
             programs = _Programs(
-                pool.submit(_compile_step, self.program, jax.sharding.get_mesh()),
+                pool.submit(compile_step, self.program, jax.sharding.get_mesh()),
                 pool.submit(_compile_evaluate, self.program, jax.sharding.get_mesh()),
             )
             warm()
@@ -99,7 +102,12 @@ class _Training:
             state, step = self._start(saved, latest, init)
             if step < self.run.train.steps:
                 provenance.record(self.run, self.out, step)
+            while step < self.run.train.steps:
                 state, step = self._steps(state, step, data, programs, saved, stop)
+                if self.watch.back is None:
+                    break
+                jax.tree.map(lambda a: a.delete(), state)  # there is no room for two
+                state, step = self._start(saved, self.watch.back, "")
             if step < self.run.train.steps:
                 self.say(f"stopped and saved at step {step}; the same command goes on from there")
             elif step == latest and (self.out / PLOT).exists():
@@ -143,38 +151,46 @@ class _Training:
         saved: Checkpoints, stop: Stop,
     ) -> tuple[State, int]:  # fmt: skip
         """Steps until the last one or a signal; the state is saved at the end."""
-        run = self.run
+        run, watch = self.run, self.watch
+        watch.begin(saved.meta(start) if start else {})
         hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
         batches = Batches(data.train, run.data.rows, run.data.context, run.data.seed)
         if isinstance(data.train, Mixture):
-            epochs = zip(data.train.names, batches.epochs(run.train.steps), strict=True)
+            epochs = zip(
+                data.train.names, batches.epochs(watch.order.index(run.train.steps)), strict=True
+            )
             self.say("epochs in all: " + ", ".join(f"{name} {n:.2f}" for name, n in epochs))
-        fetch = lambda step: batches.batch(step, **hosts)
+        fetch = lambda step: batches.batch(watch.order.index(step), **hosts)
         step_fn = programs.step.result()
         rows: Any = contextlib.closing(prefetch(fetch, start, run.train.steps - start))  # type: ignore[type-var]
         metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule, self.say)
         saves = Saves(saved, self.say)
         progress = Progress(run, start, self.say, self.began)
-        step = start
-        with rows as ready, metrics, progress:
-            for batch in ready:
+        speed, step = speed_of(run), start
+        with (
+            rows as ready, metrics, progress, trackers.opened(run, self.out, start) as track,
+            profiler(run, self.out, watch.events) as profile,
+        ):  # fmt: skip
+            for batch, waited in timed(ready):
+                profile(step + 1)
                 began = time.perf_counter()
-                state, found = step_fn(state, to_devices(batch, run.train.accumulate))
+                on_devices = to_devices(batch, run.train.accumulate)
+                state, found = step_fn(state, on_devices, np.float32(watch.health.ceiling))
                 step += 1
-                values = _numbers(found)
-                values["seconds"] = time.perf_counter() - began
-                values |= saves.told()
-                if not math.isfinite(values["loss"]):
-                    raise ConfigError(
-                        f"the loss is {values['loss']} at step {step}; lower optim.learning_rate"
-                        f" (the newest checkpoint is of step {saved.latest() or 0})"
-                    )
+                values = numbers(found)
+                values |= speed.of(time.perf_counter() - began, waited) | saves.told()
+                verdict = watch.judge(step, values)
+                if watch.goes_back(step, verdict, saves):
+                    break
                 if self._due(step, run.train.eval_every):
                     values |= self._heldout(state, data, programs, run.train.eval_rows)
-                metrics.write(step, values)
-                progress.show(step, values)
+                line = metrics.write(step, values, watch.applied(step, verdict))
+                progress.show(step, values, watch.health.skipped, watch.health.spikes)
+                track(line)
+                if watch.health.lost:
+                    raise ConfigError(watch.lost(step, values["loss"], state.params, batch))
                 if self._due(step, run.train.save_every) or stop.asked:
-                    meta = {"config": to_json(run), "data": {"step": step}}
+                    meta = {"config": to_json(run)} | watch.meta(step)
                     saves.save(step, state._asdict(), meta)
                 if stop.asked:
                     break
@@ -227,10 +243,13 @@ class _Programs(NamedTuple):
     evaluate: Future[Callable[..., Any]]
 
 
-def _compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+    """A run's step for the mesh: from state, batch and ceiling; the state is donated."""
     with jax.set_mesh(mesh):  # once more: this is another thread
         state, batch = program.abstract_state(), program.abstract_batch()
-        return jax.jit(program.step, donate_argnums=0).lower(state, batch).compile(_options())
+        ceiling = jax.ShapeDtypeStruct((), np.float32, sharding=jax.NamedSharding(mesh, jax.P()))
+        step = jax.jit(program.step, donate_argnums=0)
+        return step.lower(state, batch, ceiling).compile(_options())
 
 
 def _compile_evaluate(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
@@ -254,7 +273,7 @@ def _eval_shape(run: RunConfig) -> tuple[int, int]:
     return run.data.rows // run.train.accumulate, run.data.context
 
 
-def _numbers(found: dict[str, jax.Array]) -> dict[str, Any]:
+def numbers(found: dict[str, jax.Array]) -> dict[str, Any]:
     """A step's metrics on the host: floats, lists, and the expert load as whole numbers."""
     host: dict[str, np.ndarray] = jax.device_get(found)
     host["expert_load"] = host["expert_load"].astype(int)

@@ -1,6 +1,9 @@
 """What a run says of itself: `metrics.jsonl`, a progress bar or plain lines, and a plot."""
 
+import dataclasses
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +12,8 @@ from typing import Any
 
 from k2jax.config import RunConfig
 from k2jax.files import Lines, replace
+
+STATM = Path("/proc/self/statm")  # sizes of this process in pages
 
 
 class Metrics:
@@ -32,17 +37,52 @@ class Metrics:
         """Close the file."""
         self.file.close()
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line: the step, its learning rate, and `values`."""
-        values = {"step": step, "learning_rate": float(self.schedule(step - 1)), **values}
-        self.file.write(json.dumps({name: _short(value) for name, value in values.items()}))
+    def write(self, step: int, values: dict[str, Any], applied: int) -> dict[str, Any]:
+        """One line, which is returned: the step, its learning rate, and `values`.
+
+        `applied`: steps before this one that moved the weights; the schedule counts only those.
+        """
+        values = {"step": step, "learning_rate": float(self.schedule(applied)), **values}
+        line = {name: _short(value) for name, value in values.items()}
+        self.file.write(json.dumps(line))
+        return line
 
 
 def _short(value: Any) -> Any:
-    """Floats, also those of a list, in as many digits as float32 has."""
+    """Floats, also those of a list, in as many digits as float32 has; None if not finite."""
     if isinstance(value, list):
         return [_short(part) for part in value]
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None  # JSON has no NaN
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Turns seconds into rates."""
+
+    tokens: int  # of a step
+    flops: float  # of a token: three forward passes
+    peak: float  # operations a second of all devices; 0: not known
+
+    def of(self, seconds: float, waited: float) -> dict[str, float]:
+        """Metrics of a step that took `seconds`, after its input was waited for."""
+        rate = self.tokens / (seconds + waited)
+        found = {"seconds": seconds, "input_seconds": waited, "tokens_per_second": rate}
+        found["flops_per_second"] = rate * self.flops
+        if self.peak:
+            found["mfu"] = rate * self.flops / self.peak
+        if memory := resident():
+            found["host_bytes"] = memory
+        return found
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory now; 0 where the system does not tell."""
+    try:
+        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _step(line: str) -> float:
@@ -60,12 +100,15 @@ class Progress:
         self.run, self.start, self.say, self.began = run, start, say, began
         self.tokens = run.data.rows * run.data.context
         self.bar: Any = None
+        self.live: Any = None
         self.heldout = ""
+        self.newest: dict[str, Any] = {}
         self.first = 0.0
 
     def __enter__(self) -> "Progress":
         """Show the bar."""
         if sys.stdout.isatty():
+            from rich.live import Live
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
@@ -73,17 +116,18 @@ class Progress:
                 MofNCompleteColumn(), BarColumn(None), TextColumn("{task.description}"),
                 TimeRemainingColumn(), expand=True,
             )  # fmt: skip
-            self.bar.start()
+            self.live = Live(self.bar, refresh_per_second=4)
+            self.live.start()
             self.task = self.bar.add_task("", total=self.run.train.steps, completed=self.start)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Remove the bar."""
-        if self.bar is not None:
-            self.bar.stop()
+        if self.live is not None:
+            self.live.stop()
 
-    def show(self, step: int, values: dict[str, Any]) -> None:
-        """Tell of one finished step."""
+    def show(self, step: int, values: dict[str, Any], skipped: int = 0, spikes: int = 0) -> None:
+        """Tell of one finished step, and of how many were skipped or spikes so far."""
         now = time.perf_counter()
         if step == self.start + 1:
             self.first = now
@@ -97,7 +141,13 @@ class Progress:
         speed = speed if step > self.start + 1 else self.tokens / values["seconds"]
         text = f"loss {values['loss']:.4f}{self.heldout}, {speed:,.0f} tokens/s"
         if self.bar is not None:
+            from rich.console import Group
+
+            from k2jax.view import table
+
+            self.newest |= values  # the held-out loss is measured seldom
             self.bar.update(self.task, completed=step, description=text)
+            self.live.update(Group(self.bar, table(self.newest, skipped, spikes)))
         elif step % self.run.train.log_every == 0 or step == self.run.train.steps:
             self.say(f"step {step}/{self.run.train.steps}: {text}")
 
@@ -117,7 +167,7 @@ def plot(metrics: Path, picture: Path, title: str) -> None:
     left, middle, right = figure.subplots(1, 3)
 
     def draw(axes: Any, name: str, label: str, **style: Any) -> None:
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
 

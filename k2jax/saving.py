@@ -22,7 +22,7 @@ class Saves:
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
         """Begin to write a step; a failure, of this save or the one before, is said."""
         began = time.perf_counter()
-        self._try(self.checkpoints.wait)
+        self.settle()
         if (waited := time.perf_counter() - began) > NOTABLE:
             self.say(
                 f"step {step} waited {waited:.1f} s until the checkpoint before it was written;"
@@ -31,6 +31,15 @@ class Saves:
         self._try(lambda: self.checkpoints.save(step, state, meta))
         self.last = step, meta
         self.seconds = time.perf_counter() - began
+
+    def settle(self) -> None:
+        """Wait for the save in progress; its failure is said."""
+        self._try(self.checkpoints.wait)
+
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints after `step`, to which the run goes back."""
+        self.checkpoints.drop_after(step)
+        self.last = None
 
     def _try(self, action: Callable[[], None]) -> None:
         try:
@@ -46,7 +55,7 @@ class Saves:
         """
         if self.last is None:
             return
-        self._try(self.checkpoints.wait)
+        self.settle()
         if self.last[0] not in self.checkpoints.steps():
             self.checkpoints.save(self.last[0], state, self.last[1])
             self.checkpoints.wait()

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,24 +68,41 @@ class Program:
         kinds = Batch(*(jnp.int32,) * len(Batch._fields))._replace(weight=jnp.float32)
         return Batch(*map(array, kinds))  # type: ignore[arg-type]
 
-    def step(self, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def step(
+        self, state: State, batch: Batch, ceiling: jax.Array | float = jnp.inf
+    ) -> tuple[State, dict[str, jax.Array]]:
         """The next state and the step's metrics.
+
+        A step is refused if the loss, a gradient, a weight or a logit is not finite, or the loss
+        above `ceiling`: weights, optimizer state and its counts then stay as they were, bit for
+        bit, and the metric `skipped` is 1. Old and new values are chosen between element by
+        element, so no second copy of the state is ever there.
 
         Args:
             state: donated by the training loop.
             batch: each array is [micro-batches, rows, length].
+            ceiling: largest loss that is learned from.
         """
         trainable, fixed = _split(state.params, self.specs)
         grads, loss, aux = self._gradients(trainable, fixed, batch)
+        weight_norm, grad_norm = (jnp.sqrt(_squares(tree)) for tree in (trainable, grads))
+        good = jnp.isfinite(loss) & jnp.isfinite(weight_norm) & jnp.isfinite(grad_norm)
+        # NaN is below nothing; a head that saw no token has -inf.
+        good &= (aux.logit_max.max() < jnp.inf) & (loss <= ceiling)
         updates, opt = self.tx.update(grads, state.opt, trainable, logit_max=aux.logit_max)
+        opt = _chosen(good, opt, state.opt)
         moved = {
             name: balance(self.run.optim.bias_rate).update(
                 None, (), bias, expert_load=self._load_of(name, aux)
             )[0]
             for name, bias in fixed.items()
         }
+        update_norm = jnp.sqrt(_squares(updates))
+        good &= jnp.isfinite(update_norm)  # what finite gradients still can do with a huge rate
         params = optax.apply_updates(trainable | fixed, updates | moved)
-        return State(params, opt), self._metrics(grads, updates, loss, aux)
+        norms = {"weight_norm": weight_norm, "grad_norm": grad_norm, "update_norm": update_norm}
+        metrics = self._metrics(loss, aux, norms) | {"skipped": 1.0 - good}
+        return State(_chosen(good, params, state.params), opt), metrics
 
     def _gradients(self, trainable: Params, fixed: Params, batch: Batch):
         """Gradients, loss in nats a token, and what the forward passes reported."""
@@ -141,19 +159,18 @@ class Program:
         leaf, dense = self.specs[bias], self.run.model.dense_layers
         return aux.load[leaf.first_layer - dense :][: leaf.shape[0]]
 
-    def _metrics(self, grads, updates, loss, aux: Aux) -> dict[str, jax.Array]:
-        load = aux.load
-        metrics = {
+    def _metrics(self, loss, aux: Aux, norms: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        load, top_LH = aux.load, aux.logit_max
+        # As a float: the count of a 1T model is no int32.
+        moved = float(sum(math.prod(s.shape) for s in self.specs.values() if s.group != "bias"))
+        metrics = norms | {
             "loss": loss,
             "aux_loss": aux.aux_loss,
-            "grad_norm": jnp.sqrt(_squares(grads)),
-            # As a float: the count of a 1T model is no int32.
-            "update_rms": jnp.sqrt(
-                _squares(updates) / float(sum(u.size for u in updates.values()))
-            ),
-            "logit_max": aux.logit_max.max(),
-            "logit_max_layers": aux.logit_max.max(axis=-1),
+            "update_rms": norms["update_norm"] / moved**0.5,
+            "logit_max": top_LH.max(),
+            "logit_max_layers": top_LH.max(axis=-1),
             "load_max": (load.max(axis=-1) / load.mean(axis=-1)).mean(),
+            "load_entropy": _evenness(load).mean(),
             "expert_load": load,
         }
         if self.run.train.dispatch == "bounded":
@@ -161,7 +178,8 @@ class Program:
         if self.run.model.mtp_layers:
             metrics["mtp_loss"] = aux.mtp_loss
         if self.run.optim.name == "muonclip":
-            metrics["clipped"] = (aux.logit_max > self.run.optim.tau).mean(dtype=jnp.float32)
+            clipped_LH = (top_LH > self.run.optim.tau).astype(jnp.float32)
+            metrics |= {"clipped": clipped_LH.mean(), "clipped_layers": clipped_LH.mean(axis=-1)}
         return metrics
 
     def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -223,6 +241,18 @@ def _squares(tree: Params) -> jax.Array:
     dims = lambda a: "abcdef"[: a.ndim]
     square = lambda a: jnp.einsum(f"{dims(a)},{dims(a)}->", a, a, out_sharding=sharding.spec())
     return sum(map(square, tree.values()), jnp.zeros(()))
+
+
+def _chosen(good: jax.Array, new: Any, old: Any) -> Any:
+    """`new` where the step is good, else `old`: element by element, so in the old one's memory."""
+    return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+
+def _evenness(load_LE: jax.Array) -> jax.Array:
+    """Entropy of each layer's expert load over its largest value: 1 is even, 0 is one expert."""
+    share_LE = load_LE / jnp.maximum(load_LE.sum(axis=-1, keepdims=True), 1.0)
+    entropy_L = -jnp.where(share_LE > 0, share_LE * jnp.log(share_LE), 0.0).sum(axis=-1)
+    return entropy_L / (math.log(load_LE.shape[-1]) or 1.0)
 
 
 def micro_spec() -> P:

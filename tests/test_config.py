@@ -318,3 +318,39 @@ def test_a_mesh_is_named_by_the_axes_that_split():
 def test_an_unknown_run_is_answered_with_the_nearest_one():
     with pytest.raises(ConfigError, match="no config 'kimi_k3'; did you mean 'kimi_k2'"):
         configs.load("kimi_k3")
+
+
+HEALTH = [
+    ({"health.window": "10"}, "health.window is 10; it must be at least 20"),
+    ({"health.spike": "-1"}, "health.spike is -1.0; it must be at least 0"),
+    ({"health.patience": "0"}, "health.patience is 0; it must be at least 1"),
+    ({"health.on_spike": "rewynd"}, "health.on_spike is 'rewynd'; did you mean 'rewind'?"),
+    ({"health.spike": "0", "health.on_spike": "skip"},
+     "health.on_spike has no effect with health.spike 0"),
+    ({"train.log_to": "tensorboard,wandbb"}, "train.log_to names 'wandbb'; did you mean 'wandb'?"),
+    ({"train.profile": "5"}, "train.profile is '5'; give steps as FROM:TO, as 20:24"),
+    ({"train.profile": "5:4"}, "train.profile is '5:4'; give steps as FROM:TO, as 20:24"),
+    ({"train.profile": "5:999"}, "train.profile is '5:999'; the run ends with step 110"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "says"), HEALTH)
+def test_a_setting_of_health_that_cannot_be_is_refused(settings, says):
+    run = override(configs.load("tiny"), settings)
+    with pytest.raises(ConfigError) as error:
+        validate(run, settings)
+    assert str(error.value) == says
+
+
+def test_health_settings_are_read_and_a_config_without_them_has_the_defaults():
+    run = override(
+        configs.load("tiny"), {"train.profile": "20:24", "train.log_to": "wandb,tensorboard"}
+    )
+    validate(run)
+    assert run.train.profiled == range(20, 25)
+    assert run.train.trackers == ("wandb", "tensorboard")
+    saved = to_json(run)
+    del saved["health"], saved["train"]["profile"], saved["train"]["log_to"]
+    old = from_json(saved)
+    assert old.health == configs.load("tiny").health
+    assert old.train.profiled == range(0)

@@ -15,11 +15,13 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # a room may import from lines above its own, never from its own line or below
     {"config", "files", "spec"},
     {"sharding"},
-    {"params", "ops", "configs", "chat", "loss"},
-    {"model", "optim", "data", "checkpoint", "metrics", "signals"},
-    {"loading", "startup", "step", "sampling", "saving", "provenance"},
-    {"evaluate", "describe", "loop", "conversion", "plan"},
-    {"train"},
+    {"params", "ops", "configs", "chat", "loss", "view"},
+    {"model", "optim", "data", "checkpoint", "metrics", "signals", "health"},
+    {"loading", "startup", "step", "sampling", "trackers", "saving", "provenance"},
+    {"evaluate", "describe", "conversion", "plan"},
+    {"watch", "report"},
+    {"loop"},
+    {"train", "replay"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -98,6 +100,7 @@ def test_shard_map_lives_where_one_device_is_seen():
         ("k2jax", ("jax", "flax", "numpy")),
         ("k2jax.cli", ("jax", "flax")),
         ("k2jax.plan.command", ("jax", "flax", "numpy")),
+        ("k2jax.report", ("jax", "flax", "numpy", "matplotlib")),
         ("k2jax.optim", ("flax", "orbax", "grain", "tokenizers", "tiktoken", "matplotlib")),
         ("k2jax.data", ("jax", "pyarrow", "grain", "array_record")),
     ],

@@ -26,7 +26,7 @@ from k2jax.data import Batches
 from k2jax.data.store import read, write
 from k2jax.optim import POLYNOMIALS
 from k2jax.params import initial
-from k2jax.step import State, build, to_devices
+from k2jax.step import State, _evenness, build, to_devices
 
 # Max abs difference over max abs of that array. Sums in another order are all that differs.
 TOLERANCE = 1e-5
@@ -91,14 +91,19 @@ def first_state(program) -> State:
     return jax.jit(program.init)(params)
 
 
+@functools.cache
+def stepping(run: RunConfig):
+    return jax.jit(build(run).step)
+
+
 def trained(run: RunConfig) -> list[dict[str, np.ndarray]]:
     """Metrics and weights after each step; `run.mesh` is used if it splits anything."""
 
     def steps():
-        program = build(run)
-        state, step, found = first_state(program), jax.jit(program.step), []
+        state, step, found = first_state(build(run)), stepping(run), []
         for number in range(STEPS):
-            state, metrics = step(state, to_devices(batch(number), run.train.accumulate))
+            rows = to_devices(batch(number), run.train.accumulate)
+            state, metrics = step(state, rows, jnp.inf)
             found.append(jax.tree.map(np.asarray, metrics | state.params))
         return found
 
@@ -161,6 +166,87 @@ def test_every_choice_of_a_token_is_counted_once():
     tokens = (batch(0)["segments"] > 0).sum()
     load = right()[0]["expert_load"]
     np.testing.assert_array_equal(load.sum(axis=-1), tokens * RUN.model.experts_per_token)
+
+
+def learned(run: RunConfig) -> State:
+    """The state after a step, so that no momentum is zero."""
+    rows = to_devices(batch(0), run.train.accumulate)
+    return stepping(run)(first_state(build(run)), rows, jnp.inf)[0]
+
+
+def spoilt(run: RunConfig, how: str):
+    """A state, rows and a ceiling with which the next step must be refused."""
+    state, rows, ceiling = learned(run), batch(1), jnp.inf
+    if how == "loss":  # one target among many, in the first micro-batch
+        rows["weights"][0, 0] = np.nan
+    if how == "gradient":  # its square is beyond float32, the loss is not
+        state = state._replace(params=state.params | {"head": state.params["head"] * 1e30})
+    if how == "weight":  # of a token that no row has: nothing else shows it
+        token = np.setdiff1d(np.arange(RUN.model.vocab), rows["tokens"])[0]
+        embed = state.params["embed"].at[token, 3].set(np.nan)
+        state = state._replace(params=state.params | {"embed": embed})
+    if how == "ceiling":
+        ceiling = 1.0
+    return state, to_devices(rows, run.train.accumulate), ceiling
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient", "weight", "ceiling"])
+@pytest.mark.parametrize(
+    "run",
+    [RUN, changed("train", accumulate=2), changed("optim", name="adamw")],
+    ids=["muonclip", "two micro-batches", "adamw"],
+)
+def test_a_step_that_must_not_be_taken_leaves_every_bit_of_the_state(run, how):
+    state, rows, ceiling = spoilt(run, how)
+    after, metrics = stepping(run)(state, rows, ceiling)
+    assert metrics["skipped"] == 1
+    assert np.isfinite(metrics["loss"]) == (how != "loss")
+    assert np.isfinite(metrics["grad_norm"]) == (how in ("weight", "ceiling"))
+    for (path, old), new in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(after), strict=True
+    ):
+        same = np.asarray(old).tobytes() == np.asarray(new).tobytes()
+        assert same, jax.tree_util.keystr(path)
+    if how == "loss":  # and the next one is as if nothing had been
+        good = to_devices(batch(2), run.train.accumulate)
+        further, metrics = stepping(run)(after, good, jnp.inf)
+        wanted, _ = stepping(run)(state, good, jnp.inf)
+        assert metrics["skipped"] == 0
+        jax.tree.map(np.testing.assert_array_equal, further, wanted)
+
+
+def test_weights_stay_where_a_finite_gradient_would_throw_them_out_of_range():
+    run = changed("optim", name="adamw", learning_rate=1e30)
+    state = first_state(build(run))
+    after, metrics = jax.jit(build(run).step)(state, to_devices(batch(0), 1))
+    assert metrics["skipped"] == 1 and np.isfinite(metrics["grad_norm"])
+    assert np.isinf(metrics["update_norm"])
+    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+
+
+def test_norms_clip_rates_and_the_entropy_of_the_load_are_what_numpy_says():
+    state = learned(RUN)
+    after, metrics = stepping(RUN)(state, to_devices(batch(1), 1), jnp.inf)
+    moved = [np.asarray(after.params[name]) - w for name, w in state.params.items() if name != BIAS]
+    norm = np.sqrt(sum((np.float64(u) ** 2).sum() for u in moved))
+    # Differences of rounded weights are not quite what was added.
+    np.testing.assert_allclose(metrics["update_norm"], norm, rtol=1e-4)
+    size = sum(u.size for u in moved)
+    np.testing.assert_allclose(metrics["update_rms"], norm / size**0.5, rtol=1e-4)
+    weights = [np.asarray(w, np.float64) for name, w in state.params.items() if name != BIAS]
+    norm = np.sqrt(sum((w**2).sum() for w in weights))
+    np.testing.assert_allclose(metrics["weight_norm"], norm, rtol=1e-6)
+    np.testing.assert_allclose(metrics["clipped_layers"].mean(), metrics["clipped"], rtol=1e-6)
+    assert metrics["clipped_layers"].shape == (RUN.model.layers,)
+    (load,) = np.float64(metrics["expert_load"])
+    share = load[load > 0] / load.sum()
+    entropy = -(share * np.log(share)).sum() / np.log(RUN.model.experts)
+    np.testing.assert_allclose(metrics["load_entropy"], entropy, rtol=1e-6)
+
+
+def test_load_entropy_is_1_where_even_and_0_with_one_expert():
+    load = jnp.float32([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0], [0, 0, 0, 0]])
+    np.testing.assert_allclose(_evenness(load), [1, 0, 0.5, 0], atol=1e-7)
 
 
 QUERIES, KEYS = "dense.attention.q_up", "dense.attention.kv_up"

@@ -188,6 +188,12 @@ class Checkpoints:
                     f"old checkpoints in {self.root} cannot be deleted: {engine.cause(error)}"
                 ) from error
 
+    def drop_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the run goes another way from `step` on."""
+        self.wait()
+        if jax.process_index() == 0:
+            steps.drop_after(self.root, step)
+
     def close(self) -> None:
         """`wait`, and free what saving held."""
         try:

@@ -89,6 +89,12 @@ def prune(root: epath.Path, keep: int, keep_every: int = 0) -> None:
             _delete(root / str(step))
 
 
+def drop_after(root: epath.Path, step: int) -> None:
+    """Delete the complete steps after `step`, newest first."""
+    for later in reversed([done for done in complete(root) if done > step]):
+        _delete(root / str(later))
+
+
 def _delete(path: epath.Path) -> None:
     # Renamed first: a deletion that is killed halfway must not look like a checkpoint.
     doomed = path.rename(path.parent / (path.name + DELETED))

@@ -45,6 +45,16 @@ CHIPS = {
     "cpu":   Chip("cpu", 0, 0,           0.1e12,   20e9,   5e9,    1e9,        0,    50,  0.0),
 }
 # fmt: on
+# What a device calls itself (`device_kind`), by the first part that fits.
+KINDS = {
+    "TPU v5 lite": "",
+    "TPU v5": "v5p",
+    "TPU v6": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA H100": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}  # fmt: skip
 EXAMPLES = "v5p:8x8x16, v6e:16x16, tpu7x:4x8x8, h100:128x8 (nodes x GPUs), cpu:8, 2*v5p:8x8x8"
 
 
@@ -82,6 +92,12 @@ class Target:
     def bandwidth(self) -> float:
         """Bytes a second between a device and its memory."""
         return self.chip.bandwidth / self.chip.devices
+
+
+def peak_of(device_kind: str) -> float:
+    """Peak bf16 operations a second of the device that JAX calls so; 0: not in the table."""
+    known = next((chip for kind, chip in KINDS.items() if device_kind.startswith(kind)), "")
+    return CHIPS[known].flops / CHIPS[known].devices if known else 0.0
 
 
 def parse(name: str, dollars: float | None = None, watts: float | None = None) -> Target:

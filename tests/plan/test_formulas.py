@@ -158,3 +158,20 @@ def test_newton_schulz_is_planned_with_the_optimizers_own_numbers():
     assert newton.SLICE == exchange.SLICE
     for matrix in ((256, 128), (7168, 18432)):
         assert newton.flops(matrix) == optimizer_flops(*matrix)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip"),
+    [
+        ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x"),
+        ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"),
+    ],
+)  # fmt: skip
+def test_the_peak_of_a_device_is_found_by_what_it_calls_itself(kind, chip):
+    entry = targets.CHIPS[chip]
+    assert targets.peak_of(kind) == entry.flops / entry.devices
+
+
+@pytest.mark.parametrize("kind", ["cpu", "TPU v5 lite", "NVIDIA A100-SXM4-40GB"])
+def test_a_device_that_is_not_in_the_table_has_no_peak(kind):
+    assert targets.peak_of(kind) == 0

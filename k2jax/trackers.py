@@ -1,0 +1,99 @@
+"""Metrics for TensorBoard and Weights & Biases, beside `metrics.jsonl`."""
+
+import contextlib
+import importlib.util
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from k2jax.config import ConfigError, RunConfig, to_json
+
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+UNPLOTTED = ("step", "expert_load")  # thousands of numbers; `metrics.jsonl` and the report have it
+Line = dict[str, Any]
+
+
+def check(run: RunConfig) -> None:
+    """Refuse what `train.log_to` names and is not installed.
+
+    Raises:
+        ConfigError: names the extra.
+    """
+    for name in run.train.trackers:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise ConfigError(
+                f"train.log_to {name} needs the package {PACKAGES[name]}:"
+                f" pip install 'k2jax[{name}]'"
+            )
+
+
+@contextlib.contextmanager
+def opened(run: RunConfig, out: Path, start: int) -> Iterator[Callable[[Line], None]]:
+    """What takes each line of `metrics.jsonl`; a run that goes on continues its curves.
+
+    Args:
+        run: `train.log_to` names the trackers; none means that lines are dropped.
+        out: folder of the run; its subfolders `tensorboard` and `wandb` are theirs.
+        start: step resumed from; what was logged after it is superseded.
+    """
+    with contextlib.ExitStack() as stack:
+        names = run.train.trackers if jax.process_index() == 0 else ()
+        takers = [OPENERS[name](run, out, start, stack) for name in names]
+
+        def track(line: Line) -> None:
+            values = scalars(line) if takers else {}
+            for take in takers:
+                take(line["step"], values)
+
+        yield track
+
+
+def scalars(line: Line) -> dict[str, float]:
+    """Numbers by name; those of a list as `name/layer_0`, ..."""
+    found: dict[str, float] = {}
+    for name, value in line.items():
+        if name in UNPLOTTED or value is None:
+            continue
+        if isinstance(value, list):
+            short = name.removesuffix("_layers")
+            parts = {f"{short}/layer_{i}": part for i, part in enumerate(value)}
+            found |= {part: number for part, number in parts.items() if number is not None}
+        else:
+            found[name] = value
+    return found
+
+
+def _tensorboard(run: RunConfig, out: Path, start: int, stack: contextlib.ExitStack):
+    from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
+
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+    stack.callback(writer.close)
+
+    def take(step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+
+    return take
+
+
+def _wandb(run: RunConfig, out: Path, start: int, stack: contextlib.ExitStack):
+    import wandb  # type: ignore[import-not-found]
+
+    known = out / "wandb" / "k2jax-id"  # so that a run that goes on is one run there
+    if not known.exists():
+        known.parent.mkdir(parents=True, exist_ok=True)
+        known.write_text(uuid.uuid4().hex)
+    job = wandb.init(
+        project="k2jax", name=run.name, id=known.read_text(), resume="allow", dir=str(out),
+        config=to_json(run),
+    )  # fmt: skip
+    stack.callback(job.finish)
+    # Their own count of steps cannot go back, as a rewound run does.
+    job.define_metric("*", step_metric="step")
+    return lambda step, values: job.log({"step": step, **values})
+
+
+OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb}
