@@ -137,9 +137,9 @@ def heat(
         across: from the mapping of positions 0..1 to x, the parts of the horizontal axis.
         low: value of the first colour.
     """
-    each = max(4.0, min(18.0, 300 / len(rows)))
+    each = max(4.0, min(18.0, 300 / len(rows)), 84 / len(rows))  # room for the axis's name
     height = TOP + each * len(rows) + BOTTOM
-    right = WIDTH - RIGHT - 46
+    right = WIDTH - RIGHT - 56
     parts = [f'<image x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{each * len(rows):.1f}"'
              f' preserveAspectRatio="none" href="{_png(rows, low, top)}"/>']  # fmt: skip
     for k in sorted({round(t) for t in ticks(0, len(rows) - 1, min(6, len(rows)))}):
