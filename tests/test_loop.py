@@ -227,7 +227,7 @@ def noticed(monkeypatch, place: object, name: str) -> None:
 
 
 NOTICES = {  # where, and how far a run that goes on from step 3 still gets
-    "compiling": (loop, "_compile_step", 4),
+    "compiling": (loop, "compile_step", 4),
     "restoring": (Checkpoints, "restore", 4),
     "a step": (loop, "to_devices", 4),
     "evaluation": (loop, "eval_batches", 6),

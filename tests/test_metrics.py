@@ -85,7 +85,7 @@ def test_host_memory_is_what_is_resident_now():
 
 
 def test_a_number_that_is_not_finite_is_null_in_every_line(tmp_path):
-    with Metrics(tmp_path / "m.jsonl", 0, lambda step: 0.5 * step) as metrics:
+    with Metrics(tmp_path / "m.jsonl", 0, lambda step: 0.5 * step, print) as metrics:
         metrics.write(3, {"loss": float("nan"), "layers": [1.0, float("inf")]}, applied=1)
     (line,) = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
     assert line == {"step": 3, "learning_rate": 0.5, "loss": None, "layers": [1.0, None]}
