@@ -1,11 +1,13 @@
 """Plans: which mesh axes, if any, split each logical axis."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec as P
-from k2jax.sharding.table import STORAGE, split
+from k2jax.sharding.table import BATCH, STORAGE, split
 
 from k2jax.config import ConfigError, MeshConfig
 from k2jax.spec import ParamSpec
@@ -39,6 +41,38 @@ def _entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
 def place(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` moved to the layout of an activation with these logical axes."""
     return x if meshless() else jax.reshard(x, storage_spec(axes))
+
+
+class Share(NamedTuple):
+    """What one process feeds of every batch."""
+
+    parts: list[int]  # their numbers, ascending
+    of: int  # parts of the batch: the mesh splits its rows so many ways
+    first: list[bool]  # of each part: whether no process with a lower number has it too
+
+
+def batch_share() -> Share:
+    """The parts of a batch that this process's devices take, on the mesh in use.
+
+    A process may have several, not always adjacent, and share one with others (`model` and
+    `context` do not split rows).
+    """
+    return Share([0], 1, [True]) if meshless() else _share(jax.sharding.get_mesh())
+
+
+@functools.cache
+def _share(mesh: jax.sharding.Mesh) -> Share:
+    ways = math.prod(mesh.shape[axis] for axis in BATCH)
+    place = jax.NamedSharding(mesh, P(BATCH))
+    owner = [math.inf] * ways
+    mine = set()
+    for device, (cut,) in place.devices_indices_map((ways,)).items():
+        part = cut.start or 0
+        owner[part] = min(owner[part], device.process_index)
+        if device.process_index == jax.process_index():
+            mine.add(part)
+    parts = sorted(mine)
+    return Share(parts, ways, [owner[part] == jax.process_index() for part in parts])
 
 
 def check(specs: Mapping[str, ParamSpec], mesh: MeshConfig, context: int) -> None:

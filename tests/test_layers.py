@@ -16,7 +16,7 @@ LAYERS = [  # a room may import from lines above its own, never from its own lin
     {"config", "spec"},
     {"sharding"},
     {"params", "ops", "configs", "chat", "loss"},
-    {"model", "optim", "data", "checkpoint", "metrics", "signals"},
+    {"model", "optim", "data", "checkpoint", "cluster", "metrics", "signals"},
     {"loading", "startup", "step", "sampling"},
     {"evaluate", "describe", "loop", "conversion", "plan"},
     {"train"},
