@@ -143,7 +143,7 @@ class _Training:
             self.say("epochs in all: " + ", ".join(f"{name} {n:.2f}" for name, n in epochs))
         own = own_parts(run.train.accumulate)
         fetch = lambda step: batches.batch(step, **own)
-        step_fn = programs.step.result()
+        step_fn = _together(programs.step, "compiled step")
         rows: Any = contextlib.closing(prefetch(fetch, start, run.train.steps - start))  # type: ignore[type-var]
         file = self.out / "metrics.jsonl" if self.first else Path(os.devnull)
         metrics = Metrics(file, start, self.program.schedule)
@@ -181,7 +181,7 @@ class _Training:
         self, state: State, data: Data, programs: "_Programs", limit: int
     ) -> dict[str, float]:
         """Nats per token and bits per byte of held-out rows; `limit` 0 takes all of them."""
-        evaluate = programs.evaluate.result()
+        evaluate = _together(programs.evaluate, "compiled evaluation")
         rows, context = _eval_shape(self.run)
         lengths = data.tokenizer.byte_lengths()
         nll = tokens = size = 0.0
@@ -221,6 +221,13 @@ class _Programs(NamedTuple):
 
     step: Future[Callable[..., Any]]
     evaluate: Future[Callable[..., Any]]
+
+
+def _together(program: Future[Callable[..., Any]], topic: str) -> Callable[..., Any]:
+    """A compiled program, once all processes have it: gloo waits for none longer than 30 s."""
+    found = program.result()
+    cluster.current().agree(topic, {})
+    return found
 
 
 def _compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:

@@ -66,7 +66,7 @@ class Group:
         with self._news:
             said = self._told.setdefault(topic, {})
             said[0] = facts
-            self._news.wait_for(lambda: len(said) == self.count)
+            self._wait(lambda: len(said) == self.count)
             del self._told[topic]
         return [said[number] for number in range(self.count)]
 
@@ -77,8 +77,13 @@ class Group:
                 wire.send({"topic": topic, "facts": value})
             return value
         with self._news:
-            self._news.wait_for(lambda: topic in self._told)
+            self._wait(lambda: topic in self._told)
             return self._told.pop(topic)[0]
+
+    def _wait(self, come: Callable[[], bool]) -> None:
+        self._news.wait_for(lambda: come() or self._over)
+        if not come():
+            raise Lost("the run ends while this process waits for the others")
 
     def agree(self, topic: str, facts: Mapping[str, Any]) -> None:
         """Wait for all processes, and see that all of them say the same.
@@ -100,7 +105,7 @@ class Group:
 
     def fail(self, line: str, code: int) -> None:
         """Tell the others why this process ends; afterwards nothing is watched."""
-        self._over = True
+        self._finish()
         for wire in self.wires.values():
             wire.send({"end": line, "code": code})
         self._part()
@@ -110,9 +115,14 @@ class Group:
         if self.count == 1 or self._over:
             return
         self.agree("the end", {})
-        self._over = True
+        self._finish()
         self._watch.join()
         self._part()
+
+    def _finish(self) -> None:
+        with self._news:
+            self._over = True
+            self._news.notify_all()
 
     def _part(self) -> None:
         """Close the connections; process 0 last, and when what it sent has been read."""
@@ -168,7 +178,7 @@ class Group:
 
     def stop(self, line: str, code: int) -> None:
         """End the run from any thread: on all processes, if this is process 0."""
-        self._over = True
+        self._finish()
         if self.number == 0:
             # jax's service here is what the other processes need to end in peace.
             self.fail(line, code)
@@ -236,8 +246,12 @@ def _hear(group: Group, wire: Wire, ready: selectors.BaseSelector) -> None:
         wire.close()
     for message in messages or ():
         if "hello" not in message:
+            if wire.number > 0:  # it is ahead of processes that are not here yet
+                group.take(wire, [message])
             continue
         number, count = message["hello"], message.get("count")
+        if not isinstance(number, int) or not isinstance(count, int):
+            continue  # not one of ours
         wire.host = str(message.get("host"))
         line = ""
         if count != group.count:
