@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from k2jax.sharding.table import BATCH, STORAGE, split
 
-from k2jax.config import ConfigError, MeshConfig
+from k2jax.config import MESH_AXES, ConfigError, MeshConfig
 from k2jax.spec import ParamSpec
 
 
@@ -62,17 +63,21 @@ def batch_share() -> Share:
 
 @functools.cache
 def _share(mesh: jax.sharding.Mesh) -> Share:
-    ways = math.prod(mesh.shape[axis] for axis in BATCH)
-    place = jax.NamedSharding(mesh, P(BATCH))
-    owner = [math.inf] * ways
-    mine = set()
-    for device, (cut,) in place.devices_indices_map((ways,)).items():
-        part = cut.start or 0
-        owner[part] = min(owner[part], device.process_index)
-        if device.process_index == jax.process_index():
-            mine.add(part)
-    parts = sorted(mine)
-    return Share(parts, ways, [owner[part] == jax.process_index() for part in parts])
+    return share(mesh.devices, jax.process_index())
+
+
+def share(devices: np.ndarray, process: int) -> Share:
+    """The parts of a batch that a process takes.
+
+    Args:
+        devices: in the shape of the mesh, the axes that split rows first.
+        process: its number.
+    """
+    assert MESH_AXES[: len(BATCH)] == BATCH
+    rows = devices.reshape(math.prod(devices.shape[: len(BATCH)]), -1)
+    holders = [{device.process_index for device in row} for row in rows]
+    parts = [part for part, held in enumerate(holders) if process in held]
+    return Share(parts, len(holders), [min(holders[part]) == process for part in parts])
 
 
 def check(specs: Mapping[str, ParamSpec], mesh: MeshConfig, context: int) -> None:
