@@ -1,6 +1,6 @@
-"""One run in 1 and in 4 processes on the same 8 devices: `python bench/processes.py [steps]`.
+"""One run in 1 and in 4 processes on the same 8 devices.
 
-`k2jax train tiny` for 50 steps, seed and data alike: once in one process, once in four of two
+`python bench/processes.py [steps] [--section.field VALUE ...]`: `k2jax train tiny` for 50 steps, seed and data alike: once in one process, once in four of two
 devices each, over loopback. Prints one JSON line: the largest difference of the losses at step 1,
 over 10 steps and over all, and how many choices of experts went elsewhere (half the sum of
 |difference of expert_load|: a lower bound of the tokens' choices that changed).
@@ -20,13 +20,14 @@ import numpy as np
 PROCESSES = 4
 
 
-def train(out: Path, processes: int, steps: int) -> float:
+def train(out: Path, processes: int, steps: int, settings: list[str]) -> float:
     """Run it; seconds."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         address = f"127.0.0.1:{found.getsockname()[1]}"
     command = [
         sys.executable, "-m", "k2jax.cli", "train", "tiny", "--out", str(out),
         "--train.steps", str(steps), "--train.eval_every", "0", "--train.save_every", str(steps),
+        *settings,
     ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     began = time.perf_counter()
@@ -46,11 +47,13 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def main(steps: int) -> None:
+def main(steps: int, settings: list[str]) -> None:
     """Run both and print how far they are apart."""
     with tempfile.TemporaryDirectory() as folder:
         outs = {count: Path(folder, str(count)) for count in (1, PROCESSES)}
-        seconds = {count: round(train(out, count, steps), 1) for count, out in outs.items()}
+        seconds = {
+            count: round(train(out, count, steps, settings), 1) for count, out in outs.items()
+        }
         one, many = (metrics(out) for out in outs.values())
     loss = np.array([[line["loss"] for line in lines] for lines in (one, many)])
     apart = np.abs(loss[0] - loss[1])
@@ -64,6 +67,7 @@ def main(steps: int) -> None:
                 "bench": "processes",
                 "processes": PROCESSES,
                 "steps": steps,
+                "settings": " ".join(settings),
                 "loss_apart_step_1": float(apart[0]),
                 "loss_apart_10_steps": float(apart[:10].max()),
                 f"loss_apart_{steps}_steps": float(apart.max()),
@@ -79,4 +83,6 @@ def main(steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(next((a for a in sys.argv[1:] if a.isdecimal()), 50)))
+    first, *rest = [*sys.argv[1:], ""]
+    given = first.isdecimal()
+    main(int(first) if given else 50, [word for word in (rest if given else sys.argv[1:]) if word])

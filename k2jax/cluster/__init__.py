@@ -6,7 +6,8 @@ over one plain connection each to process 0, which is closed by the kernel when 
 jax's own service would end the others by a crash, a minute or more later.
 """
 
-from k2jax.cluster.group import AGAIN, Group, Lost, current
+from k2jax.cluster.group import Group, current
+from k2jax.cluster.meet import AGAIN, Lost
 from k2jax.cluster.member import member
 from k2jax.cluster.place import Place, add_arguments, find
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from k2jax.cluster import group as groups
 from k2jax.cluster import preflight
-from k2jax.cluster.group import AGAIN, Group, Lost
+from k2jax.cluster.group import Group
+from k2jax.cluster.meet import AGAIN, Lost
 from k2jax.cluster.place import Place
 from k2jax.config import ConfigError, RunConfig
 
@@ -77,8 +78,8 @@ def _leave(group: Group, error: BaseException) -> None:
     """Tell the others; once jax's service runs, end here, since its own end waits for all."""
     import jax
 
-    if _network_failed(error):
-        # Most likely another process died, and the watch is about to say which.
+    if isinstance(error, Lost) or _network_failed(error):
+        # Another process died, most likely, and the watch is about to say which and end this one.
         time.sleep(groups.SILENCE + 2 * groups.BEAT)
     code, line = _said(error)
     group.fail(f"process {group.number} ({group.host}) ended: {line}", code)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from k2jax.cluster.group import AGAIN, Group
+from k2jax.cluster.group import Group
+from k2jax.cluster.meet import AGAIN
 from k2jax.config import ConfigError, MeshConfig, RunConfig, to_json
 
 PACKAGES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")

@@ -10,9 +10,17 @@ import time
 import pytest
 
 from k2jax.cluster import group as groups
-from k2jax.cluster.group import AGAIN, Group, Lost, difference
+from k2jax.cluster import meet
+from k2jax.cluster.group import Group, difference
+from k2jax.cluster.meet import AGAIN, Lost
 from k2jax.cluster.place import Place
 from k2jax.config import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    """Threads stay when their process would be gone: nobody need wait for the kernel to say so."""
+    monkeypatch.setattr(groups, "PARTING", 0.3)
 
 
 def free_port() -> int:
@@ -82,7 +90,7 @@ def test_several_that_differ_are_counted_and_further_facts_named():
 
 
 def test_processes_that_do_not_come_are_numbered(monkeypatch):
-    monkeypatch.setattr(groups, "ARRIVAL", 1.0)
+    monkeypatch.setattr(meet, "ARRIVAL", 1.0)
     port, found = free_port(), []
 
     def one(i):
@@ -101,7 +109,7 @@ def test_processes_that_do_not_come_are_numbered(monkeypatch):
 
 
 def test_a_first_process_that_is_not_there_is_named_by_its_address(monkeypatch):
-    monkeypatch.setattr(groups, "ARRIVAL", 0.5)
+    monkeypatch.setattr(meet, "ARRIVAL", 0.5)
     port = free_port()
     with pytest.raises(Lost) as error:
         Group(Place(f"127.0.0.1:{port}", 4, 3))
@@ -119,14 +127,14 @@ CONTRADICTIONS = [
 
 @pytest.mark.parametrize(("start", "says"), CONTRADICTIONS)
 def test_processes_that_contradict_each_other_are_told(start, says, monkeypatch):
-    monkeypatch.setattr(groups, "ARRIVAL", 2.0)
+    monkeypatch.setattr(meet, "ARRIVAL", 2.0)
     found, ended = together(3, lambda group: group.agree("a", {}), **start)
     lines = [str(error) for error in found if error] + [line for said in ended for line, _ in said]
     assert any(says in line for line in lines)
 
 
 def test_a_stranger_at_the_door_is_ignored(monkeypatch):
-    monkeypatch.setattr(groups, "ARRIVAL", 10.0)
+    monkeypatch.setattr(meet, "ARRIVAL", 10.0)
     port, done = free_port(), []
 
     def first():
@@ -155,7 +163,7 @@ def test_a_stranger_at_the_door_is_ignored(monkeypatch):
 PROCESS = """
 import sys, time
 from k2jax.cluster import group
-group.BEAT, group.SILENCE = 0.2, 1.5
+group.BEAT, group.SILENCE, group.PARTING = 0.2, 1.5, 0.3
 me = group.Group(group.Place("127.0.0.1:{port}", 3, int(sys.argv[1])))
 print("here", flush=True)
 time.sleep(60)

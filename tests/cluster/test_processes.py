@@ -47,7 +47,7 @@ class Job:
         fields = {f"model.{name}": size for name, size in SIZES.items()} | MESH2
         fields |= {
             "data.path": place / "text", "data.rows": 8, "data.context": 32, "optim.name": "adamw",
-            "optim.learning_rate": 1e-2, "optim.warmup": 2, "train.steps": steps,
+            "optim.learning_rate": 1e-2, "optim.warmup": 2, "optim.decay": 0, "train.steps": steps,
             "train.log_every": 1, "train.eval_every": 0, "train.save_every": 3, "train.keep": 9,
         }  # fmt: skip
         fields |= {name.replace("__", "."): value for name, value in settings.items()}
@@ -103,9 +103,9 @@ def arrays(out: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def test_a_run_in_two_processes_loses_one_and_goes_on_as_if_nothing_had_happened(place, tmp_path):
-    lost, whole = tmp_path / "lost", tmp_path / "whole"
-    job = Job(place, lost, 2, steps=1_000_000)
-    job.until(4)
+    out = tmp_path / "out"
+    job = Job(place, out, 2, steps=1_000_000)
+    job.until(8)  # the save of step 6 waited for that of step 3
     job.processes[1].kill()
     began = time.monotonic()
     (code, _, said), (victim, _, _) = job.end(60)
@@ -115,21 +115,16 @@ def test_a_run_in_two_processes_loses_one_and_goes_on_as_if_nothing_had_happened
         f"k2jax: process 1 ({HOST}) is gone; the run ends here, and the same command on all hosts"
         " goes on from the newest checkpoint"
     ]
-    newest = Checkpoints(lost).latest()
-    assert newest % 3 == 0
-    steps = newest + 3
-    (first, out, _), (second, silent, _) = Job(place, lost, 2, steps=steps).end()
+    before, newest = losses(out), Checkpoints(out).latest()
+    assert newest % 3 == 0 and newest < len(before)
+    steps = max(newest + 3, len(before))
+    (first, heard, _), (second, silent, _) = Job(place, out, 2, steps=steps).end()
     assert (first, second, silent) == (0, 0, "")
-    assert f"going on from step {newest}" in out
     for part in ("2 processes on 1 host, 2 x cpu: same settings and code; an all-reduce of 4 MiB",
-                 "held out:", "sample:\ndef "):  # fmt: skip
-        assert part in out
-    assert [line["step"] for line in read_metrics(lost)] == list(range(1, steps + 1))
-    (alone,) = Job(place, whole, 1, steps=steps).end()
-    assert alone[0] == 0
-    # The schedule knows the number of steps, so the runs differ by design after step 1's warm-up;
-    # constant until the last 35%, it is the same for the steps compared.
-    np.testing.assert_allclose(losses(lost)[:4], losses(whole)[:4], rtol=1e-5)
+                 f"going on from step {newest}", "held out:", "sample:\ndef "):  # fmt: skip
+        assert part in heard
+    assert [line["step"] for line in read_metrics(out)] == list(range(1, steps + 1))
+    assert losses(out)[: len(before)] == before  # steps after the checkpoint, done twice
 
 
 def test_processes_with_unlike_settings_are_told_which_and_end_at_once(place, tmp_path):
