@@ -1,9 +1,10 @@
 """One run in 1 and in 4 processes on the same 8 devices.
 
-`python bench/processes.py [steps] [--section.field VALUE ...]`: `k2jax train tiny` for 50 steps, seed and data alike: once in one process, once in four of two
-devices each, over loopback. Prints one JSON line: the largest difference of the losses at step 1,
-over 10 steps and over all, and how many choices of experts went elsewhere (half the sum of
-|difference of expert_load|: a lower bound of the tokens' choices that changed).
+`python bench/processes.py [steps] [--section.field VALUE ...]`: `k2jax train tiny` for 50 steps,
+seed and data alike: once in one process, once in four of two devices each, over loopback. Prints
+one JSON line: the largest difference of the losses at step 1, over 10 steps and over all, and how
+many choices of experts went elsewhere (half the sum of |difference of expert_load|: a lower bound
+of the tokens' choices that changed).
 """
 
 import json
