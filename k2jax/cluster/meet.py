@@ -5,13 +5,13 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
+from k2jax.cluster.place import ARRIVAL
 from k2jax.cluster.wire import Wire
 from k2jax.config import ConfigError
 
 if TYPE_CHECKING:
     from k2jax.cluster.group import Group
 
-ARRIVAL = 300.0  # seconds that processes may come after each other
 AGAIN = 75  # exit code: not finished, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from k2jax.config import ConfigError
 
+ARRIVAL = 300.0  # seconds that processes may come after each other
+
 BY_HAND = "--coordinator HOST:PORT --processes N --process I"
 
 
@@ -69,9 +71,10 @@ def _detect() -> Place | None:
     # jax has no public name for this; `jax.distributed.initialize` begins with the same call.
     from jax._src.clusters import ClusterEnv
 
-    nothing: tuple[Any, ...] = (None,) * 5
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(*nothing, 300)
+        found: Any = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, None, int(ARRIVAL)
+        )
     except Exception as error:
         text = " ".join(str(error).split())
         raise ConfigError(

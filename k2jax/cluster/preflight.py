@@ -32,7 +32,7 @@ def compare(group: Group, run: RunConfig, out: Path, init: str) -> None:
     facts = {name: _version(name) for name in PACKAGES} | {"k2jax's source files": source_hash()}
     facts |= _flat(to_json(run)) | {"--out": str(out.absolute()), "--init": init}
     group.agree("settings", facts)
-    _see_folder(group, out)
+    see_folder(group, out)
 
 
 def _version(name: str) -> str:
@@ -66,8 +66,12 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _see_folder(group: Group, out: Path) -> None:
-    """Every process must see what process 0 writes: checkpoints are written by all of them."""
+def see_folder(group: Group, out: Path) -> None:
+    """Every process must see what process 0 writes, since all write the checkpoints.
+
+    Raises:
+        ConfigError: on every process: who does not.
+    """
     probe = out / group.tell("probe", f".seen-by-all-{secrets.token_hex(4)}")
     if group.number == 0:
         try:
@@ -140,18 +144,18 @@ def network(group: Group) -> str:
     ones = jax.make_array_from_callback(
         (len(found), count), rows, lambda index: np.ones((1, count), np.float32)
     )
-    add = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=jax.NamedSharding(mesh, jax.P()))
-    add = add.lower(ones).compile()
+    total = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=jax.NamedSharding(mesh, jax.P()))
+    add = total.lower(ones).compile()
     group.agree("compiled all-reduce", {})  # gloo waits for nobody longer than 30 s
     with deadline(group, PATIENCE, f"an all-reduce over {len(found)} devices does not end"):
-        total = np.asarray(add(ones))
+        sums = np.asarray(add(ones))
         began = time.perf_counter()
         add(ones).block_until_ready()
         seconds = time.perf_counter() - began
-    if not (total == len(found)).all():
+    if not (sums == len(found)).all():
         raise ConfigError(
-            f"an all-reduce of ones over {len(found)} devices gives {total.min():g} to"
-            f" {total.max():g}; the network or a device is broken"
+            f"an all-reduce of ones over {len(found)} devices gives {sums.min():g} to"
+            f" {sums.max():g}; the network or a device is broken"
         )
     # What a ring sends: all but one part, twice.
     sent = 2 * NETWORK_BYTES * (len(found) - 1) / len(found)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from k2jax.cluster import group as groups
-from k2jax.cluster import meet
+from k2jax.cluster import meet, preflight
 from k2jax.cluster.group import Group, difference
 from k2jax.cluster.meet import AGAIN, Lost
 from k2jax.cluster.place import Place
@@ -131,6 +131,20 @@ def test_processes_that_contradict_each_other_are_told(start, says, monkeypatch)
     found, ended = together(3, lambda group: group.agree("a", {}), **start)
     lines = [str(error) for error in found if error] + [line for said in ended for line, _ in said]
     assert any(says in line for line in lines)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_run_folder_that_a_process_does_not_see_is_refused(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "SIGHT", 0.3)
+    outs = [tmp_path / ("a" if shared or i < 2 else "b") for i in range(3)]
+    found, _ = together(3, lambda group: preflight.see_folder(group, outs[group.number]))
+    host = socket.gethostname()
+    line = (
+        f"process 2 ({host}) cannot see what process 0 ({host}) writes to --out {outs[0]};"
+        " it must be a shared folder"
+    )
+    assert [error and str(error) for error in found] == [None if shared else line] * 3
+    assert list(outs[0].iterdir()) == []  # nothing stays
 
 
 def test_a_stranger_at_the_door_is_ignored(monkeypatch):
