@@ -72,6 +72,7 @@ def main(steps: int, settings: list[str]) -> None:
                 "loss_apart_step_1": float(apart[0]),
                 "loss_apart_10_steps": float(apart[:10].max()),
                 f"loss_apart_{steps}_steps": float(apart.max()),
+                "loss_apart_by_step": [float(f"{value:.1e}") for value in apart[:10]],
                 "choices_a_step": choices,
                 "flips_step_1": int(flips[0]),
                 "flips_10_steps": int(flips[:10].sum()),
