@@ -92,17 +92,12 @@ def _total(
     model: "Model", store: "Store", rows: int, context: int, stride: int
 ) -> tuple[float, float]:
     """Negative log likelihood of all targets in nats, and how many they are."""
-    import jax
-
     from k2jax.data import eval_batches
     from k2jax.model.sample import batch_ways
-    from k2jax.sharding import meshless
-    from k2jax.step import to_devices
+    from k2jax.step import own_parts, to_devices
 
-    alone = meshless()
     rows += -rows % batch_ways()
-    host, hosts = (0, 1) if alone else (jax.process_index(), jax.process_count())
-    batches = eval_batches(store, rows, context, stride=stride, host=host, hosts=hosts)
+    batches = eval_batches(store, rows, context, stride=stride, **own_parts())
     sums = [
         _program()(model.params, to_devices(batch), model.config, model.dtype) for batch in batches
     ]

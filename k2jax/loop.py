@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from k2jax import provenance, sharding, trackers
+from k2jax import cluster, provenance, sharding, trackers
 from k2jax.checkpoint import Checkpoints, warm
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
@@ -26,7 +26,7 @@ from k2jax.params import initial
 from k2jax.sampling import generate
 from k2jax.saving import Saves
 from k2jax.signals import Stop
-from k2jax.step import Program, State, build, to_devices
+from k2jax.step import Program, State, build, own_parts, to_devices
 from k2jax.watch import Watch, profiler, speed_of, timed
 
 Say = Callable[[str], None]
@@ -70,11 +70,13 @@ class _Training:
     """One call of `train`: what its parts share."""
 
     def __init__(self, run: RunConfig, out: Path, say: Say, began: float):
-        self.run, self.out, self.say, self.began = run, out, say, began
+        self.run, self.out, self.began = run, out, began
+        self.first = jax.process_index() == 0  # the others print and write nothing but checkpoints
+        self.say = say if self.first else lambda line: None
         self.program: Program = build(run)
         sharding.check(self.program.specs, run.mesh, run.data.context)
         trackers.check(run)
-        self.watch = Watch(run, out, say)
+        self.watch = Watch(run, out, self.say)
 
     def go(self, init: str) -> Model:
         with (
@@ -83,6 +85,7 @@ class _Training:
             ThreadPoolExecutor(1) as pool,
         ):
             latest = saved.recover(self.say)
+            cluster.current().agree("where to begin", {"newest step in --out": latest})
             if latest is not None:
                 _check_same(self.run, saved.meta(latest)["config"], self.out)
             words = (self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
@@ -97,7 +100,7 @@ class _Training:
                 pool.submit(_compile_evaluate, self.program, jax.sharding.get_mesh()),
             )
             warm()
-            data = open_data(*words, progress=self.say)
+            data = _open_alike(*words, progress=self.say)
             self._describe(data)
             state, step = self._start(saved, latest, init)
             if step < self.run.train.steps:
@@ -117,6 +120,8 @@ class _Training:
             return Model(self.run.model, state.params, data.tokenizer)
 
     def _describe(self, data: Data) -> None:
+        if not self.first:
+            return
         self.out.mkdir(parents=True, exist_ok=True)
         data.tokenizer.save(self.out / "tiktoken.model")
         replace(self.out / "config.json", json.dumps(to_json(self.run), indent=1) + "\n")
@@ -153,17 +158,14 @@ class _Training:
         """Steps until the last one or a signal; the state is saved at the end."""
         run, watch = self.run, self.watch
         watch.begin(saved.meta(start) if start else {})
-        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
         batches = Batches(data.train, run.data.rows, run.data.context, run.data.seed)
-        if isinstance(data.train, Mixture):
-            epochs = zip(
-                data.train.names, batches.epochs(watch.order.index(run.train.steps)), strict=True
-            )
-            self.say("epochs in all: " + ", ".join(f"{name} {n:.2f}" for name, n in epochs))
-        fetch = lambda step: batches.batch(watch.order.index(step), **hosts)
-        step_fn = programs.step.result()
+        self._say_epochs(data, batches)
+        own = own_parts(run.train.accumulate)  # here: `fetch` runs in a thread without the mesh
+        fetch = lambda step: batches.batch(watch.order.index(step), **own)
+        step_fn = _together(programs.step, "compiled step")
         rows: Any = contextlib.closing(prefetch(fetch, start, run.train.steps - start))  # type: ignore[type-var]
-        metrics = Metrics(self.out / "metrics.jsonl", start, self.program.schedule, self.say)
+        file = self.out / "metrics.jsonl" if self.first else None
+        metrics = Metrics(file, start, self.program.schedule, self.say)
         saves = Saves(saved, self.say)
         progress = Progress(run, start, self.say, self.began)
         speed, step = speed_of(run), start
@@ -189,13 +191,20 @@ class _Training:
                 track(line)
                 if watch.health.lost:
                     raise ConfigError(watch.lost(step, values["loss"], state.params, batch))
-                if self._due(step, run.train.save_every) or stop.asked:
+                stopping = stop.after(step)
+                if self._due(step, run.train.save_every) or stopping:
                     meta = {"config": to_json(run)} | watch.meta(step)
                     saves.save(step, state._asdict(), meta)
-                if stop.asked:
+                if stopping:
                     break
         saves.finish(state._asdict())
         return state, step
+
+    def _say_epochs(self, data: Data, batches: Batches) -> None:
+        if isinstance(data.train, Mixture):
+            epochs = batches.epochs(self.watch.order.index(self.run.train.steps))
+            told = (f"{name} {n:.2f}" for name, n in zip(data.train.names, epochs, strict=True))
+            self.say("epochs in all: " + ", ".join(told))
 
     def _due(self, step: int, every: int) -> bool:
         return step == self.run.train.steps or bool(every and step % every == 0)
@@ -204,15 +213,16 @@ class _Training:
         self, state: State, data: Data, programs: "_Programs", limit: int
     ) -> dict[str, float]:
         """Nats per token and bits per byte of held-out rows; `limit` 0 takes all of them."""
-        evaluate = programs.evaluate.result()
+        evaluate = _together(programs.evaluate, "compiled evaluation")
         rows, context = _eval_shape(self.run)
         lengths = data.tokenizer.byte_lengths()
         nll = tokens = size = 0.0
-        hosts = {"host": jax.process_index(), "hosts": jax.process_count()}
-        for batch in eval_batches(data.heldout, rows, context, limit=limit, **hosts):
+        share = sharding.batch_share()  # a row that several hosts have is counted by one
+        counted = np.repeat(share.first, rows // share.of)
+        for batch in eval_batches(data.heldout, rows, context, limit=limit, **own_parts()):
             part, count = evaluate(state.params, to_devices(batch))
             nll, tokens = nll + float(part), tokens + float(count)
-            size += float((lengths[batch["targets"]] * batch["weights"]).sum())
+            size += float((lengths[batch["targets"]] * batch["weights"])[counted].sum())
         if jax.process_count() > 1:
             size = float(_over_hosts(size))
         return {"heldout_loss": nll / tokens, "heldout_bits_per_byte": nll / math.log(2) / size}
@@ -220,6 +230,10 @@ class _Training:
     def _finish(self, state: State, data: Data, programs: "_Programs") -> None:
         """Score all held-out text beside compressors, plot, and print a sample."""
         found = self._heldout(state, data, programs, limit=0)
+        model = Model(self.run.model, state.params, data.tokenizer)
+        ids = generate(model, [PROMPT], max_new_tokens=min(64, self.run.model.context // 2))[0]
+        if not self.first:
+            return
         packed = compressors(data.heldout_texts())
         bits = found["heldout_bits_per_byte"]
         self.say(
@@ -227,8 +241,6 @@ class _Training:
             f" (gzip -9: {packed['gzip']:.4f}, xz -9: {packed['xz']:.4f} bits per byte)"
         )
         plot(self.out / "metrics.jsonl", self.out / PLOT, self.run.name)
-        model = Model(self.run.model, state.params, data.tokenizer)
-        ids = generate(model, [PROMPT], max_new_tokens=min(64, self.run.model.context // 2))[0]
         self.say(f"sample:\n{PROMPT}{data.tokenizer.decode(ids)}")
         self.say(
             f"{self.out}: checkpoints, metrics.jsonl, loss.png"
@@ -241,6 +253,13 @@ class _Programs(NamedTuple):
 
     step: Future[Callable[..., Any]]
     evaluate: Future[Callable[..., Any]]
+
+
+def _together(program: Future[Callable[..., Any]], topic: str) -> Callable[..., Any]:
+    """A compiled program, once all processes have it: gloo waits for none longer than 30 s."""
+    found = program.result()
+    cluster.current().agree(topic, {})
+    return found
 
 
 def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
@@ -278,6 +297,20 @@ def numbers(found: dict[str, jax.Array]) -> dict[str, Any]:
     host: dict[str, np.ndarray] = jax.device_get(found)
     host["expert_load"] = host["expert_load"].astype(int)
     return {name: value.tolist() for name, value in host.items()}
+
+
+def _open_alike(path: str, tokenizer: str, vocab: int, progress: Say) -> Data:
+    """The run's data: process 0 prepares it first, so that a shared cache is filled once."""
+    group = cluster.current()
+    if group.number:
+        group.tell("the data is prepared")
+    data = open_data(path, tokenizer, vocab, progress=progress)
+    if not group.number:
+        group.tell("the data is prepared")
+    size, heldout, digest = data.train.size, data.heldout.bytes, data.tokenizer.digest()[:12]
+    facts = {"tokenizer": digest, "tokens to learn from": size, "bytes held out": heldout}
+    group.agree("data", facts)
+    return data
 
 
 def _over_hosts(value: float) -> float:

@@ -20,10 +20,20 @@ class Metrics:
     """Appends one JSON line a step. Lines of steps after the one resumed from are dropped."""
 
     def __init__(
-        self, path: Path, start: int, schedule: Callable[[int], Any], say: Callable[[str], None]
+        self,
+        path: Path | None,
+        start: int,
+        schedule: Callable[[int], Any],
+        say: Callable[[str], None],
     ):
-        """Keep the lines up to step `start`; `schedule` gives each step's learning rate."""
+        """Keep the lines up to step `start`; `schedule` gives each step's learning rate.
+
+        `path` None: write nothing (a process that another one writes for).
+        """
         self.schedule = schedule
+        self.file: Lines | None = None
+        if path is None:
+            return
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= start] if start else []
         replace(path, "".join(f"{line}\n" for line in kept))
@@ -35,7 +45,8 @@ class Metrics:
 
     def __exit__(self, *error: object) -> None:
         """Close the file."""
-        self.file.close()
+        if self.file:
+            self.file.close()
 
     def write(self, step: int, values: dict[str, Any], applied: int) -> dict[str, Any]:
         """One line, which is returned: the step, its learning rate, and `values`.
@@ -44,7 +55,8 @@ class Metrics:
         """
         values = {"step": step, "learning_rate": float(self.schedule(applied)), **values}
         line = {name: _short(value) for name, value in values.items()}
-        self.file.write(json.dumps(line))
+        if self.file:
+            self.file.write(json.dumps(line))
         return line
 
 

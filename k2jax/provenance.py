@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ import jax
 from k2jax.checkpoint.run import versions
 from k2jax.config import RunConfig
 from k2jax.files import replace
+from k2jax.source import source_hash
 
 NAME = "run.json"
 ROOT = Path(__file__).parents[1]
@@ -79,23 +79,6 @@ def code() -> dict[str, Any]:
         if commit:
             found |= {"commit": commit, "dirty": bool(changes)}
     return found
-
-
-def source_hash() -> str:
-    """Of the package's Python files, in the order of their names; the same for every process."""
-    import k2jax.configs
-    import k2jax.sharding
-
-    files: dict[str, Path] = {}  # installed, configs lie within k2jax; in a checkout, beside it
-    for package in (k2jax, k2jax.configs, k2jax.sharding):
-        folder = Path(str(package.__file__)).parent
-        name = package.__name__.replace(".", "/")
-        files |= {f"{name}/{p.relative_to(folder).as_posix()}": p for p in folder.rglob("*.py")}
-    total = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        content = path.read_bytes()
-        total.update(f"{name}\0{len(content)}\0".encode() + content)
-    return total.hexdigest()
 
 
 def _git(*words: str) -> str:

@@ -1,32 +1,48 @@
 """Stop a run between two steps when the machine asks for it."""
 
+import os
 import signal
 import threading
 from types import FrameType
 
+import jax
+
 
 class Stop:
-    """While open, SIGTERM, SIGUSR1 and a first Ctrl-C set `asked` instead of ending the process.
+    """While open, SIGTERM, SIGUSR1 and a first Ctrl-C ask for a stop instead of ending the process.
 
     Clusters announce the end with SIGTERM, SLURM with what its `--signal` says, often SIGUSR1;
     either may come again. A second Ctrl-C interrupts as usual. Outside of the main thread no signal
-    can be caught, and `asked` stays false.
+    can be caught. Where there are several processes, jax's preemption service catches SIGTERM from
+    `jax.distributed.initialize` on, and brings all of them to stop after the same step.
     """
 
     def __init__(self) -> None:
         """Nothing is caught before `with`."""
         self.asked = False
+        self._together = jax.process_count() > 1
         self._before: dict[int, object] = {}
+
+    def after(self, step: int) -> bool:
+        """Whether to stop after this step; every process must ask once after every step."""
+        if not self._together:
+            return self.asked
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        return reached_preemption_sync_point(step)
 
     def __enter__(self) -> "Stop":
         """Start to catch."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            notices = (signal.SIGUSR1, signal.SIGINT)
+            for number in notices if self._together else (signal.SIGTERM, *notices):
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+        if self._together:
+            os.kill(os.getpid(), signal.SIGTERM)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

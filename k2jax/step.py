@@ -260,22 +260,39 @@ def micro_spec() -> P:
     return P(None, *sharding.storage_spec(("batch", "length")))
 
 
+def own_parts(accumulate: int = 1) -> dict[str, Any]:
+    """Which parts of a batch this host makes; arguments of `k2jax.data.Batches.batch`."""
+    parts, of, _ = sharding.batch_share()
+    micro = range(accumulate)
+    return {"parts": [k * of + part for k in micro for part in parts], "of": of * accumulate}
+
+
 def to_devices(rows: Mapping[str, np.ndarray], accumulate: int = 0) -> Batch:
     """This host's rows as a global batch on the mesh in use.
 
     Args:
-        rows: arrays of `k2jax.data`, [rows of this host, length].
+        rows: arrays of `k2jax.data`, [rows of this host, length]: `own_parts` of the batch.
         accumulate: micro-batches to cut them into as a leading dim; 0: no such dim.
     """
     spec = micro_spec() if accumulate else sharding.storage_spec(("batch", "length"))
+    share = sharding.batch_share()
 
     def put(array: np.ndarray) -> jax.Array:
         if accumulate:
             array = array.reshape(accumulate, -1, array.shape[-1])
         if sharding.meshless():
             return jnp.asarray(array)
+        part = array.shape[-2] // len(share.parts)  # rows of one
+
+        def local(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            *lead, rows, length = index
+            at = share.parts.index((rows.start or 0) // part) * part
+            return array[*lead, at : at + part, length]
+
+        shape = (*array.shape[:-2], part * share.of, array.shape[-1])
         place = jax.NamedSharding(jax.sharding.get_mesh(), spec)
-        return jax.make_array_from_process_local_data(place, array)
+        return jax.make_array_from_callback(shape, place, local)
 
     fields = ("tokens", "targets", "weights", "segments", "positions")
     return Batch(*(put(rows[field]) for field in fields))

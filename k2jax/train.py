@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from k2jax import configs
+from k2jax import cluster, configs
 from k2jax.config import ConfigError, RunConfig, override, validate
 
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init", default="", metavar="CHECKPOINT", help="weights to start from: a run, a"
         " checkpoint or a published folder; a checkpoint in the run folder wins over it",
     )  # fmt: skip
+    cluster.add_arguments(parser)
     parser.epilog = "settings (--section.field VALUE) and K2's values:\n" + "\n".join(
         _fields(RunConfig(), "")
     )
@@ -37,7 +38,7 @@ def _fields(node: object, prefix: str) -> list[str]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train; the exit code."""
+    """Train; the exit code: 75 where one of several processes was asked to stop before the end."""
     began = time.perf_counter()
     run = override(configs.load(args.config), args.settings)
     validate(run, args.settings)
@@ -47,11 +48,16 @@ def main(args: argparse.Namespace) -> int:
     # Imported here so that help and mistakes answer before jax loads.
     from k2jax import startup
 
-    startup.prepare(run.mesh.devices)
-    from k2jax.loop import train
+    place = cluster.find(args.coordinator, args.processes, args.process)
+    startup.prepare(run.mesh.devices, place.processes if place else 1)
+    with cluster.member(place, run, out, args.init, _say) as group:
+        from k2jax.checkpoint import Checkpoints
+        from k2jax.loop import train
 
-    train(run, out, init=args.init, say=_say, began=began)
-    return 0
+        train(run, out, init=args.init, say=_say, began=began)
+        stopped = (Checkpoints(out).latest() or 0) < run.train.steps
+    # Schedulers start a job again only where its processes fail.
+    return cluster.AGAIN if stopped and group.count > 1 else 0
 
 
 def _say(line: str) -> None:

@@ -11,13 +11,22 @@ if __name__ != "k2jax.sharding":
 
 if TYPE_CHECKING:
     from k2jax.sharding.mesh import make, pretend
-    from k2jax.sharding.rules import check, compute_spec, meshless, place, spec, storage_spec
+    from k2jax.sharding.rules import (
+        batch_share,
+        check,
+        compute_spec,
+        meshless,
+        place,
+        spec,
+        storage_spec,
+    )
     from k2jax.sharding.table import BATCH
 
 _HOMES = {"make": "mesh", "pretend": "mesh", "BATCH": "table"}
 
 __all__ = [
     "BATCH",
+    "batch_share",
     "check",
     "compute_spec",
     "make",

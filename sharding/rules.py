@@ -1,13 +1,16 @@
 """Plans: which mesh axes, if any, split each logical axis."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec as P
-from k2jax.sharding.table import STORAGE, split
+from k2jax.sharding.table import BATCH, STORAGE, split
 
-from k2jax.config import ConfigError, MeshConfig
+from k2jax.config import MESH_AXES, ConfigError, MeshConfig
 from k2jax.spec import ParamSpec
 
 
@@ -39,6 +42,42 @@ def _entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
 def place(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` moved to the layout of an activation with these logical axes."""
     return x if meshless() else jax.reshard(x, storage_spec(axes))
+
+
+class Share(NamedTuple):
+    """What one process feeds of every batch."""
+
+    parts: list[int]  # their numbers, ascending
+    of: int  # parts of the batch: the mesh splits its rows so many ways
+    first: list[bool]  # of each part: whether no process with a lower number has it too
+
+
+def batch_share() -> Share:
+    """The parts of a batch that this process's devices take, on the mesh in use.
+
+    A process may have several, not always adjacent, and share one with others (`model` and
+    `context` do not split rows).
+    """
+    return Share([0], 1, [True]) if meshless() else _share(jax.sharding.get_mesh())
+
+
+@functools.cache
+def _share(mesh: jax.sharding.Mesh) -> Share:
+    return share(mesh.devices, jax.process_index())
+
+
+def share(devices: np.ndarray, process: int) -> Share:
+    """The parts of a batch that a process takes.
+
+    Args:
+        devices: in the shape of the mesh, the axes that split rows first.
+        process: its number.
+    """
+    assert MESH_AXES[: len(BATCH)] == BATCH
+    rows = devices.reshape(math.prod(devices.shape[: len(BATCH)]), -1)
+    holders = [{device.process_index for device in row} for row in rows]
+    parts = [part for part, held in enumerate(holders) if process in held]
+    return Share(parts, len(holders), [min(holders[part]) == process for part in parts])
 
 
 def check(specs: Mapping[str, ParamSpec], mesh: MeshConfig, context: int) -> None:

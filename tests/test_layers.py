@@ -13,10 +13,10 @@ import k2jax.model
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # a room may import from lines above its own, never from its own line or below
-    {"config", "files", "spec"},
+    {"config", "files", "source", "spec"},
     {"sharding"},
     {"params", "ops", "configs", "chat", "loss", "view"},
-    {"model", "optim", "data", "checkpoint", "metrics", "signals", "health"},
+    {"model", "optim", "data", "checkpoint", "cluster", "metrics", "signals", "health"},
     {"loading", "startup", "step", "sampling", "trackers", "saving", "provenance"},
     {"evaluate", "describe", "conversion", "plan"},
     {"watch", "report"},

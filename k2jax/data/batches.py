@@ -2,7 +2,7 @@
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -35,12 +35,17 @@ class Batches:
         """What `step` (0, 1, ...) sees: of which stream, which rows; two int64 [rows]."""
         return self._numbers(step * self.rows + np.arange(self.rows, dtype=np.int64))
 
-    def batch(self, step: int, host: int = 0, hosts: int = 1) -> Batch:
-        """One host's rows of a step: the arrays of `k2jax.data.rows`, [rows / hosts, context].
+    def batch(self, step: int, parts: Sequence[int] = (0,), of: int = 1) -> Batch:
+        """Rows of a step: the arrays of `k2jax.data.rows`, [rows x len(parts) / of, context].
 
-        The hosts' rows, one after the other, are the same global batch for any `hosts`.
+        All parts, one after the other, are the same global batch for any `of`.
+
+        Args:
+            step: 0, 1, ...
+            parts: which ones, of a batch cut into `of` equal ones: a host takes its devices' own.
+            of: how many there are.
         """
-        mine = np.arange(self.rows, dtype=np.int64)[host_slice(self.rows, host, hosts)]
+        mine = rows_of(self.rows, parts, of)
         source, numbers = self._numbers(step * self.rows + mine)
         if len(self._sources) == 1:
             return self._sources[0].make(numbers)
@@ -92,12 +97,12 @@ class Batches:
         return sources, before
 
 
-def host_slice(rows: int, host: int, hosts: int) -> slice:
-    """The part of a global batch of `rows` rows that belongs to `host`."""
-    if rows % hosts or not 0 <= host < hosts:
-        raise ValueError(f"{rows} rows do not divide among {hosts} hosts (this is host {host})")
-    share = rows // hosts
-    return slice(host * share, (host + 1) * share)
+def rows_of(rows: int, parts: Sequence[int], of: int) -> np.ndarray:
+    """Numbers of the rows in some parts of a batch of `rows` rows, int64."""
+    if rows % of or not all(0 <= part < of for part in parts):
+        raise ValueError(f"{rows} rows have no {of} equal parts with the numbers {list(parts)}")
+    share = rows // of
+    return (np.array(parts, np.int64)[:, None] * share + np.arange(share)).reshape(-1)
 
 
 def shuffle(index: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
@@ -164,7 +169,7 @@ def prefetch(
 
 def eval_batches(
     store: Store, rows: int, context: int, *, stride: int = 0, limit: int = 0,
-    host: int = 0, hosts: int = 1,
+    parts: Sequence[int] = (0,), of: int = 1,
 ) -> Iterator[Batch]:  # fmt: skip
     """Every document once, in order; the last batch is filled up with rows of padding.
 
@@ -173,13 +178,13 @@ def eval_batches(
 
     Args:
         store: documents, usually the held-out ones.
-        rows: rows in a batch, over all hosts together.
+        rows: rows in a batch, all parts together.
         context: tokens in a row.
         stride: distance of a document's windows, 1..context; a scored token then sees at least
             `context - stride` tokens of its document. 0 means `context`: no overlap, least work.
         limit: at most that many rows, evenly spread over all of them; 0 means all.
-        host: whose slice of the rows to make.
-        hosts: how many there are.
+        parts: which parts of each batch to make, as of `Batches.batch`.
+        of: how many there are.
     """
     if not 0 <= stride <= context:
         raise ValueError(f"stride is {stride}; it must be in 1..{context}, or 0 for no overlap")
@@ -188,6 +193,6 @@ def eval_batches(
     if 0 < limit < windows.rows:
         numbers = np.arange(limit) * windows.rows // limit
     numbers = np.pad(numbers, (0, -len(numbers) % rows), constant_values=-1)
-    mine = host_slice(rows, host, hosts)
+    mine = rows_of(rows, parts, of)
     for start in range(0, len(numbers), rows):
         yield make_windows(store, windows, numbers[start : start + rows][mine], context)

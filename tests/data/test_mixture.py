@@ -54,7 +54,7 @@ def test_any_number_of_hosts_sees_the_same_global_batches(mixed, hosts):
     one, many = batches(mixed), [batches(mixed) for _ in range(hosts)]
     for step in (700, 3, 2_049):  # a resumed run begins anywhere
         whole = one.batch(step)
-        parts = [plan.batch(step, host, hosts) for host, plan in enumerate(many)]
+        parts = [plan.batch(step, [host], hosts) for host, plan in enumerate(many)]
         for name in NAMES:
             np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), whole[name])
 

@@ -125,7 +125,7 @@ def test_a_limit_takes_rows_spread_over_all(make_store):
 def test_hosts_score_the_same_batches_together(make_store, hosts):
     store = make_store(*SIZES)
     whole = stitched(eval_batches(store, 4, 16))
-    parts = [list(eval_batches(store, 4, 16, host=h, hosts=hosts)) for h in range(hosts)]
+    parts = [list(eval_batches(store, 4, 16, parts=[h], of=hosts)) for h in range(hosts)]
     together = stitched([batch for step in zip(*parts, strict=True) for batch in step])
     for name in NAMES:
         np.testing.assert_array_equal(whole[name], together[name])

@@ -58,7 +58,7 @@ def test_a_host_reads_the_records_of_its_own_rows_only(written, monkeypatch, hos
     _, files = written
     seen, read = [], files._read
     monkeypatch.setattr(files, "_read", lambda n, which: seen.append(len(which)) or read(n, which))
-    Batches(files, 8, 16, 0).batch(0, hosts - 1, hosts)
+    Batches(files, 8, 16, 0).batch(0, [hosts - 1], hosts)
     # A row of 17 words lies in at most two records of 16, or three where a file ends.
     assert 8 // hosts <= sum(seen) <= 3 * 8 // hosts
 

@@ -312,7 +312,7 @@ def test_folders_of_tokens_open_for_training(source, tokenizer, byte_tokenizer, 
         *open_data(b, vocab=512).heldout_texts(),
     ]
     assert mixed.heldout_bytes == len("".join(mixed.heldout_texts()).encode())
-    parts_of = [Batches(mixed.train, 8, 64, 0).batch(2, host, 2) for host in range(2)]
+    parts_of = [Batches(mixed.train, 8, 64, 0).batch(2, [host], 2) for host in range(2)]
     whole = Batches(mixed.train, 8, 64, 0).batch(2)
     for name in NAMES:
         np.testing.assert_array_equal(np.concatenate([p[name] for p in parts_of]), whole[name])

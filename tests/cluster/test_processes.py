@@ -1,0 +1,220 @@
+"""Runs in 2 and 4 real processes over loopback: train, save, lose one, go on, restore elsewhere."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from k2jax.checkpoint import Checkpoints
+from k2jax.cluster import AGAIN
+from k2jax.loop import read_metrics
+
+SIZES = {
+    "vocab": 576, "embed": 16, "dense_layers": 1, "moe_layers": 1, "heads": 2, "q_rank": 8,
+    "kv_rank": 8, "nope": 4, "rope": 4, "value": 4, "ffw": 16, "experts": 4, "expert_ffw": 8,
+    "experts_per_token": 2, "context": 32,
+}  # fmt: skip
+HOST = socket.gethostname()
+# Two devices are enough for the test that always runs: its time is compile time.
+MESH2 = {"mesh.data": 2, "mesh.expert": 1, "mesh.model": 1}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with text, and the caches that all processes and runs of this file share."""
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "text").mkdir()
+    for number in range(30):
+        words = (f"def f{number}_{i}(x): return x + {i * number}\n" for i in range(20))
+        (folder / "text" / f"{number}.py").write_text("".join(words))
+    return folder
+
+
+class Job:
+    """`k2jax train` in some processes of this machine."""
+
+    def __init__(self, place: Path, out: Path, count: int, steps: int, **settings):
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            self.address = f"127.0.0.1:{found.getsockname()[1]}"
+        fields = {f"model.{name}": size for name, size in SIZES.items()} | MESH2
+        fields |= {
+            "data.path": place / "text", "data.rows": 8, "data.context": 32, "optim.name": "adamw",
+            "optim.learning_rate": 1e-2, "optim.warmup": 2, "optim.decay": 0, "train.steps": steps,
+            "train.log_every": 1, "train.eval_every": 0, "train.save_every": 3, "train.keep": 9,
+        }  # fmt: skip
+        fields |= {name.replace("__", "."): value for name, value in settings.items()}
+        words = [str(word) for name, value in fields.items() for word in (f"--{name}", value)]
+        train = [sys.executable, "-m", "k2jax.cli", "train", "tiny", "--out", str(out), *words]
+        flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+        environment = os.environ | {
+            "XLA_FLAGS": " ".join(flags), "K2JAX_CACHE": str(place),
+            "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+        }  # fmt: skip
+        self.processes = []
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        for number in range(count):
+            by_hand = ["--coordinator", self.address, "--processes", count, "--process", number]
+            command = [*train, *(map(str, by_hand) if count > 1 else ())]
+            self.processes.append(subprocess.Popen(command, env=environment, **pipes))
+
+    def until(self, step: int) -> None:
+        """Read what process 0 says up to its line of a step."""
+        for line in self.processes[0].stdout:
+            if line.startswith(f"step {step}/"):
+                return
+        raise AssertionError(self.processes[0].stderr.read())
+
+    def end(self, seconds: float = 300) -> list[tuple[int, str, list[str]]]:
+        """Exit code, stdout, and our own lines of stderr, of each process."""
+        found = []
+        try:
+            for process in self.processes:
+                said, errors = process.communicate(timeout=seconds)
+                ours = [line for line in errors.splitlines() if line.startswith("k2jax: ")]
+                assert "Traceback" not in errors, errors
+                found.append((process.returncode, said, ours))
+        finally:
+            for process in self.processes:
+                process.kill()
+                process.wait()
+        return found
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(out)]
+
+
+def test_a_run_in_two_processes_loses_one_and_goes_on_as_if_nothing_had_happened(place, tmp_path):
+    out = tmp_path / "out"
+    job = Job(place, out, 2, steps=1_000_000)
+    job.until(8)  # the save of step 6 waited for that of step 3
+    job.processes[1].kill()
+    began = time.monotonic()
+    (code, _, said), (victim, _, _) = job.end(60)
+    assert time.monotonic() - began < 30
+    assert (code, victim) == (AGAIN, -signal.SIGKILL)
+    assert said == [
+        f"k2jax: process 1 ({HOST}) is gone; the run ends here, and the same command on all hosts"
+        " goes on from the newest checkpoint"
+    ]
+    before, newest = losses(out), Checkpoints(out).latest()
+    assert newest % 3 == 0 and newest < len(before)
+    steps = max(newest + 3, len(before))
+    (first, heard, _), (second, silent, _) = Job(place, out, 2, steps=steps).end()
+    assert (first, second, silent) == (0, 0, "")
+    for part in ("2 processes on 1 host, 2 x cpu: same settings and code; an all-reduce of 4 MiB",
+                 f"going on from step {newest}", "held out:", "sample:\ndef "):  # fmt: skip
+        assert part in heard
+    assert [line["step"] for line in read_metrics(out)] == list(range(1, steps + 1))
+    assert losses(out)[: len(before)] == before  # steps after the checkpoint, done twice
+
+
+def test_processes_with_unlike_settings_are_told_which_and_end_at_once(place, tmp_path):
+    job = Job(place, tmp_path / "out", 2, steps=3)
+    words = job.processes[1].args
+    job.processes[1].kill()
+    job.processes[1].communicate()
+    other = [*words, "--optim.b2", "0.99"]
+    job.processes[1] = subprocess.Popen(
+        other, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    began = time.monotonic()
+    line = f"process 1 ({HOST}) differs from process 0 ({HOST}) in optim.b2: 0.99, not 0.95"
+    for code, _, said in job.end(60):
+        assert code == 2
+        assert len(said) == 1 and said[0].endswith(line)
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+CHILD = """
+import sys
+out, port, count, number, what, *mesh = sys.argv[1:]
+count, number = int(count), int(number)
+import jax, numpy as np
+from k2jax import sharding, startup
+from k2jax.checkpoint import Checkpoints
+from k2jax.config import MeshConfig, ModelConfig
+from k2jax.model import Kimi
+from k2jax.params import abstract, initial, specs
+startup.prepare(8, count)
+if count > 1:
+    jax.distributed.initialize(
+        f"127.0.0.1:{{port}}", count, number, cluster_detection_method="deactivate"
+    )
+leaves = specs(Kimi(ModelConfig(**{sizes})))
+with jax.set_mesh(sharding.make(MeshConfig(**{{m[0]: int(m[1]) for m in map(str.split, mesh)}}))):
+    right = initial(leaves, 0, 1.0)  # the same on any mesh and any number of hosts
+    with Checkpoints(out) as saved:
+        if what == "save":
+            saved.save(1, {{"params": right}}, {{}})
+        else:
+            found = saved.restore_params(1, abstract(leaves))
+            for name, whole in right.items():
+                assert found[name].sharding == whole.sharding
+                for a, b in zip(found[name].addressable_shards, whole.addressable_shards):
+                    np.testing.assert_array_equal(np.asarray(a.data), np.asarray(b.data))
+"""
+WIDE, DEEP = ("data 2", "expert 2", "model 2"), ("data 4", "expert 1", "model 2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("savers", "readers"), [(4, 1), (1, 4), (4, 2)])
+def test_any_number_of_processes_restores_bit_for_bit_what_another_saved(
+    savers, readers, place, tmp_path
+):
+    flags = " ".join(f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f)
+    script = CHILD.format(sizes=SIZES)
+    for what, count, mesh in (("save", savers, WIDE), ("restore", readers, DEEP)):
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            port = str(found.getsockname()[1])
+        words = [sys.executable, "-c", script, str(tmp_path), port, str(count)]
+        jobs = [
+            subprocess.Popen(
+                [*words, str(number), what, *mesh],
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"XLA_FLAGS": flags, "K2JAX_CACHE": str(place)},
+            )
+            for number in range(count)
+        ]
+        for job in jobs:
+            _, errors = job.communicate(timeout=300)
+            assert job.returncode == 0, errors
+
+
+@pytest.mark.slow
+def test_a_preemption_notice_to_one_process_saves_the_same_step_on_all(place, tmp_path):
+    job = Job(place, tmp_path / "out", 2, steps=1_000_000)
+    job.until(3)
+    job.processes[1].send_signal(signal.SIGTERM)
+    (code, said, _), (other, _, _) = job.end(60)
+    assert (code, other) == (AGAIN, AGAIN)
+    step = Checkpoints(tmp_path / "out").latest()
+    assert f"stopped and saved at step {step}; the same command goes on from there" in said
+    assert json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])["step"] == step
+
+
+@pytest.mark.slow
+def test_the_local_template_starts_processes_that_train(place, tmp_path):
+    job = Job(place, tmp_path / "out", 1, steps=2)
+    settings = job.processes[0].args[4:]
+    job.processes[0].kill()
+    job.processes[0].communicate()
+    script = Path(__file__).parents[2] / "docs/launch/local.sh"
+    environment = os.environ | {
+        "XLA_FLAGS": "", "K2JAX": f"{sys.executable} -m k2jax.cli", "K2JAX_CACHE": str(place),
+        "PORT": job.address.partition(":")[2],
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(script), "2", *settings], env=environment, text=True, capture_output=True,
+        check=True, timeout=600,
+    )  # fmt: skip
+    assert "2 processes on 1 host" in done.stdout
+    assert Checkpoints(tmp_path / "out").latest() == 2
