@@ -262,7 +262,7 @@ def _bare(model: ModelConfig) -> ModelConfig:
 # could be a pickle stay behind.
 LEFT = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".ot", ".gguf", ".onnx")
 OWN = ("config.json", "manifest.sha256", "conversion.json", "model.safetensors.index.json")
-RUN = ("metrics.jsonl", "events.jsonl", "loss.png", "report.html")
+RUN = ("metrics.jsonl", "events.jsonl", "run.json", "loss.png", "report.html")
 LARGEST = 64 * 2**20
 
 
