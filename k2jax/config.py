@@ -385,12 +385,15 @@ def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
             f"data.rows is {data.rows}; replica x data x expert ({spread}) x train.accumulate"
             f" ({train.accumulate}) must divide it: {lower} or {lower + step} would do"
         )
-    _validate_health(run)
+    _validate_upkeep(run)
     _validate_effects(run, set(settings))
 
 
-def _validate_health(run: RunConfig) -> None:
+def _validate_upkeep(run: RunConfig) -> None:
     health, train = run.health, run.train
+    for name in ("keep_every", "eval_every"):
+        if getattr(train, name) < 0:
+            raise ConfigError(f"train.{name} is {getattr(train, name)}; it must be at least 0")
     least = {"spike": 0, "window": LEAST_WINDOW, "patience": 1}
     for name, low in least.items():
         if getattr(health, name) < low:

@@ -9,11 +9,12 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from k2jax.config import LEAST_WINDOW, HealthConfig
+from k2jax.files import Lines
 
 TO_SIGMA = 1.4826  # of a Gaussian's median absolute deviation
 LEAST_DEVIATION = 0.005  # of the median: losses that hardly differ make no spike of the next
@@ -104,9 +105,10 @@ class Order:
 class Events:
     """Appends to `events.jsonl`, one JSON line an event: `step`, `event`, `time`, and its own."""
 
-    def __init__(self, path: Path | None):
-        """`path` None: tell nobody (a process that does not write)."""
-        self.path = path
+    def __init__(self, path: Path | None, say: Callable[[str], None] = print):
+        """`path` None: tell nobody (a process that does not write). `say`: when it cannot."""
+        self.path, self.say = path, say
+        self.lines: Lines | None = None
 
     def add(self, step: int, event: str, **values: Any) -> None:
         """Write one, at once. A loss that is not finite is written as null."""
@@ -116,5 +118,6 @@ class Events:
         for name, value in values.items():
             sick = isinstance(value, float) and not math.isfinite(value)
             fields[name] = None if sick else value
-        with self.path.open("a") as file:
-            file.write(json.dumps(fields) + "\n")
+        if self.lines is None:
+            self.lines = Lines(self.path, self.say)
+        self.lines.write(json.dumps(fields))

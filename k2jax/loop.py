@@ -181,6 +181,7 @@ class _Training:
                 step += 1
                 values = numbers(found)
                 values |= speed.of(time.perf_counter() - began, waited) | saves.told()
+                stopping = stop.after_step()
                 verdict = watch.judge(step, values)
                 if watch.goes_back(step, verdict, saves):
                     break
@@ -191,7 +192,6 @@ class _Training:
                 track(line)
                 if watch.health.lost:
                     raise ConfigError(watch.lost(step, values["loss"], state.params, batch))
-                stopping = stop.after(step)
                 if self._due(step, run.train.save_every) or stopping:
                     meta = {"config": to_json(run)} | watch.meta(step)
                     saves.save(step, state._asdict(), meta)

@@ -19,8 +19,9 @@ from k2jax.watch import REPLAY
 def replay(run: str | Path, step: int) -> dict[str, Any]:
     """The metrics of `step` on the newest checkpoint before it, with its kept batch.
 
-    Nothing is written, and skipped steps between the two moved no weight, so a run that ended on
-    steps that it could not take shows its last one. One process, on the mesh of the run.
+    Nothing is written. The weights are those of that checkpoint: steps taken between it and `step`
+    are not done again, skipped ones moved none. Of a run that began with `--init` there must be a
+    checkpoint. One process, on the mesh of the run; files of several processes are not taken.
 
     Args:
         run: its folder; `config.json` may be edited to try other settings.

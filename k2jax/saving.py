@@ -56,7 +56,7 @@ class Saves:
         if self.last is None:
             return
         self.settle()
-        if self.last[0] not in self.checkpoints.steps():
+        if not self.checkpoints.has(self.last[0]):
             self.checkpoints.save(self.last[0], state, self.last[1])
             self.checkpoints.wait()
 

@@ -21,15 +21,18 @@ class Stop:
         """Nothing is caught before `with`."""
         self.asked = False
         self._together = jax.process_count() > 1
+        self._asked, self._reached = 0, False
         self._before: dict[int, object] = {}
 
-    def after(self, step: int) -> bool:
-        """Whether to stop after this step; every process must ask once after every step."""
+    def after_step(self) -> bool:
+        """Whether to stop now; every process must ask once after every step, also one undone."""
         if not self._together:
             return self.asked
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        return reached_preemption_sync_point(step)
+        self._asked += 1  # steps themselves may go back
+        self._reached |= reached_preemption_sync_point(self._asked)
+        return self._reached
 
     def __enter__(self) -> "Stop":
         """Start to catch."""

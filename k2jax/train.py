@@ -43,6 +43,8 @@ def main(args: argparse.Namespace) -> int:
     run = override(configs.load(args.config), args.settings)
     validate(run, args.settings)
     out = Path(args.out or Path("runs") / run.name)
+    if "://" in str(args.out):
+        raise ConfigError(f"--out {args.out} is no folder; mount the bucket and name its path")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; name a folder")
     # Imported here so that help and mistakes answer before jax loads.

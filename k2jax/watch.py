@@ -38,7 +38,7 @@ class Watch:
         """Nothing is written before something happens."""
         self.run, self.out, self.say = run, out, say
         self.health, self.order = Health(run.health), Order()
-        self.events = Events(out / EVENTS if jax.process_index() == 0 else None)
+        self.events = Events(out / EVENTS if jax.process_index() == 0 else None, say)
         self.back: int | None = None
         self._rewinds: Counter[int] = Counter()
 
@@ -92,6 +92,7 @@ class Watch:
         if not back:
             self.say("no checkpoint to go back to yet")
             return False
+        saves.checkpoints.check(back)  # before what came after it is deleted
         self._rewinds[back] += 1
         if self._rewinds[back] > self.run.health.patience:
             self.events.add(step, "stopped", to=back)
@@ -127,9 +128,12 @@ class Watch:
         """This host's rows, with what else a replay needs; the file's name in the run's folder."""
         host = f".host-{jax.process_index()}" if jax.process_count() > 1 else ""
         file = f"{REPLAY}/step-{step}{host}.npz"
-        (self.out / REPLAY).mkdir(exist_ok=True)
         index, seed = self.order.index(step - 1), self.run.data.seed
-        np.savez(self.out / file, step=step, index=index, seed=seed, **rows)  # type: ignore[arg-type]
+        try:
+            (self.out / REPLAY).mkdir(exist_ok=True)
+            np.savez(self.out / file, step=step, index=index, seed=seed, **rows)  # type: ignore[arg-type]
+        except OSError as error:
+            self.say(f"the batch could not be kept: {error.strerror}")
         return file
 
 

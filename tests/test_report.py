@@ -218,3 +218,10 @@ def test_short_numbers_are_short():
     numbers = {0: "0", 12.345: "12.35", 0.0002: "2.0e-04", 20_481_000: "20.5M", 15_500: "15.5k",
                1e12: "1T", -3: "-3"}  # fmt: skip
     assert {number: svg.short(number) for number in numbers} == numbers
+
+
+def test_versions_are_those_of_the_last_start(tmp_path):
+    folder = recorded(tmp_path / "run", [line(1)])
+    starts = [{"versions": {"jax": v}, "device": "cpu"} for v in ("0.10.1", "0.10.2")]
+    (folder / "run.json").write_text(json.dumps(starts))
+    assert read(folder).versions == {"jax": "0.10.2", "device": "cpu"}

@@ -23,6 +23,7 @@ OWN = "files.{}.json"
 BLOCK = 2**24
 READERS = 4
 LINE = 200  # bytes of a message from one process to the others
+NEWEST = 64  # steps that a process tells the others of
 
 # Bytes and CRC-32 by the name of the file.
 Sums = dict[str, list[int]]
@@ -137,6 +138,18 @@ def _look(path: epath.Path, size: int, checksum: int) -> str:
         if error.errno == errno.EIO:  # others, a missing permission say, are no damage
             return f"cannot be read ({error.strerror})"
         raise
+
+
+def steps_of_all(found: list[int]) -> list[int]:
+    """What process 0 lists, told to all: listings of network folders may be old."""
+    if jax.process_count() == 1:
+        return found
+    from jax.experimental import multihost_utils
+
+    newest = np.full(NEWEST, -1, np.int32)
+    newest[: len(found[-NEWEST:])] = found[-NEWEST:]
+    told = np.asarray(multihost_utils.broadcast_one_to_all(newest))
+    return [int(step) for step in told if step >= 0]
 
 
 def agree(text: str) -> str:

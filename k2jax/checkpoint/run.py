@@ -84,7 +84,7 @@ class Checkpoints:
             ConfigError: every step is damaged; nothing is renamed.
         """
         damaged: dict[int, str] = {}
-        for step in reversed(steps.numbered(self.root)):
+        for step in reversed(integrity.steps_of_all(steps.numbered(self.root))):
             if not (why := self._damage(step)):
                 break
             damaged[step] = why
@@ -107,7 +107,10 @@ class Checkpoints:
 
     def _damage(self, step: int, parts: tuple[str, ...] = ()) -> str:
         path = self.root / str(step)
-        why = steps.incomplete(path)
+        try:
+            why = steps.incomplete(path)
+        except OSError as error:  # a stale listing: all processes must still come to agree
+            why = f"cannot be read ({error.strerror})"
         if not why:
             try:
                 steps.read_meta(path)
@@ -151,12 +154,23 @@ class Checkpoints:
         }
         self._saving = step
         try:
-            self._open(tuple(state))
-            if why := integrity.agree(_no_room(self.root, flat)):
+            if why := integrity.agree(self._hindered(flat)):
                 raise OSError(errno.ENOSPC, why)
             self._writer.save(self.root / str(step), args=engine.save_args(flat, entry))
         except Exception as error:
             raise self._failed(error) from error
+
+    def _hindered(self, flat: Mapping[str, Flat]) -> str:
+        """Why this process cannot begin to save; empty: it can."""
+        try:
+            self._open(tuple(flat))
+            return _no_room(self.root, flat)
+        except OSError as error:
+            return engine.cause(error)
+
+    def has(self, step: int) -> bool:
+        """Whether a step is complete, as process 0 sees it; all processes must ask."""
+        return step in integrity.steps_of_all(self.steps())
 
     def _open(self, parts: tuple[str, ...]) -> None:
         if self._writer is None:

@@ -1,6 +1,7 @@
 """The page of a run: header, plots, events, last values. One file, nothing loaded from outside."""
 
 import math
+import time
 from html import escape
 from typing import Any
 
@@ -108,7 +109,10 @@ def _state(found: Found) -> tuple[str, str]:
     last = found.steps[1]
     if found.config and last >= found.config.train.steps:
         return "finished", "finished"
-    if any(e["event"] == "stopped" and e["step"] >= last for e in found.events if "event" in e):
+    # A run that went on writes metrics after its event.
+    written = time.time() - found.age - 1
+    ends = [e for e in found.events if e.get("event") == "stopped" and e["step"] >= last]
+    if any(e.get("time", written) >= written for e in ends):
         return "stopped", "stopped"
     return f"at step {last:,}, {_ago(found.age)} ago", "going"
 

@@ -159,8 +159,10 @@ def _config(saved: dict[str, Any]) -> RunConfig | None:
 
 
 def _versions(folder: Path, saved: dict[str, Any]) -> dict[str, str]:
-    """Of packages, from wherever the run left them."""
-    for fields in (saved, _object(folder / "run.json")):
-        if isinstance(fields.get("versions"), dict):
-            return {str(name): str(value) for name, value in fields["versions"].items()}
-    return {}
+    """Of packages, of the last start in `run.json`; old runs may have them in `config.json`."""
+    try:
+        last = json.loads((folder / "run.json").read_text())[-1]
+        found = last["versions"] | {"device": last["device"]}
+    except (OSError, ValueError, LookupError, TypeError):
+        found = saved.get("versions", {})
+    return {str(name): str(value) for name, value in found.items()}
