@@ -181,9 +181,9 @@ class _Training:
                 step += 1
                 values = numbers(found)
                 values |= speed.of(time.perf_counter() - began, waited) | saves.told()
-                stopping = stop.after_step()
                 verdict = watch.judge(step, values)
                 if watch.goes_back(step, verdict, saves):
+                    stop.after_step()
                     break
                 if self._due(step, run.train.eval_every):
                     values |= self._heldout(state, data, programs, run.train.eval_rows)
@@ -192,6 +192,7 @@ class _Training:
                 track(line)
                 if watch.health.lost:
                     raise ConfigError(watch.lost(step, values["loss"], state.params, batch))
+                stopping = stop.after_step()
                 if self._due(step, run.train.save_every) or stopping:
                     meta = {"config": to_json(run)} | watch.meta(step)
                     saves.save(step, state._asdict(), meta)

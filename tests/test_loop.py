@@ -231,7 +231,7 @@ NOTICES = {  # where, and how far a run that goes on from step 3 still gets
     "restoring": (Checkpoints, "restore", 4),
     "a step": (loop, "to_devices", 4),
     "evaluation": (loop, "eval_batches", 6),
-    "a save": (Checkpoints, "save", 6),
+    "a save": (Checkpoints, "save", 7),  # of step 6; asked after the next step
 }
 
 
