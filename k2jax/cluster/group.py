@@ -47,6 +47,7 @@ class Group:
         self._told: dict[str, dict[int, Any]] = {}  # by topic and process
         self._news = threading.Condition()
         self._over = False
+        self._ended = threading.Event()
         if place is None:
             return
         (welcome if self.number == 0 else call)(self, place.coordinator)
@@ -99,8 +100,16 @@ class Group:
         return [f"process {number} ({hosts.get(number, '?')})" for number in range(self.count)]
 
     def fail(self, line: str, code: int) -> None:
-        """Tell the others why this process ends; afterwards nothing is watched."""
-        self._finish()
+        """Tell the others why this process ends; afterwards nothing is watched.
+
+        Where another thread is ending this process already, waits for that: one line is enough.
+        """
+        if self._finish():
+            self._farewell(line, code)
+        else:
+            self._ended.wait()
+
+    def _farewell(self, line: str, code: int) -> None:
         for wire in self.wires.values():
             wire.send({"end": line, "code": code})
         self._part()
@@ -109,15 +118,20 @@ class Group:
         """Leave, once all others are ready to."""
         if self.count == 1 or self._over:
             return
-        self.agree("the end", {})
+        self.gather("the end", None)
+        if self.number == 0:
+            self._finish()  # before the others hear that they may go: none of them is lost then
+        self.tell("the end: all")
         self._finish()
         self._watch.join()
         self._part()
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
+        """From now on nobody who goes is lost. True for the first thread to say so."""
         with self._news:
-            self._over = True
+            first, self._over = not self._over, True
             self._news.notify_all()
+        return first
 
     def _part(self) -> None:
         """Close the connections; process 0 last, and when what it sent has been read."""
@@ -155,7 +169,7 @@ class Group:
         if messages is None:
             self._lost(wire, "is gone")
         for message in messages or ():
-            if "end" in message and not self._over:
+            if "end" in message:
                 self.stop(message["end"], message["code"])
             if "topic" in message:
                 with self._news:
@@ -164,20 +178,21 @@ class Group:
                     self._news.notify_all()
 
     def _lost(self, wire: Wire, how: str) -> None:
-        if not self._over:
-            line = (
-                f"process {wire.number} ({wire.host}) {how}; the run ends here, and the same"
-                " command on all hosts goes on from the newest checkpoint"
-            )
-            self.stop(line, AGAIN)
+        line = (
+            f"process {wire.number} ({wire.host}) {how}; the run ends here, and the same"
+            " command on all hosts goes on from the newest checkpoint"
+        )
+        self.stop(line, AGAIN)
 
     def stop(self, line: str, code: int) -> None:
         """End the run from any thread: on all processes, if this is process 0."""
-        self._finish()
+        if not self._finish():
+            return
         if self.number == 0:
             # jax's service here is what the other processes need to end in peace.
-            self.fail(line, code)
+            self._farewell(line, code)
         self._end(line, code)
+        self._ended.set()
 
 
 def _end(line: str, code: int) -> None:

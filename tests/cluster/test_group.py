@@ -28,7 +28,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def together(count: int, what, counts=None, numbers=None):
+def note_in(told: list):
+    return lambda *words: told.append(words)
+
+
+def together(count: int, what, counts=None, numbers=None, end=note_in):
     """What `what(group)` gives or raises in each process; and how each was ended, if it was."""
     port, found, ended = free_port(), [None] * count, [[] for _ in range(count)]
 
@@ -37,7 +41,7 @@ def together(count: int, what, counts=None, numbers=None):
             f"127.0.0.1:{port}", (counts or [count] * count)[i], (numbers or [*range(count)])[i]
         )
         try:
-            group = Group(place, end=lambda *words: ended[i].append(words))
+            group = Group(place, end=end(ended[i]))
             found[i] = what(group)
             group.close()
         except (ConfigError, Lost) as error:
@@ -74,6 +78,24 @@ def test_a_difference_is_one_line_everywhere_that_names_who_and_what():
     host = socket.gethostname()
     line = f"process 2 ({host}) differs from process 0 ({host}) in optim.tau: 30.0, not 100.0"
     assert [str(error) for error in found] == [line] * 3
+
+
+def test_a_process_that_ends_while_it_is_being_ended_says_why_once():
+    heard = threading.Event()
+
+    def run(group):
+        if group.number:
+            assert heard.wait(10)
+            group.fail("of its own", 1)
+        else:
+            group.fail("the first reason", 2)
+
+    def end(told):
+        return lambda *words: (told.append(words), heard.set())
+
+    found, ended = together(2, run, end=end)
+    assert found == [None, None]
+    assert ended == [[], [("the first reason", 2)]]
 
 
 def test_several_that_differ_are_counted_and_further_facts_named():
