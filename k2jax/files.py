@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,11 @@ OUTSIDE = (
 )  # fmt: skip
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file that is the old one or the new one at any moment."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file that is the old one or the new one at any moment; text as UTF-8."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from k2jax.checkpoint.run import versions
+from k2jax.checkpoint.run import PACKAGES
 from k2jax.config import RunConfig
 from k2jax.files import replace
-from k2jax.source import source_hash
+from k2jax.source import source_hash, versions
 
 NAME = "run.json"
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def entry(run: RunConfig, step: int) -> dict[str, Any]:
         "seeds": {"train.seed": run.train.seed, "data.seed": run.data.seed},
         "mesh": run.mesh.sizes,
         "code": code(),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "platform": platform.platform(),
         "backend": jax.default_backend(),
         "device": first.device_kind,

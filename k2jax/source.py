@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib
+import importlib.metadata
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -17,3 +19,14 @@ def source_hash() -> str:
         content = path.read_bytes()
         total.update(f"{name}\0{len(content)}\0".encode() + content)
     return total.hexdigest()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -10,7 +10,6 @@ import base64
 import hashlib
 import os
 import re
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from k2jax.chat.hf import CONFIG, read_json
 from k2jax.chat.interface import Template, known
 from k2jax.chat.template import KIMI_K2
 from k2jax.config import ConfigError
+from k2jax.files import replace
 
 FILE = "tiktoken.model"
 SPECIALS = 256
@@ -116,7 +116,9 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the `tiktoken.model` file, all or nothing."""
-        _write_whole(Path(path), self.model_bytes())
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, self.model_bytes())
 
     def model_bytes(self) -> bytes:
         """The `tiktoken.model` file: a line per base token, in rank order."""
@@ -268,13 +270,3 @@ def _parse(content: bytes, name: str) -> dict[bytes, int]:
             f"tokenizer {name} lacks {len(missing)} of the 256 bytes, first 0x{missing[0]:02x}"
         )
     return ranks
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

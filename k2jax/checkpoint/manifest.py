@@ -8,6 +8,7 @@ from pathlib import Path
 
 from k2jax.checkpoint.folder import Remote
 from k2jax.config import ConfigError
+from k2jax.files import replace
 
 NAME = "manifest.sha256"
 BUFFER = 2**24
@@ -35,9 +36,7 @@ def make(folder: Path) -> Path:
     sums = _digests(folder, names)
     text = "".join(f"{s}  {name}\n" for s, name in zip(sums, names, strict=True))
     path = folder / NAME
-    temporary = path.with_name(f".{NAME}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    replace(path, text)
     return path
 
 

@@ -6,7 +6,6 @@ writes into a temporary folder and renames it when every process has finished.
 """
 
 import errno
-import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from etils import epath
 from k2jax.checkpoint import engine, integrity, steps
 from k2jax.checkpoint.tree import Flat, compare, concrete, flatten, inventory, unflatten
 from k2jax.config import ConfigError
+from k2jax.source import versions
 
 FORMAT = 1
 PACKAGES = ("k2jax", "jax", "flax", "optax", "orbax-checkpoint", "tensorstore")
@@ -149,7 +149,7 @@ class Checkpoints:
             **meta,
             "step": step,
             "format": FORMAT,
-            "versions": versions(),
+            "versions": versions(PACKAGES),
             "arrays": {part: inventory(leaves) for part, leaves in flat.items()},
         }
         self._saving = step
@@ -299,17 +299,6 @@ def _sweep_after_failure(root: epath.Path) -> None:
             return
         except OSError:
             time.sleep(0.1)
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that numbers and files depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _list(numbers: list[int]) -> str:

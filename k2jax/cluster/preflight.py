@@ -1,7 +1,6 @@
 """Before anything is compiled: do all processes mean the same run, and do they reach each other?"""
 
 import contextlib
-import importlib.metadata
 import secrets
 import threading
 import time
@@ -13,7 +12,7 @@ from typing import Any
 from k2jax.cluster.group import Group
 from k2jax.cluster.meet import AGAIN
 from k2jax.config import ConfigError, MeshConfig, RunConfig, to_json
-from k2jax.source import source_hash
+from k2jax.source import source_hash, versions
 
 PACKAGES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 SIGHT = (
@@ -29,19 +28,11 @@ def compare(group: Group, run: RunConfig, out: Path, init: str) -> None:
     Raises:
         ConfigError: on every process: who differs, and in what.
     """
-    facts = {name: _version(name) for name in PACKAGES} | {
-        "k2jax's source files": source_hash()[:12]
-    }
+    facts: dict[str, Any] = dict.fromkeys(PACKAGES, "not installed") | versions(PACKAGES)
+    facts["k2jax's source files"] = source_hash()[:12]
     facts |= _flat(to_json(run)) | {"--out": str(out.absolute()), "--init": init}
     group.agree("settings", facts)
     see_folder(group, out)
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.ops.grouped import grouped
+from k2jax.ops.tiles import tiles_of
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD
 
@@ -79,9 +80,9 @@ def spread(x_ND: jax.Array, order_M: jax.Array, place_M: jax.Array) -> jax.Array
 collect.defvjp(
     lambda y_MD, order_M, place_M, tokens: (
         collect(y_MD, order_M, place_M, tokens),
-        (order_M, place_M, jnp.zeros((tokens, 0))),
+        (order_M, place_M),
     ),
-    lambda _, saved, dy_ND: (spread(dy_ND, *saved[:2]), None, None),
+    lambda _, saved, dy_ND: (spread(dy_ND, *saved), None, None),
 )
 spread.defvjp(
     lambda x_ND, order_M, place_M: (
@@ -159,25 +160,15 @@ def _block_rows(pairs: int, experts: int) -> int:
     return min(256, max(8, 1 << max((pairs // experts // 2).bit_length() - 1, 0)))
 
 
-def _schedule(size_E: jax.Array, pairs: int, rows: int) -> tuple[jax.Array, ...]:
-    """Number of blocks; expert, first pair and pairs of each."""
-    experts = size_E.shape[0]
-    blocks_E = -(-size_E // rows)
-    last_E = jnp.cumsum(blocks_E)
-    index_I = jnp.arange(pairs // rows + experts, dtype=jnp.int32)
-    expert_I = jnp.minimum(jnp.searchsorted(last_E, index_I, side="right"), experts - 1)
-    within_I = (index_I - (last_E - blocks_E)[expert_I]) * rows
-    first_I = (jnp.cumsum(size_E) - size_E)[expert_I] + within_I
-    return last_E[-1], expert_I, first_I, size_E[expert_I] - within_I
-
-
 class _Blocks:
     """The walk over blocks that the forward and the backward pass share."""
 
     def __init__(self, order_M: jax.Array, size_E: jax.Array, copies: int):
         pairs = order_M.shape[0]
         self.rows = _block_rows(pairs, size_E.shape[0])
-        self.count, self.expert_I, self.first_I, self.size_I = _schedule(size_E, pairs, self.rows)
+        most = pairs // self.rows + size_E.shape[0]
+        self.expert_I, self.first_I, end_I = tiles_of(size_E, self.rows, most)
+        self.count, self.size_I = (-(-size_E // self.rows)).sum(), end_I - self.first_I
         self.pair_M = jnp.pad(order_M, (0, self.rows))
         self.token_M = self.pair_M // copies
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from k2jax.ops.tiles import tiles_of
+
 # The most rows and columns of a tile, and bytes of the contraction in fast memory at a time: three
 # stages of it are 144 KiB, which Ampere, Hopper and Blackwell grant a kernel.
 ROWS, COLUMNS, DEPTH = 128, 256, 128
@@ -71,15 +73,9 @@ def grouped_by_tiles(
 
 
 def _tiles(size_E: jax.Array, length: int, rows: int, tiles: int) -> tuple[jax.Array, ...]:
-    """Group, first row and end of each tile. Rows of no group are one group more."""
+    """`tiles_of` the groups; rows of no group are one group more."""
     size_G = jnp.append(size_E, length - size_E.sum()).astype(jnp.int32)
-    tiles_G = -(-size_G // rows)
-    begin_G, last_G = jnp.cumsum(size_G) - size_G, jnp.cumsum(tiles_G)
-    tile_T = jnp.arange(tiles, dtype=jnp.int32)
-    group_T = jnp.searchsorted(last_G, tile_T, side="right", method="compare_all")
-    group_T = jnp.minimum(group_T, size_G.size - 1).astype(jnp.int32)
-    first_T = begin_G[group_T] + (tile_T - (last_G - tiles_G)[group_T]) * rows
-    return group_T, first_T, begin_G[group_T] + size_G[group_T]
+    return tiles_of(size_G, rows, tiles)
 
 
 def _tile(cut: Cut, transposed: bool, *refs):

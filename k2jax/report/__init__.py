@@ -1,11 +1,11 @@
 """`k2jax report`: one HTML page with the plots of a run. Loads no jax, so it answers at once."""
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from k2jax.config import ConfigError
+from k2jax.files import replace
 from k2jax.report.page import page
 from k2jax.report.read import read
 
@@ -24,10 +24,8 @@ def report(run: str | Path, out: str | Path = "") -> Path:
     """
     found = read(Path(run))
     target = Path(out or Path(run) / NAME)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        partial.write_text(page(found), encoding="utf-8")
-        partial.replace(target)  # a page that is open in a browser is never half there
+        replace(target, page(found))  # a page that is open in a browser is never half there
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}") from None
     return target

@@ -1,0 +1,21 @@
+"""Rows that are sorted by group, cut into tiles of one group each."""
+
+import jax
+import jax.numpy as jnp
+
+
+def tiles_of(size_E: jax.Array, rows: int, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Group, first row and end of the group's rows, for each tile; int32 [count].
+
+    Args:
+        size_E: int32, rows of each group, those of group 0 first.
+        rows: the most that a tile has; the last one of a group has what is left, end - first.
+        count: tiles; what is more than the groups need begins at its end or after it.
+    """
+    tiles_E = -(-size_E // rows)
+    begin_E, last_E = jnp.cumsum(size_E) - size_E, jnp.cumsum(tiles_E)
+    tile_T = jnp.arange(count, dtype=jnp.int32)
+    group_T = jnp.searchsorted(last_E, tile_T, side="right", method="compare_all")
+    group_T = jnp.minimum(group_T, size_E.size - 1).astype(jnp.int32)
+    first_T = begin_E[group_T] + (tile_T - (last_E - tiles_E)[group_T]) * rows
+    return group_T, first_T, begin_E[group_T] + size_E[group_T]
