@@ -1,10 +1,12 @@
 """One run in 1 and in 4 processes on the same 8 devices.
 
 `python bench/processes.py [steps] [--section.field VALUE ...]`: `k2jax train tiny` for 50 steps,
-seed and data alike: once in one process, once in four of two devices each, over loopback. Prints
-one JSON line: the largest difference of the losses at step 1, over 10 steps and over all, and how
-many choices of experts went elsewhere (half the sum of |difference of expert_load|: a lower bound
-of the tokens' choices that changed).
+seed and data alike: once in one process, once in four of two devices each, over loopback, and once
+in one process with the batch over all devices, which adds the same numbers in another order: what
+rounding alone does to such a run. Prints one JSON line: the largest difference of the losses from
+the first run's at step 1, over 10 steps and over all, and how many choices of experts went
+elsewhere (half the sum of |difference of expert_load|: a lower bound of the tokens' choices that
+changed).
 """
 
 import json
@@ -19,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 PROCESSES = 4
+FAR = 1e-3
 
 
 def train(out: Path, processes: int, steps: int, settings: list[str]) -> float:
@@ -50,38 +53,43 @@ def metrics(out: Path) -> list[dict]:
 
 def main(steps: int, settings: list[str]) -> None:
     """Run both and print how far they are apart."""
+    order = ["--mesh.data", "8", "--mesh.expert", "1", "--mesh.model", "1"]
+    runs = {"one": (1, []), "processes": (PROCESSES, []), "other_order": (1, order)}
     with tempfile.TemporaryDirectory() as folder:
-        outs = {count: Path(folder, str(count)) for count in (1, PROCESSES)}
-        seconds = {
-            count: round(train(out, count, steps, settings), 1) for count, out in outs.items()
-        }
-        one, many = (metrics(out) for out in outs.values())
-    loss = np.array([[line["loss"] for line in lines] for lines in (one, many)])
-    apart = np.abs(loss[0] - loss[1])
-    loads = np.array([[line["expert_load"] for line in lines] for lines in (one, many)])
-    flips = np.abs(loads[0] - loads[1]).sum(axis=(1, 2)) // 2
-    choices = int(loads[0, 0].sum())
-    step = lambda lines: float(np.median([line["seconds"] for line in lines[1:]]))
-    print(
-        json.dumps(
-            {
-                "bench": "processes",
-                "processes": PROCESSES,
-                "steps": steps,
-                "settings": " ".join(settings),
-                "loss_apart_step_1": float(apart[0]),
-                "loss_apart_10_steps": float(apart[:10].max()),
-                f"loss_apart_{steps}_steps": float(apart.max()),
-                "loss_apart_by_step": [float(f"{value:.1e}") for value in apart[:10]],
-                "choices_a_step": choices,
-                "flips_step_1": int(flips[0]),
-                "flips_10_steps": int(flips[:10].sum()),
-                f"flips_{steps}_steps": int(flips.sum()),
-                "step_seconds_median": [round(step(one), 3), round(step(many), 3)],
-                "run_seconds": list(seconds.values()),
-            }
-        )
+        seconds, lines = {}, {}
+        for name, (processes, more) in runs.items():
+            out = Path(folder, name)
+            seconds[name] = round(train(out, processes, steps, settings + more), 1)
+            lines[name] = metrics(out)
+    result = {"bench": "processes", "processes": PROCESSES, "steps": steps}
+    result["settings"] = " ".join(settings)
+    for name in ("processes", "other_order"):
+        result[name] = apart(lines["one"], lines[name])
+    median = lambda found: round(float(np.median([line["seconds"] for line in found[1:]])), 3)
+    result["step_seconds_median"] = {name: median(found) for name, found in lines.items()}
+    print(json.dumps(result | {"run_seconds": seconds}))
+
+
+def apart(one: list[dict], other: list[dict]) -> dict:
+    """How far two runs are from each other."""
+    losses, loads = (
+        np.array([[line[key] for line in lines] for lines in (one, other)])
+        for key in ("loss", "expert_load")
     )
+    loss = np.abs(losses[0] - losses[1])
+    flips = np.abs(loads[0] - loads[1]).sum(axis=(1, 2)) // 2
+    far = np.flatnonzero(loss > FAR)
+    return {
+        "loss_step_1": float(loss[0]),
+        "loss_10_steps": float(loss[:10].max()),
+        "loss_all_steps": float(loss.max()),
+        "loss_by_step": [float(f"{value:.1e}") for value in loss],
+        f"first_step_over_{FAR}": int(far[0]) + 1 if far.size else None,
+        "choices_a_step": int(loads[0, 0].sum()),
+        "flips_step_1": int(flips[0]),
+        "flips_10_steps": int(flips[:10].sum()),
+        "flips_all_steps": int(flips.sum()),
+    }
 
 
 if __name__ == "__main__":

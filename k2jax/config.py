@@ -29,6 +29,7 @@ DERIVED_AXES: dict[str, tuple[str, ...]] = {
 }
 MESH_AXES = ("replica", "data", "expert", "context", "model")
 DTYPES = ("float32", "bfloat16")
+GRAD_DTYPES = ("compute", "float32")
 REMAT = ("none", "full", "dots")
 OPTIMIZERS = ("muonclip", "adamw")
 DISPATCH = ("gather", "exchange", "bounded")
@@ -212,6 +213,7 @@ class TrainConfig:
     steps: int = knob(100, "optimizer steps of the whole run")
     seed: int = knob(0, "draws the initial weights")
     dtype: str = knob("bfloat16", "compute dtype; weights are kept in float32")
+    grad_dtype: str = knob("compute", f"that gradients travel in: {', '.join(GRAD_DTYPES)}")
     remat: str = knob("full", f"what is recomputed in the backward pass: {', '.join(REMAT)}")
     accumulate: int = knob(1, "micro-batches a step")
     dispatch: str = knob("gather", f"how tokens meet their experts: {', '.join(DISPATCH)}")
@@ -412,6 +414,7 @@ def _validate_upkeep(run: RunConfig) -> None:
 def _validate_choices(run: RunConfig) -> None:
     choices: dict[str, tuple[str, tuple[str, ...]]] = {
         "train.dtype": (run.train.dtype, DTYPES),
+        "train.grad_dtype": (run.train.grad_dtype, GRAD_DTYPES),
         "train.remat": (run.train.remat, REMAT),
         "train.dispatch": (run.train.dispatch, DISPATCH),
         "optim.name": (run.optim.name, OPTIMIZERS),
@@ -443,7 +446,7 @@ def _validate_effects(run: RunConfig, settings: set[str]) -> None:
         idle["model.groups_per_token"] = "model.groups 1"
     if run.model.dense_layers == 0:
         idle["model.ffw"] = "model.dense_layers 0"
-    idle |= _idle_dispatch(run)
+    idle |= _idle_between_devices(run)
     if run.model.mtp_layers == 0:
         idle["optim.mtp_loss"] = "model.mtp_layers 0"
     if run.train.eval_every == 0:
@@ -454,10 +457,17 @@ def _validate_effects(run: RunConfig, settings: set[str]) -> None:
         raise ConfigError(f"{name} has no effect with {idle[name]}")
 
 
-def _idle_dispatch(run: RunConfig) -> dict[str, str]:
+def _idle_between_devices(run: RunConfig) -> dict[str, str]:
+    idle: dict[str, str] = {}
     if run.mesh.expert == 1:
-        return dict.fromkeys(("train.dispatch", "train.buffer"), "mesh.expert 1")
-    return {"train.buffer": "train.dispatch gather"} if run.train.dispatch == "gather" else {}
+        idle = dict.fromkeys(("train.dispatch", "train.buffer"), "mesh.expert 1")
+    elif run.train.dispatch == "gather":
+        idle = {"train.buffer": "train.dispatch gather"}
+    if run.mesh.devices == 1:
+        idle["train.grad_dtype"] = "one device"
+    elif run.train.dtype == "float32":
+        idle["train.grad_dtype"] = "train.dtype float32"
+    return idle
 
 
 def to_json(run: Any) -> dict[str, Any]:

@@ -83,15 +83,20 @@ def specs(module: nnx.Module) -> dict[str, ParamSpec]:
     return {".".join(map(str, path)): leaf.get_metadata("spec") for path, leaf in flat}
 
 
-def bind(module: Module, params: Mapping[str, jax.Array]) -> Module:
+def bind(module: Module, params: Mapping[str, jax.Array], grad_dtype: str | None = None) -> Module:
     """The module with `params` in the place of its declarations.
+
+    Args:
+        module: declarations.
+        params: arrays by name; more than it declares do not matter.
+        grad_dtype: what gradients of weights travel in between devices; None: the compute dtype.
 
     Raises:
         KeyError: a parameter is missing.
     """
     graph, state = nnx.split(module)
     flat = [
-        (path, leaf.replace(params[".".join(map(str, path))]))
+        (path, leaf.replace(params[".".join(map(str, path))], grad_dtype=grad_dtype))
         for path, leaf in nnx.to_flat_state(state)
     ]
     return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -11,13 +11,13 @@ from flax import nnx
 from k2jax.config import ModelConfig
 from k2jax.model.attention import Attention, attend
 from k2jax.model.dispatch import Dispatch
-from k2jax.model.layout import PROJECTION, used
+from k2jax.model.layout import PROJECTION, look_up
 from k2jax.model.mlp import Mlp, gated
 from k2jax.model.moe import Balance, Moe, mixture
 from k2jax.model.norm import rms_norm
 from k2jax.model.rope import Rotation, rotation
 from k2jax.params import Declare
-from k2jax.sharding import place, spec
+from k2jax.sharding import place
 
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -126,8 +126,7 @@ def hidden(
 
 def embedded(w: Kimi, token_BT: jax.Array, dtype: str) -> jax.Array:
     """The tokens' embeddings `x_BTD`."""
-    table = used(w.embed, jnp.dtype(dtype))
-    return table.at[token_BT].get(out_sharding=spec("batch", "length", None))
+    return look_up(w.embed, token_BT, jnp.dtype(dtype))
 
 
 def mixed(

@@ -1,19 +1,22 @@
 """Multiply by a parameter where it rests split: gather it, cast it, contract."""
 
 import functools
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from k2jax.ops.exchange import scatter_sum
 from k2jax.sharding import compute_spec, meshless, spec
 from k2jax.spec import LAYER_AXES
 
 if TYPE_CHECKING:
     from flax import nnx
 
+Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 PROJECTION = "projection"  # name of every product with a weight, for rematerialisation policies
 
 
@@ -39,13 +42,14 @@ def project(
     einsum: str, x: jax.Array, w: "nnx.Variable", axes: tuple[str | None, ...]
 ) -> jax.Array:
     """`x` contracted with a parameter, in `x`'s dtype, laid out by the result's logical `axes`."""
-    y = contract(einsum, spec(*axes), _used_spec(w), x, w[...].astype(x.dtype))
+    layout, travels = spec(*axes), w.get_metadata("grad_dtype", None)
+    y = contract(einsum, layout, _used_spec(w), travels, x, w[...].astype(x.dtype))
     return checkpoint_name(y, PROJECTION)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def contract(
-    einsum: str, layout: P | None, whole: P | None, x: jax.Array, w: jax.Array
+    einsum: str, layout: P | None, whole: P | None, travels: str | None, x: jax.Array, w: jax.Array
 ) -> jax.Array:
     """An einsum of activations and weights, accumulated in float32.
 
@@ -53,6 +57,7 @@ def contract(
         einsum: activations first.
         layout: of the result; None where there is no mesh, or inside of `shard_map`.
         whole: of the weight while it is used; it is gathered for that.
+        travels: dtype of the weight's gradient between devices; None: that of the activations.
         x: activations.
         w: weight, as it rests.
 
@@ -64,21 +69,98 @@ def contract(
 
 
 def _einsum(einsum: str, a: jax.Array, b: jax.Array, layout: P | None) -> jax.Array:
-    y = jnp.einsum(einsum, a, b, out_sharding=layout, preferred_element_type=jnp.float32)
-    return y.astype(a.dtype)
+    return _product(einsum, a, b, layout).astype(a.dtype)
 
 
-def _forward(einsum: str, layout: P | None, whole: P | None, x: jax.Array, w: jax.Array):
-    return contract(einsum, layout, whole, x, w), (x, w)
+def _product(einsum: str, a: jax.Array, b: jax.Array, layout: P | None) -> jax.Array:
+    return jnp.einsum(einsum, a, b, out_sharding=layout, preferred_element_type=jnp.float32)
 
 
-def _backward(einsum: str, layout: P | None, whole: P | None, saved, dy: jax.Array):
+def _forward(einsum, layout, whole, travels, x, w):
+    return contract(einsum, layout, whole, travels, x, w), (x, w)
+
+
+def _backward(einsum: str, layout: P | None, whole: P | None, travels: str | None, saved, dy):
     x, w = saved
     inputs, y_dims = einsum.split("->")
     x_dims, w_dims = inputs.split(",")
     rests = (lambda a: None) if layout is None else (lambda a: jax.typeof(a).sharding.spec)
     dx = _einsum(f"{y_dims},{w_dims}->{x_dims}", dy, _gathered(w, whole), rests(x))
-    return dx, _einsum(f"{x_dims},{y_dims}->{w_dims}", x, dy, rests(w))
+    of_weight = f"{x_dims},{y_dims}->{w_dims}"
+    if layout is None:
+        return dx, _einsum(of_weight, x, dy, None)
+    return dx, _summed(of_weight, x, dy, jax.typeof(w).sharding.spec, travels or x.dtype)
+
+
+def _summed(einsum: str, x: jax.Array, dy: jax.Array, rests: P, travels: Any) -> jax.Array:
+    """A weight's gradient, summed over all devices' tokens to where the weight rests.
+
+    Each device first sums over its own tokens, in float32. Left to XLA, float32 would travel
+    whatever the dtype, and some of it by all-reduce.
+    """
+    x_spec, dy_spec = (jax.typeof(a).sharding.spec for a in (x, dy))
+    x_dims, w_dims = einsum[: einsum.index(",")], einsum.split("->")[1]
+    over = [entry for dim, entry in zip(x_dims, x_spec, strict=True) if dim not in w_dims]
+
+    def own(x: jax.Array, dy: jax.Array) -> jax.Array:
+        dw = _product(einsum, x, dy, None).astype(travels)
+        return _sum_over(dw, over, rests).astype(x.dtype)
+
+    return jax.shard_map(own, in_specs=(x_spec, dy_spec), out_specs=rests, check_vma=False)(x, dy)
+
+
+def _sum_over(dw: jax.Array, over: Iterable[Entry], rests: P) -> jax.Array:
+    """The sum over the mesh axes `over`, which split tokens: each device what rests on it."""
+    names = [name for entry in over for name in _names(entry)]
+    for dim, entry in enumerate(rests):
+        for name in _names(entry):
+            if name in names:
+                dw = scatter_sum(dw, name, dim)
+                names.remove(name)
+    return jax.lax.psum(dw, names)
+
+
+def _names(entry: Entry) -> tuple[str, ...]:
+    """Its mesh axes."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 contract.defvjp(_forward, _backward)
+
+
+def look_up(w: "nnx.Variable", token: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of a table [vocab, embed], in `dtype`: [batch, length, embed]."""
+    if meshless():
+        return w[...].astype(dtype)[token]
+    travels = w.get_metadata("grad_dtype", None)
+    return _rows(_used_spec(w), travels, token, w[...].astype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rows(whole: P, travels: str | None, token: jax.Array, table: jax.Array) -> jax.Array:
+    """`look_up` on a mesh; its gradient goes to where the table rests, as `_summed` does."""
+    layout = spec("batch", "length", None)
+    return _gathered(table, whole).at[token].get(out_sharding=layout)
+
+
+def _rows_backward(whole: P, travels: str | None, saved, dy: jax.Array):
+    token, table = saved
+    rests, tokens = (jax.typeof(a).sharding.spec for a in (table, token))
+
+    def own(token: jax.Array, dy: jax.Array) -> jax.Array:
+        rows = table.shape[0] // jax.lax.axis_size("model")  # the axis of "vocab"
+        first = rows * jax.lax.axis_index("model")
+        dtable = jnp.zeros((rows, table.shape[1]), travels or dy.dtype)
+        # Rows of other devices are out of bounds, and left out; below 0 would count from the end.
+        at = jnp.where(token >= first, token - first, rows)
+        dtable = dtable.at[at].add(dy.astype(dtable.dtype), mode="drop")
+        return _sum_over(dtable, tokens, rests).astype(dy.dtype)
+
+    specs = tokens, jax.typeof(dy).sharding.spec
+    return None, jax.shard_map(own, in_specs=specs, out_specs=rests, check_vma=False)(token, dy)
+
+
+_rows.defvjp(
+    lambda whole, travels, token, table: (_rows(whole, travels, token, table), (token, table)),
+    _rows_backward,
+)

@@ -34,11 +34,11 @@ def losses(w: nnx.Variable, x_BTD: jax.Array, target_BT: jax.Array) -> jax.Array
     chunks = _chunks(x_BTD, w[...])
     if chunks == 1:
         return cross_entropy(head(w, x_BTD), target_BT)
-    weight_DX = w[...].astype(x_BTD.dtype)
+    weight_DX, travels = w[...].astype(x_BTD.dtype), w.get_metadata("grad_dtype", None)
     if meshless():
         return _by_chunks(weight_DX, x_BTD, target_BT, chunks=chunks)
     body = jax.shard_map(
-        functools.partial(_by_chunks, chunks=chunks, mesh=True),
+        functools.partial(_by_chunks, chunks=chunks, mesh=True, travels=travels),
         in_specs=(storage_spec(WEIGHT), storage_spec((*ROWS, None)), storage_spec(ROWS)),
         out_specs=storage_spec(ROWS),
         check_vma=False,  # a custom gradient inside; tests compare with one device
@@ -55,7 +55,7 @@ def _chunks(x_BTD: jax.Array, weight_DX: jax.Array) -> int:
     return next(n for n in range(1, vocab + 1) if fits(n) or n == vocab)
 
 
-def _by_chunks(weight_DX, x_BTD, target_BT, *, chunks: int, mesh: bool = False) -> jax.Array:
+def _by_chunks(weight_DX, x_BTD, target_BT, *, chunks: int, mesh: bool = False, travels=None):
     """One device's losses. Its weights are its share of width and vocabulary."""
     size = weight_DX.shape[1] // chunks
     first = jax.lax.axis_index("model") * weight_DX.shape[1] if mesh else 0
@@ -64,8 +64,8 @@ def _by_chunks(weight_DX, x_BTD, target_BT, *, chunks: int, mesh: bool = False) 
     def part(weight_DX, x_BTD, i):
         weight_DV = jax.lax.dynamic_slice_in_dim(weight_DX, i * size, size, axis=1)
         if mesh:
-            weight_DV = gather_over(weight_DV, storage_spec(WEIGHT)[0], 0)
-        y_BTV = contract("btd,dv->btv", None, None, x_BTD, weight_DV).astype(jnp.float32)
+            weight_DV = gather_over(weight_DV, storage_spec(WEIGHT)[0], 0, travels)
+        y_BTV = contract("btd,dv->btv", None, None, None, x_BTD, weight_DV).astype(jnp.float32)
         top_BT = jax.lax.stop_gradient(y_BTV.max(axis=-1))
         hit_BTV = target_BT[..., None] == first + i * size + jnp.arange(size)
         sum_BT = jnp.exp(y_BTV - top_BT[..., None]).sum(axis=-1)

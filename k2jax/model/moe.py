@@ -69,9 +69,9 @@ def mixture(
     if meshless():
         y_BTD, balance = _on_device(x_BTD, segment_BT, *router, *weights, cfg=cfg)
     else:
-        rows = P(BATCH, "context")
+        rows, travels = P(BATCH, "context"), w.experts.gate.get_metadata("grad_dtype", None)
         body = jax.shard_map(
-            lambda *args: _on_device(*args, cfg=cfg, dispatch=dispatch),
+            lambda *args: _on_device(*args, cfg=cfg, dispatch=dispatch, travels=travels),
             in_specs=(rows, rows, P(), P(), *(jax.typeof(a).sharding.spec for a in weights)),
             out_specs=(rows, P()),
             check_vma=False,  # loops and custom gradients inside; tests compare with one device
@@ -121,7 +121,9 @@ def mixture_of_few(
     return y_BTD + gated(w.shared, x_BTD) if cfg.shared_experts else y_BTD
 
 
-def _on_device(x_BTD, segment_BT, w_DE, bias_E, *weights, cfg: ModelConfig, dispatch=None):
+def _on_device(
+    x_BTD, segment_BT, w_DE, bias_E, *weights, cfg: ModelConfig, dispatch=None, travels=None
+):
     """One device's share of the layer. `weights` are gate_eDF, up_eDF and down_eFD.
 
     With `dispatch` there is a mesh.
@@ -135,7 +137,8 @@ def _on_device(x_BTD, segment_BT, w_DE, bias_E, *weights, cfg: ModelConfig, disp
     else:
         # Gathered in here, where their gradients are scattered as they are summed.
         dims = (1, 1, 2)
-        weights = tuple(gather_over(a, "data", dim) for a, dim in zip(weights, dims, strict=True))
+        over_data = lambda a, dim: gather_over(a, "data", dim, travels)
+        weights = tuple(map(over_data, weights, dims))
         if dispatch.kind == "gather" or jax.lax.axis_size("expert") == 1:
             y_ND = gathered(*chosen, weights)
         else:

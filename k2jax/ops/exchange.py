@@ -4,6 +4,7 @@ Everything here sees one device of a mesh axis (`shard_map`).
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -22,25 +23,33 @@ class Pieces(NamedTuple):
     place: jax.Array  # row where it goes, on the device of the expert
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather_over(part: jax.Array, axis: str, dim: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gather_over(part: jax.Array, axis: str, dim: int, travels: str | None) -> jax.Array:
     """The whole of an array that a mesh axis splits along `dim`.
 
-    Its gradient is scattered as it is summed; along the last dim pieces first, which TPUs would
-    else all-reduce.
+    Its gradient is `scatter_sum`, sent in the dtype `travels`; None: its own.
     """
     return jax.lax.all_gather(part, axis, axis=dim, tiled=True)
 
 
-def _scattered(axis: str, dim: int, _, dy: jax.Array) -> tuple[jax.Array]:
-    if dim < dy.ndim - 1:
-        return (jax.lax.psum_scatter(dy, axis, scatter_dimension=dim, tiled=True),)
-    size = jax.lax.axis_size(axis)
-    pieces = dy.reshape(*dy.shape[:dim], size, dy.shape[dim] // size, *dy.shape[dim + 1 :])
-    return (jax.lax.psum_scatter(jnp.moveaxis(pieces, dim, 0), axis, scatter_dimension=0),)
+def scatter_sum(whole: jax.Array, axis: str, dim: int) -> jax.Array:
+    """The sum of a mesh axis's arrays, each device its part along `dim`.
+
+    Along the last dim pieces first, and the others as one: TPUs would else all-reduce.
+    """
+    if dim < whole.ndim - 1:
+        return jax.lax.psum_scatter(whole, axis, scatter_dimension=dim, tiled=True)
+    part = (*whole.shape[:-1], whole.shape[-1] // jax.lax.axis_size(axis))
+    pieces = jnp.moveaxis(whole.reshape(math.prod(part[:-1]), -1, part[-1]), 1, 0)
+    return jax.lax.psum_scatter(pieces, axis, scatter_dimension=0).reshape(part)
 
 
-gather_over.defvjp(lambda part, axis, dim: (gather_over(part, axis, dim), None), _scattered)
+gather_over.defvjp(
+    lambda part, axis, dim, travels: (gather_over(part, axis, dim, travels), None),
+    lambda axis, dim, travels, _, dy: (
+        scatter_sum(dy.astype(travels or dy.dtype), axis, dim).astype(dy.dtype),
+    ),
+)
 
 
 def exchange(

@@ -32,8 +32,8 @@ def differentiated(w, x, target, dy):
         def __getitem__(self, _):
             return self.value
 
-        def get_metadata(self, _):
-            return spec
+        def get_metadata(self, name, default=None):
+            return spec if name == "spec" else default
 
     y, back = jax.vjp(lambda w, x: module.losses(Leaf(w), x, target), w, x)
     return [y, *back(dy)]
