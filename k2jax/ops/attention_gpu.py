@@ -109,12 +109,14 @@ def backward(
 
 
 def _side(arrays: Sequence[jax.Array], segment_BT: jax.Array, first: jax.Array, block: int):
-    def padded(a: jax.Array, dim: int, value: int = 0) -> jax.Array:
+    def padded(a: jax.Array, dim: int, mode: str) -> jax.Array:
         widths = [(0, -a.shape[dim] % block if d == dim else 0) for d in range(a.ndim)]
-        return jnp.pad(a, widths, constant_values=value)
+        return jnp.pad(a, widths, mode)
 
-    # Rows of padding are a document of their own: they see themselves, nobody sees them.
-    return _Side([padded(a, 2) for a in arrays], padded(segment_BT, 1, -1), first, block)
+    # Keys of padding come after every query. Queries of padding are cut off, and bring no gradient.
+    # They belong to the last document, so that their block meets no other for their sake.
+    zeros = [padded(a, 2, "constant") for a in arrays]
+    return _Side(zeros, padded(segment_BT, 1, "edge"), first, block)
 
 
 def _table(held: _Side, met: _Side, of_queries: bool) -> jax.Array:

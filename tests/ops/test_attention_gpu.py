@@ -73,6 +73,7 @@ def test_what_the_diagonal_hides_and_other_documents_are_not_visited():
     assert visits(one, of_queries=False) == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert visits(two, of_queries=True) == [(0, 1), (0, 2), (2, 3), (2, 4)]
     assert visits(two, of_queries=False) == [(0, 2), (1, 2), (2, 4), (3, 4)]
+    assert visits(two[:27], of_queries=True) == visits(two, of_queries=True)
 
 
 def test_older_gpus_odd_widths_and_float32_get_no_kernel(monkeypatch):
