@@ -37,7 +37,8 @@ def by_blocks(q_BHTC, k_BHSC, v_BHSV, segments, first, scale: float, causal: boo
         causal: whether `first` is known to be 0, so that later keys need not be looked at.
 
     Products are accumulated in float32; weights meet the values in their dtype. Queries and keys
-    meet in pairs of blocks, softmax sums are carried along [Rabe & Staats 2021; Dao 2022].
+    meet in pairs of blocks, softmax sums are carried along [Rabe & Staats 2021; Dao 2022]. NVIDIA
+    GPUs have kernels of our own for the dtypes and widths that they are `usable` for.
     """
     return _forward(q_BHTC, k_BHSC, v_BHSV, segments, first, scale, causal)[0]
 

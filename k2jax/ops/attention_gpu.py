@@ -18,8 +18,8 @@ from jax.experimental.pallas import triton
 
 NONE = -1e30  # below every logit; finite, so that differences are
 LOG2E = math.log2(math.e)  # GPUs raise 2 to a power: in the kernels logits are in units of log 2
-# Widths: what tensor cores multiply; the most, and the most of both, that gradients have room for.
-LEAST, MOST, BOTH = 16, 192, 320
+# Widths are multiples of this; the most, and the most of both, that gradients have room for.
+PART, MOST, BOTH = 32, 192, 320
 GPUS = ("9.0", "10.0")  # older ones have too few registers for these blocks
 
 
@@ -50,7 +50,7 @@ def usable(q_BHTC: jax.Array, v_BHSV: jax.Array) -> bool:
     if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability not in GPUS:
         return False
     widths = q_BHTC.shape[3], v_BHSV.shape[3]
-    fit = all(n % LEAST == 0 and n <= MOST for n in widths) and sum(widths) <= BOTH
+    fit = all(n % PART == 0 and n <= MOST for n in widths) and sum(widths) <= BOTH
     return fit and q_BHTC.dtype.itemsize == 2
 
 
@@ -74,7 +74,7 @@ def forward(
     rows = queries.arrays[0].shape[:3]
     row = jax.ShapeDtypeStruct(rows, jnp.float32)
     y = jax.ShapeDtypeStruct((*rows, v_BHSV.shape[3]), v_BHSV.dtype)
-    kernel = functools.partial(_mix, scale)
+    kernel = functools.partial(_attention, scale)
     found = _launch(kernel, cut, queries, keys, (y, row, row), True)
     y, top, logsum = (a[:, :, : q_BHTC.shape[2]] for a in found)
     return y, top, logsum
@@ -103,7 +103,7 @@ def backward(
         out = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in likes]
         return _launch(functools.partial(kernel, scale), cut, held, met, out, of_queries)
 
-    found = *run(_of_queries, cuts[0], True), *run(_of_keys, cuts[1], False)
+    found = *run(_attention_dq, cuts[0], True), *run(_attention_dkv, cuts[1], False)
     dq, dk, dv = (d[:, :, : a.shape[2]] for d, a in zip(found, saved[:3], strict=True))
     return dq, dk, dv
 
@@ -170,11 +170,10 @@ def _launch(kernel, cut: Cut, held: _Side, met: _Side, out, of_queries: bool):
         out_specs=own(out),
         compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
         interpret=cut.interpret,
-        name=kernel.func.__name__,
     )(table, held.segment_BT, *held.arrays, met.segment_BT, *met.arrays)
 
 
-def _mix(scale, cut, *refs):
+def _attention(scale, cut, *refs):
     table_ref, segment_T_ref, q_ref, segment_S_ref, k_ref, v_ref, y_ref, top_ref, logsum_ref = refs
     seen = _seen(table_ref, segment_T_ref, segment_S_ref, cut.keys, operator.ge)
     q = _read(q_ref)
@@ -197,7 +196,7 @@ def _mix(scale, cut, *refs):
     logsum_ref[...] = (top_T + jnp.log2(sum_T)) / LOG2E
 
 
-def _of_queries(scale, cut, *refs):
+def _attention_dq(scale, cut, *refs):
     table_ref, segment_T_ref, q_ref, dy_ref, logsum_ref, mean_ref, *refs = refs
     segment_S_ref, k_ref, v_ref, dq_ref = refs
     seen = _seen(table_ref, segment_T_ref, segment_S_ref, cut.keys, operator.ge)
@@ -215,7 +214,7 @@ def _of_queries(scale, cut, *refs):
     _write(dq_ref, [a * scale for a in dq])
 
 
-def _of_keys(scale, cut, *refs):
+def _attention_dkv(scale, cut, *refs):
     table_ref, segment_S_ref, k_ref, v_ref, *refs = refs
     segment_T_ref, q_ref, dy_ref, logsum_ref, mean_ref, dk_ref, dv_ref = refs
     seen = _seen(table_ref, segment_S_ref, segment_T_ref, cut.queries, operator.le)

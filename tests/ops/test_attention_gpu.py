@@ -81,8 +81,8 @@ def test_older_gpus_odd_widths_and_float32_get_no_kernel(monkeypatch):
         array = lambda width: jax.ShapeDtypeStruct((1, 64, 4096, width), dtype)
         return gpu.usable(array(queries), array(values))
 
-    assert usable(192, 128) and usable(48, 32)
-    assert not usable(72, 48) and not usable(256, 128) and not usable(192, 192)
+    assert usable(192, 128) and usable(64, 32)
+    assert not usable(48, 32) and not usable(256, 128) and not usable(192, 192)
     assert not usable(192, 128, "float32")
 
     class Ampere:
@@ -108,8 +108,8 @@ def test_programs_for_gpus_have_the_kernels_on_a_mesh_too(config):
             layout = jax.NamedSharding(mesh, sharding.storage_spec(axes))
             return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
-        q, dy = array(queries, 2, 2, 2048, 48), array(queries, 2, 2, 2048, 32)
-        k, v = array(keys, 2, 2, 2048, 48), array(keys, 2, 2, 2048, 32)
+        q, dy = array(queries, 2, 2, 2048, 64), array(queries, 2, 2, 2048, 32)
+        k, v = array(keys, 2, 2, 2048, 64), array(keys, 2, 2, 2048, 32)
         segment = array(("batch", "length"), 2, 2048, dtype="int32")
         traced = jax.jit(step).trace(q, k, v, segment, dy)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
