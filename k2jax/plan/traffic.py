@@ -31,11 +31,12 @@ def _weight(case: Case, leaf: ParamSpec, wire: Wire) -> None:
     times = case.accumulate * (case.gathers if scanned else 1)
     whole = size(leaf) * case.width / ways(leaf, mesh, gathered=True)
     add(wire, "all-gather", over, mesh, times * whole)
-    add(wire, "reduce-scatter", over, mesh, case.accumulate * whole)
+    wider = case.accumulate * case.grad_width / case.width
+    add(wire, "reduce-scatter", over, mesh, wider * whole)
     # Devices with other tokens and the same part of the weight.
     rest = [axis for axis in (*BATCH, "context") if axis not in stored]
     part = size(leaf) * case.width / ways(leaf, mesh)
-    add(wire, "all-reduce", rest, mesh, case.accumulate * part)
+    add(wire, "all-reduce", rest, mesh, wider * part)
 
 
 def _activations(case: Case, wire: Wire) -> None:

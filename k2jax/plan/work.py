@@ -74,6 +74,11 @@ class Case:
         return 4 if self.run.train.dtype == "float32" else 2
 
     @property
+    def grad_width(self) -> int:
+        """Bytes of a number of a gradient between devices."""
+        return 4 if self.run.train.grad_dtype == "float32" else self.width
+
+    @property
     def gathers(self) -> int:
         """How often a layer's weights and tokens are brought together for one micro-batch."""
         return 1 if self.run.train.remat == "none" else 2
