@@ -224,7 +224,8 @@ def _collective(
     if kind == "all-gather":
         given *= ways
     if kind == "ragged-all-to-all":
-        given = min(_size(shapes[line.operands[0]][0]), _size(line.shapes[0]))
+        # What is sent, and what it is written into: a start's own shape is a tuple of both.
+        given = min(_size(shapes[name][0]) for name in line.operands[:2])
     share = 1.0 if kind == "collective-permute" else (ways - 1) / ways
     sent = given * share * (2 if kind == "all-reduce" else 1)
     if sent:

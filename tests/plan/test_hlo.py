@@ -88,11 +88,16 @@ def test_groups_written_as_a_mesh_name_their_axes(groups, axes, ways):
     assert account(text, (1, 2, 2, 2, 1)).wire == {"all-reduce": {axes: 64 * (ways - 1) / ways}}
 
 
-def test_a_ragged_exchange_counts_its_balanced_payload():
+@pytest.mark.parametrize(
+    "call", ["bf16[8,8]{1,0} ragged-all-to-all",
+             "((bf16[4,8]{1,0}, bf16[8,8]{1,0}), bf16[8,8]{1,0}) ragged-all-to-all-start"],
+)  # fmt: skip
+@pytest.mark.parametrize(("sent", "into"), [("4,8", "8,8"), ("8,8", "4,8")])
+def test_a_ragged_exchange_counts_its_balanced_payload(call, sent, into):
     text = (
-        "ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {\n  %p = bf16[4,8]{1,0} parameter(0)\n"
-        "  %o = bf16[8,8]{1,0} parameter(1)\n"
-        "  %r = bf16[8,8]{1,0} ragged-all-to-all(%p, %o, %a, %b, %c, /*index=5*/%d),"
+        f"ENTRY %main (p: bf16[{sent}]) -> bf16[{into}] {{\n"
+        f"  %p = bf16[{sent}]{{1,0}} parameter(0)\n  %o = bf16[{into}]{{1,0}} parameter(1)\n"
+        f"  %r = {call}(%p, %o, %a, %b, %c, /*index=5*/%d),"
         " replica_groups={{0,1},{2,3}}\n}\n"
     )
     assert account(text, (1, 2, 2, 1, 1)).wire == {"ragged-all-to-all": {"expert": 64 / 2}}
