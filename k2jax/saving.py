@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from k2jax import cluster
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError
 
@@ -33,8 +34,16 @@ class Saves:
         self.seconds = time.perf_counter() - began
 
     def settle(self) -> None:
-        """Wait for the save in progress; its failure is said."""
-        self._try(self.checkpoints.wait)
+        """Wait for the save in progress; its failure is said.
+
+        Raises:
+            ConfigError: it failed here, and there are other processes. They do not know, and wait
+                for this one's share; the run ends, and goes on from the checkpoint before.
+        """
+        if cluster.current().count > 1:
+            self.checkpoints.wait()
+        else:
+            self._try(self.checkpoints.wait)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints after `step`, to which the run goes back."""

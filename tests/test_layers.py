@@ -89,7 +89,7 @@ def test_flax_only_declares():
 
 
 def test_shard_map_lives_where_one_device_is_seen():
-    homes = {"moe.py", "exchange.py", "attention.py", "logits.py", "check.py"}
+    homes = {"moe.py", "exchange.py", "attention.py", "logits.py", "check.py", "layout.py"}
     users = {file.name for file, _ in sources() if "shard_map(" in file.read_text()}
     assert users <= homes
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from k2jax import cluster
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError
 from k2jax.files import Lines, replace
@@ -47,6 +48,22 @@ def broken(monkeypatch, error: OSError):
     patch = monkeypatch.context()
     patch.__enter__().setattr(ocp.AsyncCheckpointer, "save", fail)
     return patch
+
+
+def test_a_write_that_fails_on_one_of_several_processes_ends_the_run(saves, monkeypatch):
+    def fail():
+        raise ConfigError("checkpoint of step 1 could not be written")
+
+    monkeypatch.setattr(saves.checkpoints, "wait", fail)
+    saves.settle()
+    assert saves.lines == [
+        "warning: checkpoint of step 1 could not be written; the next save tries again"
+    ]
+    monkeypatch.setattr(cluster.current(), "count", 2)
+    with pytest.raises(ConfigError, match="step 1 could not be written"):
+        saves.settle()
+    assert len(saves.lines) == 1
+    monkeypatch.undo()
 
 
 FAILURES = [
@@ -184,10 +201,10 @@ def test_a_replaced_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, mon
     path = tmp_path / "config.json"
     replace(path, "old")
 
-    def full(self, text):
+    def full(self, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space"):
         replace(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
