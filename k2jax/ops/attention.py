@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from k2jax.ops import attention_tpu as tpu
+
 BLOCK = 512  # queries, and keys, that meet at a time
 NONE = -1e30  # below every logit; finite, so that differences are
 
@@ -38,6 +40,23 @@ def by_blocks(q_BHTC, k_BHSC, v_BHSV, segments, first, scale: float, causal: boo
     meet in pairs of blocks, softmax sums are carried along [Rabe & Staats 2021; Dao 2022].
     """
     return _forward(q_BHTC, k_BHSC, v_BHSV, segments, first, scale, causal)[0]
+
+
+def _forward(q_BHTC, k_BHSC, v_BHSV, segments, first, scale, causal):
+    given = q_BHTC, k_BHSC, v_BHSV, segments, first
+    by = {"default": functools.partial(_mixed, scale=scale, causal=causal)}
+    by["tpu"] = functools.partial(tpu.forward, way=tpu.Way(scale, causal))
+    y_BHTV, top_BHT, logsum_BHT = jax.lax.platform_dependent(*given, **by)
+    return (y_BHTV, top_BHT), (*given, y_BHTV, logsum_BHT)
+
+
+def _backward(scale, causal, saved, grads):
+    by = {"default": functools.partial(_gradients, scale=scale, causal=causal)}
+    by["tpu"] = functools.partial(tpu.backward, way=tpu.Way(scale, causal))
+    return *jax.lax.platform_dependent(saved, grads[0], **by), None, None
+
+
+by_blocks.defvjp(_forward, _backward)
 
 
 def _pairs(queries: int, keys: int, causal: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -84,7 +103,8 @@ def _walk(body, start, blocks: tuple[int, int], causal: bool):
     return jax.lax.scan(step, start, _pairs(*blocks, causal))[0]
 
 
-def _forward(q_BHTC, k_BHSC, v_BHSV, segments, first, scale, causal):
+def _mixed(q_BHTC, k_BHSC, v_BHSV, segments, first, scale, causal):
+    """What is mixed, the largest logits and the logs of the sums of exponentials."""
     length, place = q_BHTC.shape[2], _places(segments, first)
     q, k, v = (_padded(a, 2) for a in (q_BHTC, k_BHSC, v_BHSV))
 
@@ -108,15 +128,15 @@ def _forward(q_BHTC, k_BHSC, v_BHSV, segments, first, scale, causal):
     blocks = (rows[2] // BLOCK, k.shape[2] // BLOCK)
     y_BHTV, top_BHT, sum_BHT = _walk(meet, start, blocks, causal)
     y_BHTV = (y_BHTV / sum_BHT[..., None])[:, :, :length].astype(v_BHSV.dtype)
-    logsum_BHT = top_BHT + jnp.log(sum_BHT)
-    saved = (q_BHTC, k_BHSC, v_BHSV, segments, first, y_BHTV, logsum_BHT)
-    return (y_BHTV, top_BHT[:, :, :length]), saved
+    top_BHT, sum_BHT = top_BHT[:, :, :length], sum_BHT[:, :, :length]
+    return y_BHTV, top_BHT, top_BHT + jnp.log(sum_BHT)
 
 
-def _backward(scale, causal, saved, grads):
+def _gradients(saved, dy_BHTV, scale, causal):
     q_BHTC, k_BHSC, v_BHSV, segments, first, y_BHTV, logsum_BHT = saved
     place, dtype = _places(segments, first), q_BHTC.dtype
-    q, k, v, y, dy = (_padded(a, 2) for a in (q_BHTC, k_BHSC, v_BHSV, y_BHTV, grads[0]))
+    q, k, v, y, dy = (_padded(a, 2) for a in (q_BHTC, k_BHSC, v_BHSV, y_BHTV, dy_BHTV))
+    logsum_BHT = _padded(logsum_BHT, 2)
     mean_BHT = (dy * y).astype(jnp.float32).sum(axis=-1)
 
     def meet(carry, i, j):
@@ -138,7 +158,4 @@ def _backward(scale, causal, saved, grads):
     start = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
     found = _walk(meet, start, (q.shape[2] // BLOCK, k.shape[2] // BLOCK), causal)
     own = zip(found, (q_BHTC, k_BHSC, v_BHSV), strict=True)
-    return (*(d[:, :, : a.shape[2]].astype(a.dtype) for d, a in own), None, None)
-
-
-by_blocks.defvjp(_forward, _backward)
+    return tuple(d[:, :, : a.shape[2]].astype(a.dtype) for d, a in own)

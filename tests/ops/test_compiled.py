@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from k2jax.ops.attention import by_blocks
 from k2jax.ops.grouped import grouped
 from k2jax.plan import targets
 from k2jax.plan.compiler import GPU_OPTIONS, devices_of
@@ -31,3 +32,23 @@ def test_grouped_products_compile_and_no_row_meets_every_expert(target):
     compiled = lowered.compile(options)
     # Masked copies of the rows, one an expert, would take 11 GB.
     assert compiled.memory_analysis().temp_size_in_bytes < 1e8
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("target", TPUS)
+def test_attention_compiles_for_tpus_and_nothing_is_copied_for_it(target):
+    pytest.importorskip("libtpu")
+    device = jax.sharding.SingleDeviceSharding(devices_of(targets.parse(target))[0])
+    array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+    def step(q, k, v, segment, dy):
+        mix = lambda q, k, v: by_blocks(q, k, v, (segment, segment), jnp.int32(0), 0.1, True)
+        y, back, top = jax.vjp(mix, q, k, v, has_aux=True)
+        return y, top, *back(dy)
+
+    queries, values = array(1, 64, 4096, 192), array(1, 64, 4096, 128)
+    args = (queries, queries, values, array(1, 4096, dtype="int32"), values)
+    compiled = jax.jit(step).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    # What each query's row needs, 1 MB of float32 a number; whole scores would take 2 GB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4e6
