@@ -112,14 +112,15 @@ class _Walk:
     """Kernels that visit the blocks of a batch, alike for all heads."""
 
     def __init__(self, q, k, segments, first, way: Way):
-        blocks = tuple(way.sizes.block(a.shape[2]) for a in (q, k))
+        blocks = way.sizes.block(q.shape[2]), way.sizes.block(k.shape[2])
         self.step = _Step(way.scale, *blocks, way.sizes.part)
         self.heads, self.first, self.interpret = q.shape[1], first, way.interpret
         # Rows of padding are a document of their own: they see themselves, nobody sees them.
         pairs = zip(segments, blocks, strict=True)
         self.segments = [_padded(a, 1, block, -1) for a, block in pairs]
         self.kind_BQK = kinds(self.segments, blocks, first)
-        self.may_QK = possible(blocks, self.kind_BQK.shape[1:], way.causal)
+        _, queries, keys = self.kind_BQK.shape
+        self.may_QK = possible(blocks, (queries, keys), way.causal)
 
     def upright(self, a: jax.Array, keys: bool = False) -> _Operand:
         """Positions are rows."""
