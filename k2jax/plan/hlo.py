@@ -25,6 +25,7 @@ COLLECTIVES = (
 )  # fmt: skip
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_TOLD = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -68,9 +69,9 @@ def account(text: str, mesh: tuple[int, ...] = (), open_trips: float = 1.0) -> A
         open_trips: how often a loop runs whose count only the data knows.
 
     Returns:
-        Matrix products at two operations a multiplication; ring bytes of collectives, an
-        all-to-all as (n-1)/n of its operand, a ragged one of the smaller of its two buffers: the
-        other has room for more than is sent on average.
+        Matrix products at two operations a multiplication, those of a TPU kernel as it tells them;
+        ring bytes of collectives, an all-to-all as (n-1)/n of its operand, a ragged one of the
+        smaller of its two buffers: the other has room for more than is sent on average.
     """
     entry, computations = _parse(text)
     found = Account()
@@ -162,6 +163,8 @@ def _size(shape: tuple[str, tuple[int, ...]]) -> float:
 def _flops(line: Instruction, shapes: dict) -> float:
     if line.op == "convolution":
         return _convolution(line, shapes)
+    if told := line.op == "custom-call" and _TOLD.search(line.rest):
+        return float(told[1])
     ragged = line.op == "ragged-dot"
     gemm = line.op == "custom-call" and "gemm" in line.attribute("custom_call_target")
     if not (line.op == "dot" or ragged or gemm):

@@ -8,6 +8,7 @@ from k2jax.ops.attention import by_blocks
 from k2jax.ops.grouped import grouped
 from k2jax.plan import targets
 from k2jax.plan.compiler import GPU_OPTIONS, devices_of
+from k2jax.plan.hlo import account
 
 ROWS, EXPERTS, EMBED, HIDDEN = 65_536, 12, 7_168, 2_048
 GPUS = ("h100:1x1", "h200:1x1", "b200:1x1")
@@ -52,3 +53,6 @@ def test_attention_compiles_for_tpus_and_nothing_is_copied_for_it(target):
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
     # What each query's row needs, 1 MB of float32 a number; whole scores would take 2 GB.
     assert compiled.memory_analysis().temp_size_in_bytes < 4e6
+    # Seven products of three kernels, and two that the gradients make again; half is masked.
+    pairs, (qk, value) = 64 * 4096**2 / 2, (192, 128)
+    assert account(compiled.as_text()).flops == 2 * pairs * (5 * qk + 4 * value)
