@@ -91,7 +91,7 @@ class _Training:
             words = (self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
             check(*words)  # mistakes first: compiling cannot be interrupted
             if jax.default_backend() != "cpu":
-                check_kernels(self.program.dispatch)
+                check_kernels(self.program.dispatch, self.run.model, self.run.data.context)
             if init and latest is None:
                 find(init)
             # Compiling takes longest, so it starts before the rest and the data is read beside it.

@@ -12,31 +12,48 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, ModelConfig
 from k2jax.model.dispatch import AXIS, Dispatch, exchanged, gathered
+from k2jax.ops.attention import BLOCK, by_blocks
 from k2jax.ops.grouped import grouped
 from k2jax.sharding import BATCH, meshless
 
 # Of the largest right value. bfloat16 rounds by 2^-9; what is wrong is off by far more.
 LIMIT = 0.02
 PARTS = ("values", "gradients of the rows", "gradients of the matrices")
+MIXED = (
+    "values",
+    "largest logits",
+    *(f"gradients of the {of}" for of in ("queries", "keys", "values")),
+)
 ROWS, WIDTH, HIDDEN = 1_024, 256, 512
 TOKENS, NARROW = 24, 128  # of the exchange, a device
 SIZES = (300, 0, 514, 130)  # a group may be empty, and the last rows are nobody's
+LENGTH, ENDS = 1_100, (1_030, 1_080)  # of a row, and of its documents; the rest is padding
+HEADS, SHARP = 2, 3.0  # the usual size of a logit
 
 
-def check_kernels(dispatch: Dispatch) -> None:
+def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
     """Run each kernel that the mesh in use would train with beside its reference.
+
+    Args:
+        dispatch: how tokens reach their experts.
+        cfg: widths of a head.
+        context: tokens of a row.
 
     Raises:
         ConfigError: values or gradients differ.
     """
-    _agree("grouped products", *_products())
+    _agree("grouped products", PARTS, *_products())
+    if context > BLOCK:
+        _agree("attention", MIXED, *_attention(cfg))
     if not meshless() and dispatch.kind != "gather" and jax.sharding.get_mesh().shape[AXIS] > 1:
-        _agree("the exchange of tokens", *_layer(dispatch))
+        _agree("the exchange of tokens", PARTS, *_layer(dispatch))
 
 
-def _agree(name: str, fast: Callable, slow: Callable, args: Sequence[jax.Array]) -> None:
+def _agree(
+    name: str, parts: Sequence[str], fast: Callable, slow: Callable, args: Sequence[jax.Array]
+) -> None:
     """Compare values and gradients."""
 
     @jax.jit
@@ -46,7 +63,7 @@ def _agree(name: str, fast: Callable, slow: Callable, args: Sequence[jax.Array])
         wide = lambda a: a.astype(jnp.float32)
         return jnp.stack([far(wide(a), wide(b)) for a, b in zip(found, right, strict=True)])
 
-    for part, error in zip(PARTS, jax.device_get(errors(*args)), strict=True):
+    for part, error in zip(parts, jax.device_get(errors(*args)), strict=True):
         if not error <= LIMIT:  # not a number is wrong too
             raise ConfigError(
                 f"{name}: wrong {part} on {jax.devices()[0].device_kind}, off by {error:.1%};"
@@ -55,9 +72,9 @@ def _agree(name: str, fast: Callable, slow: Callable, args: Sequence[jax.Array])
 
 
 def _differentiated(run: Callable, args: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Values, and gradients by two arguments for an output gradient that is not constant."""
-    y, back = jax.vjp(run, *args)
-    return y, *back(jnp.cos(y))
+    """Values, and gradients by all arguments for output gradients that are not constant."""
+    found, back = jax.vjp(run, *args)
+    return *jax.tree.leaves(found), *back(jax.tree.map(jnp.cos, found))
 
 
 def _drawn(*shapes: tuple[int, ...]) -> list[jax.Array]:
@@ -83,10 +100,47 @@ def _products():
         return jnp.where(row_M1 < ends[-1], y_MN, 0)
 
     args = _drawn((ROWS, WIDTH), (len(SIZES), WIDTH, HIDDEN))
+    return _alone(by_groups), _alone(masked), args
+
+
+def _alone(run: Callable) -> Callable:
+    """On each device the same."""
     if meshless():
-        return by_groups, masked, args
-    alone = functools.partial(jax.shard_map, in_specs=P(), out_specs=P(), check_vma=False)
-    return alone(by_groups), alone(masked), args
+        return run
+    return jax.shard_map(run, in_specs=P(), out_specs=P(), check_vma=False)
+
+
+def _attention(cfg: ModelConfig):
+    """Queries of a device that is not the first along `context`, if it has several; and scores."""
+    whole = meshless() or jax.sharding.get_mesh().shape["context"] == 1
+    first = 0 if whole else LENGTH // 3
+    order_S = np.arange(LENGTH)
+    segment_BS = np.searchsorted(ENDS, order_S, side="right")[None] + 1
+    segment_BS = np.where(order_S < ENDS[-1], segment_BS, 0).astype(np.int32)
+    segment_BT = segment_BS[:, first:]
+    seen_BTS = segment_BT[:, :, None] == segment_BS[:, None]
+    seen_BTS &= order_S[first:, None] >= order_S
+    q_BHTC, k_BHSC, v_BHSV = _drawn(
+        (1, HEADS, LENGTH - first, cfg.size("qk")),
+        (1, HEADS, LENGTH, cfg.size("qk")),
+        (1, HEADS, LENGTH, cfg.value),
+    )
+    # Entries were drawn smaller by the square roots of the lengths.
+    scale = SHARP * (q_BHTC.shape[2] * LENGTH / cfg.size("qk")) ** 0.5
+
+    def by_kernel(q_BHTC, k_BHSC, v_BHSV):
+        segments = jnp.array(segment_BT), jnp.array(segment_BS)
+        return by_blocks(q_BHTC, k_BHSC, v_BHSV, segments, jnp.int32(first), scale, whole)
+
+    def by_scores(q_BHTC, k_BHSC, v_BHSV):
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        logit_BHTS = product("bhtc,bhsc->bhts", q_BHTC, k_BHSC) * scale
+        logit_BHTS = jnp.where(seen_BTS[:, None], logit_BHTS, -jnp.inf)
+        weight_BHTS = jax.nn.softmax(logit_BHTS).astype(v_BHSV.dtype)
+        y_BHTV = product("bhts,bhsv->bhtv", weight_BHTS, v_BHSV).astype(v_BHSV.dtype)
+        return y_BHTV, jax.lax.stop_gradient(logit_BHTS.max(axis=-1))
+
+    return _alone(by_kernel), _alone(by_scores), (q_BHTC, k_BHSC, v_BHSV)
 
 
 def _layer(dispatch: Dispatch):

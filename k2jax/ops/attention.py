@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.ops import attention_gpu as gpu
+from k2jax.ops import attention_tpu as tpu
 
 BLOCK = 512  # queries, and keys, that meet at a time
 NONE = -1e30  # below every logit; finite, so that differences are
@@ -37,8 +38,8 @@ def by_blocks(q_BHTC, k_BHSC, v_BHSV, segments, first, scale: float, causal: boo
         causal: whether `first` is known to be 0, so that later keys need not be looked at.
 
     Products are accumulated in float32; weights meet the values in their dtype. Queries and keys
-    meet in pairs of blocks, softmax sums are carried along [Rabe & Staats 2021; Dao 2022]. NVIDIA
-    GPUs have kernels of our own for the dtypes and widths that they are `usable` for.
+    meet in pairs of blocks, softmax sums are carried along [Rabe & Staats 2021; Dao 2022]. TPUs have
+    kernels of our own, and GPUs for the dtypes and widths that these are `usable` for.
     """
     return _forward(q_BHTC, k_BHSC, v_BHSV, segments, first, scale, causal)[0]
 
@@ -48,6 +49,7 @@ def _forward(q_BHTC, k_BHSC, v_BHSV, segments, first, scale, causal):
     by = {"default": functools.partial(_mixed, scale=scale, causal=causal)}
     if gpu.usable(q_BHTC, v_BHSV):
         by["cuda"] = functools.partial(gpu.forward, scale=scale)
+    by["tpu"] = functools.partial(tpu.forward, way=tpu.Way(scale, causal))
     y_BHTV, top_BHT, logsum_BHT = jax.lax.platform_dependent(*given, **by)
     return (y_BHTV, top_BHT), (*given, y_BHTV, logsum_BHT)
 
@@ -56,6 +58,7 @@ def _backward(scale, causal, saved, grads):
     by = {"default": functools.partial(_gradients, scale=scale, causal=causal)}
     if gpu.usable(saved[0], saved[2]):
         by["cuda"] = functools.partial(gpu.backward, scale=scale)
+    by["tpu"] = functools.partial(tpu.backward, way=tpu.Way(scale, causal))
     return *jax.lax.platform_dependent(saved, grads[0], **by), None, None
 
 

@@ -19,12 +19,14 @@ BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2,
     "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
 }  # fmt: skip
+CALLS = ("call", "async-start", "call-start")  # the last: on a TPU's sparse core
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute",
 )  # fmt: skip
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_TOLD = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -68,9 +70,9 @@ def account(text: str, mesh: tuple[int, ...] = (), open_trips: float = 1.0) -> A
         open_trips: how often a loop runs whose count only the data knows.
 
     Returns:
-        Matrix products at two operations a multiplication; ring bytes of collectives, an
-        all-to-all as (n-1)/n of its operand, a ragged one of the smaller of its two buffers: the
-        other has room for more than is sent on average.
+        Matrix products at two operations a multiplication, those of a TPU kernel as it tells them;
+        ring bytes of collectives, an all-to-all as (n-1)/n of its operand, a ragged one of the
+        smaller of its two buffers: the other has room for more than is sent on average.
     """
     entry, computations = _parse(text)
     found = Account()
@@ -130,7 +132,7 @@ def _times(
 
 def _callees(line: Instruction) -> Iterator[str]:
     keys = {"while": ("body",), "conditional": ("true_computation", "false_computation")}
-    names = keys.get(line.op, ("calls", "to_apply") if line.op in ("call", "async-start") else ())
+    names = keys.get(line.op, ("calls", "to_apply") if line.op in CALLS else ())
     if line.op == "fusion":
         names = ("calls",)
     for name in names:
@@ -162,6 +164,8 @@ def _size(shape: tuple[str, tuple[int, ...]]) -> float:
 def _flops(line: Instruction, shapes: dict) -> float:
     if line.op == "convolution":
         return _convolution(line, shapes)
+    if told := line.op == "custom-call" and _TOLD.search(line.rest):
+        return float(told[1])
     ragged = line.op == "ragged-dot"
     gemm = line.op == "custom-call" and "gemm" in line.attribute("custom_call_target")
     if not (line.op == "dot" or ragged or gemm):

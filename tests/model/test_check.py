@@ -1,15 +1,19 @@
 """A kernel that is wrong is refused before a run trains with it."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from k2jax import sharding
-from k2jax.config import ConfigError, MeshConfig
+from k2jax.config import ConfigError, MeshConfig, ModelConfig
 from k2jax.model import check, dispatch
 from k2jax.model.dispatch import Dispatch
+from k2jax.ops.attention import BLOCK
 
 EXCHANGE = Dispatch("exchange", 0.5)
+CFG = ModelConfig(nope=16, rope=8, value=16)
 
 
 @pytest.fixture
@@ -19,7 +23,7 @@ def mesh():
 
 
 def test_right_kernels_pass(mesh):
-    check.check_kernels(EXCHANGE)
+    check.check_kernels(EXCHANGE, CFG, BLOCK)
 
 
 def test_wrong_products_are_refused(monkeypatch):
@@ -34,7 +38,7 @@ def test_wrong_products_are_refused(monkeypatch):
     )
     monkeypatch.setattr(check, "grouped", wrong)
     with pytest.raises(ConfigError, match="grouped products: wrong gradients of the rows on cpu"):
-        check.check_kernels(Dispatch())
+        check.check_kernels(Dispatch(), CFG, BLOCK)
 
 
 def test_an_exchange_that_loses_rows_is_refused(mesh, monkeypatch):
@@ -45,4 +49,30 @@ def test_an_exchange_that_loses_rows_is_refused(mesh, monkeypatch):
 
     monkeypatch.setattr(dispatch, "exchange", lossy)
     with pytest.raises(ConfigError, match="the exchange of tokens: wrong values on cpu"):
-        check.check_kernels(EXCHANGE)
+        check.check_kernels(EXCHANGE, CFG, BLOCK)
+
+
+@pytest.fixture
+def no_products(monkeypatch):
+    monkeypatch.setattr(check, "_products", lambda: (jnp.dot, jnp.dot, [jnp.ones(2)] * 2))
+
+
+@pytest.mark.parametrize("config", [None, MeshConfig(data=2, context=2)], ids=str)
+def test_right_attention_passes(config, no_products):
+    with jax.set_mesh(sharding.make(config)) if config else contextlib.nullcontext():
+        check.check_kernels(Dispatch(), CFG, BLOCK + 1)
+
+
+def steeper(y, top):
+    return 2 * y - jax.lax.stop_gradient(y), top
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong"),
+    [("largest logits", lambda y, top: (y, 1.1 * top)), ("gradients of the queries", steeper)],
+)
+def test_wrong_attention_is_refused(part, wrong, no_products, monkeypatch):
+    right = check.by_blocks
+    monkeypatch.setattr(check, "by_blocks", lambda *args: wrong(*right(*args)))
+    with pytest.raises(ConfigError, match=f"attention: wrong {part} on cpu"):
+        check.check_kernels(Dispatch(), CFG, BLOCK + 1)

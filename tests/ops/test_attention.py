@@ -8,6 +8,7 @@ import pytest
 from k2jax import sharding
 from k2jax.config import MeshConfig
 from k2jax.model import attention
+from k2jax.ops import attention_tpu as tpu
 from k2jax.ops.attention import BLOCK
 
 B, H, C, V = 2, 2, 12, 8
@@ -67,3 +68,21 @@ def test_on_a_mesh_they_are_those_of_one_device(config):
         )
         found = differentiated(attention.softmax_mix)(*map(put, inputs, axes))
         compare(jax.device_get(found), [np.asarray(a) for a in right], 1e-5)
+
+
+# Everything is padded; then the queries of one device of several.
+@pytest.mark.parametrize(("length", "own"), [(77, slice(0, 77)), (96, slice(32, 80))], ids=str)
+def test_the_tpu_kernels_give_those_of_whole_scores(length, own):
+    q, k, v, segment, dy = drawn(length)
+    dy[:, :, : own.start] = dy[:, :, own.stop :] = 0
+    right = differentiated(attention._mix)(q, k, v, segment, dy)
+    way = tpu.Way(0.3, own.start == 0, tpu.Sizes(least=16, most=32, part=8), interpret=True)
+
+    @jax.jit
+    def found(q, k, v, segment, dy, first):
+        inputs = (q, k, v, (segment[:, own], segment), first)
+        y, top, logsum = tpu.forward(*inputs, way)
+        return y, top, *tpu.backward((*inputs, y, logsum), dy, way)
+
+    gradients = found(q[:, :, own], k, v, segment, dy[:, :, own], jnp.int32(own.start))
+    compare(gradients, [*(a[:, :, own] for a in right[:3]), *right[3:]], 1e-5)

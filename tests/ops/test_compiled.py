@@ -8,6 +8,7 @@ from k2jax.ops.attention import by_blocks
 from k2jax.ops.grouped import grouped
 from k2jax.plan import targets
 from k2jax.plan.compiler import GPU_OPTIONS, devices_of
+from k2jax.plan.hlo import account
 
 ROWS, EXPERTS, EMBED, HIDDEN = 65_536, 12, 7_168, 2_048
 GPUS = ("h100:1x1", "h200:1x1", "b200:1x1")
@@ -35,9 +36,9 @@ def test_grouped_products_compile_and_no_row_meets_every_expert(target):
 
 
 @pytest.mark.compiles
-@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("target", [*GPUS, *TPUS])
 def test_attention_compiles_and_no_head_has_its_scores_whole(target):
-    pytest.importorskip("jax_plugins.xla_cuda13")
+    pytest.importorskip("jax_plugins.xla_cuda13" if target in GPUS else "libtpu")
     device = jax.sharding.SingleDeviceSharding(devices_of(targets.parse(target))[0])
     array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
@@ -48,7 +49,14 @@ def test_attention_compiles_and_no_head_has_its_scores_whole(target):
 
     queries, values = array(1, 64, 4096, 192), array(1, 64, 4096, 128)
     args = (queries, queries, values, array(1, 4096, dtype="int32"), values)
-    compiled = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",)).compile(GPU_OPTIONS)
-    assert compiled.as_text().count("__gpu$xla.gpu.triton") == 3
+    platform, options = ("cuda", GPU_OPTIONS) if target in GPUS else ("tpu", None)
+    lowered = jax.jit(step).trace(*args).lower(lowering_platforms=(platform,))
+    compiled = lowered.compile(options)
+    kernel = "__gpu$xla.gpu.triton" if target in GPUS else 'custom_call_target="tpu_custom_call"'
+    assert compiled.as_text().count(kernel) == 3
     # What each query's row needs, 1 MB of float32 a number; whole scores would take 2 GB.
     assert compiled.memory_analysis().temp_size_in_bytes < 4e6
+    if target in TPUS:
+        # Seven products of three kernels, and two that the gradients make again; half is masked.
+        pairs, (qk, value) = 64 * 4096**2 / 2, (192, 128)
+        assert account(compiled.as_text()).flops == 2 * pairs * (5 * qk + 4 * value)

@@ -135,3 +135,12 @@ def test_loops_without_a_count_and_silent_kernels_are_told():
     found = account(text)
     assert found.open_loops == 1
     assert found.kernels == {"tpu_custom_call": 1}
+
+
+def test_a_kernel_that_tells_its_work_is_counted():
+    line = (
+        '%k = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config='
+        '{"custom_call_config":{"body":"T0==","cost_estimate":{"flops":"640","transcendentals":"8"}}}'
+    )
+    found = account(program(line, "  %p = f32[4]{0} parameter(0)"))
+    assert found.flops == 640 and not found.kernels
