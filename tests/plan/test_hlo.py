@@ -144,3 +144,14 @@ def test_a_kernel_that_tells_its_work_is_counted():
     )
     found = account(program(line, "  %p = f32[4]{0} parameter(0)"))
     assert found.flops == 640 and not found.kernels
+
+
+@pytest.mark.parametrize("start", ["call-start", "async-start", "call"])
+def test_a_collective_that_another_core_carries_out_is_counted(start):
+    text = (
+        "%beside (q: f32[4]) -> f32[8] {\n  %q = f32[4]{0} parameter(0)\n"
+        "  ROOT %g = f32[8]{0} all-gather(%q), replica_groups={{0,1},{2,3}}, dimensions={0}\n}\n\n"
+        "ENTRY %main (p: f32[4]) -> f32[8] {\n  %p = f32[4]{0} parameter(0)\n"
+        f"  %s = ((f32[4]{{0}}, token[]), f32[8]{{0}}) {start}(%p), to_apply=%beside\n}}\n"
+    )
+    assert account(text, (1, 2, 2, 1, 1)).wire == {"all-gather": {"expert": 32 / 2}}
