@@ -38,8 +38,8 @@ def by_blocks(q_BHTC, k_BHSC, v_BHSV, segments, first, scale: float, causal: boo
         causal: whether `first` is known to be 0, so that later keys need not be looked at.
 
     Products are accumulated in float32; weights meet the values in their dtype. Queries and keys
-    meet in pairs of blocks, softmax sums are carried along [Rabe & Staats 2021; Dao 2022]. TPUs have
-    kernels of our own, and GPUs for the dtypes and widths that these are `usable` for.
+    meet in pairs of blocks, softmax sums are carried along [Rabe & Staats 2021; Dao 2022]. TPUs
+    have kernels of our own, and GPUs for the dtypes and widths that these are `usable` for.
     """
     return _forward(q_BHTC, k_BHSC, v_BHSV, segments, first, scale, causal)[0]
 
