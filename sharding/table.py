@@ -8,8 +8,9 @@ from k2jax.config import MESH_AXES
 BATCH = ("replica", "data", "expert")
 
 # Training. STORAGE axes only say where weights rest (FSDP): they are gathered just before use.
-# Experts are split over `expert` anyway, so they rest split over `data` too. The rest, 1% of K2, is
-# split over one axis only: TPUs gather over a whole pod by an all-reduce, for twice the bytes.
+# Experts are split over `expert` anyway, so they rest split over `data` and `context` too. The
+# rest, 1% of K2, is split over one axis only: TPUs gather over a whole pod by an all-reduce, for
+# twice the bytes.
 TRAIN: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH,
     "length": ("context",),
@@ -20,7 +21,7 @@ TRAIN: Mapping[str, tuple[str, ...]] = {
     "expert_ffw": ("model",),
     "experts": ("expert",),
     "embed": ("expert",),
-    "expert_embed": ("data",),
+    "expert_embed": ("data", "context"),
     "q_latent": ("expert",),
     "kv_latent": ("expert",),
 }

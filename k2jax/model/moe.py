@@ -19,7 +19,7 @@ from k2jax.model.router import Routing, count, route
 from k2jax.ops.exchange import gather_over
 from k2jax.ops.experts import expert_mlp
 from k2jax.params import Declare
-from k2jax.sharding import BATCH, meshless, place
+from k2jax.sharding import BATCH, meshless, place, storage_spec
 
 # Rows up to which every chosen expert may see all of them (`mixture_of_few`).
 FEW = 16
@@ -137,8 +137,9 @@ def _on_device(
     else:
         # Gathered in here, where their gradients are scattered as they are summed.
         dims = (1, 1, 2)
-        over_data = lambda a, dim: gather_over(a, "data", dim, travels)
-        weights = tuple(map(over_data, weights, dims))
+        axes = storage_spec(("expert_embed",))[0]
+        whole = lambda a, dim: gather_over(a, axes, dim, travels)
+        weights = tuple(map(whole, weights, dims))
         if dispatch.kind == "gather" or jax.lax.axis_size("expert") == 1:
             y_ND = gathered(*chosen, weights)
         else:

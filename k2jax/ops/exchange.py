@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+Axes = str | tuple[str, ...]
+
 
 class Pieces(NamedTuple):
     """What every device of the axis sends to every expert, and back; int32 [senders, experts].
@@ -24,30 +26,30 @@ class Pieces(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gather_over(part: jax.Array, axis: str, dim: int, travels: str | None) -> jax.Array:
-    """The whole of an array that a mesh axis splits along `dim`.
+def gather_over(part: jax.Array, axes: Axes, dim: int, travels: str | None) -> jax.Array:
+    """The whole of an array that mesh axes split along `dim`.
 
     Its gradient is `scatter_sum`, sent in the dtype `travels`; None: its own.
     """
-    return jax.lax.all_gather(part, axis, axis=dim, tiled=True)
+    return jax.lax.all_gather(part, axes, axis=dim, tiled=True)
 
 
-def scatter_sum(whole: jax.Array, axis: str, dim: int) -> jax.Array:
-    """The sum of a mesh axis's arrays, each device its part along `dim`.
+def scatter_sum(whole: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """The sum of the arrays along mesh axes, each device its part along `dim`.
 
     Along the last dim pieces first, and the others as one: TPUs would else all-reduce.
     """
     if dim < whole.ndim - 1:
-        return jax.lax.psum_scatter(whole, axis, scatter_dimension=dim, tiled=True)
-    part = (*whole.shape[:-1], whole.shape[-1] // jax.lax.axis_size(axis))
+        return jax.lax.psum_scatter(whole, axes, scatter_dimension=dim, tiled=True)
+    part = (*whole.shape[:-1], whole.shape[-1] // jax.lax.axis_size(axes))
     pieces = jnp.moveaxis(whole.reshape(math.prod(part[:-1]), -1, part[-1]), 1, 0)
-    return jax.lax.psum_scatter(pieces, axis, scatter_dimension=0).reshape(part)
+    return jax.lax.psum_scatter(pieces, axes, scatter_dimension=0).reshape(part)
 
 
 gather_over.defvjp(
-    lambda part, axis, dim, travels: (gather_over(part, axis, dim, travels), None),
-    lambda axis, dim, travels, _, dy: (
-        scatter_sum(dy.astype(travels or dy.dtype), axis, dim).astype(dy.dtype),
+    lambda part, axes, dim, travels: (gather_over(part, axes, dim, travels), None),
+    lambda axes, dim, travels, _, dy: (
+        scatter_sum(dy.astype(travels or dy.dtype), axes, dim).astype(dy.dtype),
     ),
 )
 

@@ -30,10 +30,10 @@ PLANS = {
     "layers.moe.router": (P(None, FSDP, None), P(None, None, None)),
     "layers.moe.bias": (P(None, None), P(None, None)),
     "layers.moe.experts.gate": (
-        P(None, "expert", "data", "model"), P(None, "expert", None, "model"),
+        P(None, "expert", ("data", "context"), "model"), P(None, "expert", None, "model"),
     ),
     "layers.moe.experts.down": (
-        P(None, "expert", "model", "data"), P(None, "expert", "model", None),
+        P(None, "expert", "model", ("data", "context")), P(None, "expert", "model", None),
     ),
     "layers.moe.shared.up": (P(None, FSDP, "model"), P(None, None, "model")),
     "dense.mlp.down": (P(None, "model", FSDP), P(None, "model", None)),
@@ -81,7 +81,7 @@ REFUSED = [
     (MeshConfig(data=3), "(size 7168) 3 ways over data; 2 or 4 would divide it"),
     (MeshConfig(expert=256), "'experts' (size 384) 256 ways over expert; 192 or 384 would"),
     (MeshConfig(data=5), "'embed' (size 7168) 5 ways over data; 4 or 7 would divide it"),
-    (MeshConfig(context=3), "'length' (size 4096) 3 ways over context; 2 or 4 would divide it"),
+    (MeshConfig(context=7), "'length' (size 4096) 7 ways over context; 4 or 8 would divide it"),
 ]
 
 
