@@ -137,7 +137,7 @@ class Program:
 
     def _loss(self, trainable: Params, fixed: Params, batch: Batch, total: jax.Array):
         run = self.run
-        travels = {"compute": None}.get(run.train.grad_dtype, run.train.grad_dtype)
+        travels = None if run.train.grad_dtype == "compute" else run.train.grad_dtype
         w = bind(Kimi(run.model), trainable | fixed, travels)
         x_BTD, aux = hidden(w, batch, run.model, run.train.dtype, run.train.remat, self.dispatch)
         nll_BT = losses(w.head, x_BTD, batch.target)
