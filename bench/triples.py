@@ -32,9 +32,11 @@ TARGETS = {
 
 
 def settings(mesh: MeshConfig) -> dict[str, str]:
-    """One row for each device that takes rows."""
+    """One row for each device that takes rows; gradients as they come."""
     rows = mesh.replica * mesh.data * mesh.expert
-    return {"data.rows": str(rows), "train.accumulate": "1"}
+    return {
+        "data.rows": str(rows), "train.accumulate": "1", "train.grad_dtype": "bfloat16",
+    }  # fmt: skip
 
 
 def valid(run: RunConfig, target: targets.Target) -> list[MeshConfig]:

@@ -29,7 +29,6 @@ DERIVED_AXES: dict[str, tuple[str, ...]] = {
 }
 MESH_AXES = ("replica", "data", "expert", "context", "model")
 DTYPES = ("float32", "bfloat16")
-GRAD_DTYPES = ("compute", "float32")
 REMAT = ("none", "full", "dots")
 OPTIMIZERS = ("muonclip", "adamw")
 DISPATCH = ("gather", "exchange", "bounded")
@@ -213,7 +212,7 @@ class TrainConfig:
     steps: int = knob(100, "optimizer steps of the whole run")
     seed: int = knob(0, "draws the initial weights")
     dtype: str = knob("bfloat16", "compute dtype; weights are kept in float32")
-    grad_dtype: str = knob("compute", f"that gradients travel in: {', '.join(GRAD_DTYPES)}")
+    grad_dtype: str = knob("float32", f"that gradients travel in: {', '.join(DTYPES)}")
     remat: str = knob("full", f"what is recomputed in the backward pass: {', '.join(REMAT)}")
     accumulate: int = knob(1, "micro-batches a step")
     dispatch: str = knob("gather", f"how tokens meet their experts: {', '.join(DISPATCH)}")
@@ -414,7 +413,7 @@ def _validate_upkeep(run: RunConfig) -> None:
 def _validate_choices(run: RunConfig) -> None:
     choices: dict[str, tuple[str, tuple[str, ...]]] = {
         "train.dtype": (run.train.dtype, DTYPES),
-        "train.grad_dtype": (run.train.grad_dtype, GRAD_DTYPES),
+        "train.grad_dtype": (run.train.grad_dtype, DTYPES),
         "train.remat": (run.train.remat, REMAT),
         "train.dispatch": (run.train.dispatch, DISPATCH),
         "optim.name": (run.optim.name, OPTIMIZERS),
@@ -465,8 +464,6 @@ def _idle_between_devices(run: RunConfig) -> dict[str, str]:
         idle = {"train.buffer": "train.dispatch gather"}
     if run.mesh.devices == 1:
         idle["train.grad_dtype"] = "one device"
-    elif run.train.dtype == "float32":
-        idle["train.grad_dtype"] = "train.dtype float32"
     return idle
 
 

@@ -89,7 +89,7 @@ def bind(module: Module, params: Mapping[str, jax.Array], grad_dtype: str | None
     Args:
         module: declarations.
         params: arrays by name; more than it declares do not matter.
-        grad_dtype: what gradients of weights travel in between devices; None: the compute dtype.
+        grad_dtype: what gradients of weights travel in between devices; None: the dtype they have.
 
     Raises:
         KeyError: a parameter is missing.

@@ -137,8 +137,7 @@ class Program:
 
     def _loss(self, trainable: Params, fixed: Params, batch: Batch, total: jax.Array):
         run = self.run
-        travels = None if run.train.grad_dtype == "compute" else run.train.grad_dtype
-        w = bind(Kimi(run.model), trainable | fixed, travels)
+        w = bind(Kimi(run.model), trainable | fixed, run.train.grad_dtype)
         x_BTD, aux = hidden(w, batch, run.model, run.train.dtype, run.train.remat, self.dispatch)
         nll_BT = losses(w.head, x_BTD, batch.target)
         loss = (nll_BT * batch.weight).sum() / total

@@ -58,6 +58,11 @@ def _activations(case: Case, wire: Wire) -> None:
     latent = case.width * tokens * mesh.context * case.layers * (cfg.kv_rank + cfg.rope)
     add(wire, "all-gather", ["context"], mesh, times * latent)
     add(wire, "reduce-scatter", ["context"], mesh, latent)
+    if case.blocks:
+        # Gradients of keys and values of whole rows, each head's own, from all queries.
+        heads = cfg.heads / mesh.model * (cfg.nope + cfg.rope + cfg.value)
+        keys = case.width * tokens * mesh.context * case.layers * heads
+        add(wire, "all-reduce", ["context"], mesh, keys)
 
 
 def _experts(case: Case, wire: Wire) -> None:

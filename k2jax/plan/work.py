@@ -76,7 +76,7 @@ class Case:
     @property
     def grad_width(self) -> int:
         """Bytes of a number of a gradient between devices."""
-        return 4 if self.run.train.grad_dtype == "float32" else self.width
+        return 4 if self.run.train.grad_dtype == "float32" else 2
 
     @property
     def gathers(self) -> int:
