@@ -83,7 +83,7 @@ def test_every_parameter_names_its_published_tensor():
     assert leaves["layers.moe.experts.gate"] == {
         "name": "layers.moe.experts.gate",
         "shape": [60, 384, 7168, 2048],
-        "layout": "P(None, 'expert', 'data', 'model')",
+        "layout": "P(None, 'expert', ('data', 'context'), 'model')",
         "group": "muon",
         "published": "model.layers.{l}.mlp.experts.{e}.gate_proj.weight",
     }  # fmt: skip
