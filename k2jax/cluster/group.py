@@ -107,7 +107,8 @@ class Group:
         if self._finish():
             self._farewell(line, code)
         else:
-            self._ended.wait()
+            # No longer than its farewell takes: `close` may have been interrupted after its end.
+            self._ended.wait(2 * PARTING)
 
     def _farewell(self, line: str, code: int) -> None:
         for wire in self.wires.values():
