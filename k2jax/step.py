@@ -73,8 +73,8 @@ class Program:
     ) -> tuple[State, dict[str, jax.Array]]:
         """The next state and the step's metrics.
 
-        A step is refused if the loss, a gradient, a weight or a logit is not finite, or the loss
-        above `ceiling`: weights, optimizer state and its counts then stay as they were, bit for
+        A step is refused if the loss, a gradient, a weight, an update or a logit is not finite, or
+        the loss above `ceiling`: weights, optimizer state and its counts then stay as they were, bit for
         bit, and the metric `skipped` is 1. Old and new values are chosen between element by
         element, so no second copy of the state is ever there.
 
@@ -85,24 +85,23 @@ class Program:
         """
         trainable, fixed = _split(state.params, self.specs)
         grads, loss, aux = self._gradients(trainable, fixed, batch)
-        weight_norm, grad_norm = (jnp.sqrt(_squares(tree)) for tree in (trainable, grads))
-        good = jnp.isfinite(loss) & jnp.isfinite(weight_norm) & jnp.isfinite(grad_norm)
-        # NaN is below nothing; a head that saw no token has -inf.
-        good &= (aux.logit_max.max() < jnp.inf) & (loss <= ceiling)
         updates, opt = self.tx.update(grads, state.opt, trainable, logit_max=aux.logit_max)
-        opt = _chosen(good, opt, state.opt)
         moved = {
             name: balance(self.run.optim.bias_rate).update(
                 None, (), bias, expert_load=self._load_of(name, aux)
             )[0]
             for name, bias in fixed.items()
         }
-        update_norm = jnp.sqrt(_squares(updates))
-        good &= jnp.isfinite(update_norm)  # what finite gradients still can do with a huge rate
-        params = optax.apply_updates(trainable | fixed, updates | moved)
-        norms = {"weight_norm": weight_norm, "grad_norm": grad_norm, "update_norm": update_norm}
+        grad_norm, update_norm = (jnp.sqrt(_squares(tree)) for tree in (grads, updates))
+        # NaN is below nothing; a head that saw no token has -inf.
+        good = jnp.isfinite(loss) & (loss <= ceiling) & (aux.logit_max.max() < jnp.inf)
+        good &= jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        if not self.run.optim.weight_decay:  # else a weight's decay is part of its update
+            good &= jnp.isfinite(_squares(trainable))
+        new = State(optax.apply_updates(trainable | fixed, updates | moved), opt)
+        norms = {"grad_norm": grad_norm, "update_norm": update_norm}
         metrics = self._metrics(loss, aux, norms) | {"skipped": 1.0 - good}
-        return State(_chosen(good, params, state.params), opt), metrics
+        return _chosen(good, new, state), metrics
 
     def _gradients(self, trainable: Params, fixed: Params, batch: Batch):
         """Gradients, loss in nats a token, and what the forward passes reported."""

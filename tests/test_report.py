@@ -27,7 +27,7 @@ def line(step: int, **values) -> dict:
     """What the loop writes of a step."""
     return {
         "step": step, "learning_rate": 1e-3, "loss": 8 / step**0.2, "aux_loss": 1.1,
-        "grad_norm": 3.0 / step, "update_norm": 2.0, "update_rms": 1e-4, "weight_norm": 90.0,
+        "grad_norm": 3.0 / step, "update_norm": 2.0, "update_rms": 1e-4,
         "logit_max": 0.1 * step, "logit_max_layers": [0.1 * step] * LAYERS, "clipped": 0.0,
         "clipped_layers": [0.0] * LAYERS, "load_max": 1.5, "load_entropy": 0.98, "skipped": 0.0,
         "expert_load": [[100 + e for e in range(EXPERTS)]] * MOE, "seconds": 1.0,

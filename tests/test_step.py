@@ -193,8 +193,13 @@ def spoilt(run: RunConfig, how: str):
 @pytest.mark.parametrize("how", ["loss", "gradient", "weight", "ceiling"])
 @pytest.mark.parametrize(
     "run",
-    [RUN, changed("train", accumulate=2), changed("optim", name="adamw")],
-    ids=["muonclip", "two micro-batches", "adamw"],
+    [
+        RUN,
+        changed("train", accumulate=2),
+        changed("optim", name="adamw"),
+        changed("optim", name="adamw", weight_decay=0.0),
+    ],
+    ids=["muonclip", "two micro-batches", "adamw", "no decay"],
 )
 def test_a_step_that_must_not_be_taken_leaves_every_bit_of_the_state(run, how):
     state, rows, ceiling = spoilt(run, how)
@@ -221,7 +226,7 @@ def test_weights_stay_where_a_finite_gradient_would_throw_them_out_of_range():
     after, metrics = jax.jit(build(run).step)(state, to_devices(batch(0), 1))
     assert metrics["skipped"] == 1 and np.isfinite(metrics["grad_norm"])
     assert np.isinf(metrics["update_norm"])
-    jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
 def test_norms_clip_rates_and_the_entropy_of_the_load_are_what_numpy_says():
@@ -233,9 +238,6 @@ def test_norms_clip_rates_and_the_entropy_of_the_load_are_what_numpy_says():
     np.testing.assert_allclose(metrics["update_norm"], norm, rtol=1e-4)
     size = sum(u.size for u in moved)
     np.testing.assert_allclose(metrics["update_rms"], norm / size**0.5, rtol=1e-4)
-    weights = [np.asarray(w, np.float64) for name, w in state.params.items() if name != BIAS]
-    norm = np.sqrt(sum((w**2).sum() for w in weights))
-    np.testing.assert_allclose(metrics["weight_norm"], norm, rtol=1e-6)
     np.testing.assert_allclose(metrics["clipped_layers"].mean(), metrics["clipped"], rtol=1e-6)
     assert metrics["clipped_layers"].shape == (RUN.model.layers,)
     (load,) = np.float64(metrics["expert_load"])

@@ -17,7 +17,6 @@ CURVES: tuple[tuple[str, tuple[tuple[str, str], ...], dict[str, Any]], ...] = (
     ("Held-out bits per byte", (("heldout_bits_per_byte", "held out"),), {}),
     ("Learning rate", (("learning_rate", "learning rate"),), {"zero": True}),
     ("Norms", (("grad_norm", "gradient"), ("update_norm", "update")), {"log": True}),
-    ("Weight norm", (("weight_norm", "weights"),), {}),
     ("Update RMS", (("update_rms", "update"),), {"log": True}),
     ("Largest attention logit", (("logit_max", "largest of all heads"),), {}),
     ("Clipped heads (share)", (("clipped", "above tau"),), {"zero": True}),
