@@ -74,9 +74,9 @@ class Program:
         """The next state and the step's metrics.
 
         A step is refused if the loss, a gradient, a weight, an update or a logit is not finite, or
-        the loss above `ceiling`: weights, optimizer state and its counts then stay as they were, bit for
-        bit, and the metric `skipped` is 1. Old and new values are chosen between element by
-        element, so no second copy of the state is ever there.
+        the loss above `ceiling`: weights, optimizer state and its counts then stay as they were,
+        bit for bit, and the metric `skipped` is 1. Old and new values are chosen between element
+        by element, so no second copy of the state is ever there.
 
         Args:
             state: donated by the training loop.

@@ -2,12 +2,14 @@
 
 import io
 import json
+import platform
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from k2jax import configs
-from k2jax.metrics import Metrics, Progress, Speed, resident
+from k2jax.metrics import Metrics, Progress, Speed, release_memory, resident
 from k2jax.view import table
 
 VALUES = {
@@ -89,3 +91,14 @@ def test_a_number_that_is_not_finite_is_null_in_every_line(tmp_path):
         metrics.write(3, {"loss": float("nan"), "layers": [1.0, float("inf")]}, applied=1)
     (line,) = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
     assert line == {"step": 3, "learning_rate": 0.5, "loss": None, "layers": [1.0, None]}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere nothing is done")
+def test_memory_that_was_freed_goes_back_to_the_system():
+    blocks = [np.ones(8_000) for _ in range(4_000)]  # 256 MB in pieces below malloc's own mmap
+    top = blocks.pop()  # above all others, so the heap cannot simply shrink
+    blocks.clear()
+    before = resident()
+    release_memory()
+    assert resident() < before - 200e6
+    assert top.sum() == 8_000

@@ -25,10 +25,10 @@ def used(w: "nnx.Variable", dtype: jnp.dtype) -> jax.Array:
 
     It is cast before it travels; its gradient travels back in the compute dtype too.
     """
-    return _gathered(w[...].astype(dtype), _used_spec(w))
+    return _gathered(w[...].astype(dtype), used_spec(w))
 
 
-def _used_spec(w: "nnx.Variable") -> P | None:
+def used_spec(w: "nnx.Variable") -> P | None:
     """Layout of one layer's parameter while it is used."""
     axes = [axis for axis in w.get_metadata("spec").axes if axis not in LAYER_AXES]
     return None if meshless() else compute_spec(axes)
@@ -43,7 +43,7 @@ def project(
 ) -> jax.Array:
     """`x` contracted with a parameter, in `x`'s dtype, laid out by the result's logical `axes`."""
     layout, travels = spec(*axes), w.get_metadata("grad_dtype", None)
-    y = contract(einsum, layout, _used_spec(w), travels, x, w[...].astype(x.dtype))
+    y = contract(einsum, layout, used_spec(w), travels, x, w[...].astype(x.dtype))
     return checkpoint_name(y, PROJECTION)
 
 
@@ -109,6 +109,32 @@ def _summed(einsum: str, x: jax.Array, dy: jax.Array, rests: P, travels: Any) ->
     return jax.shard_map(own, in_specs=(x_spec, dy_spec), out_specs=rests, check_vma=False)(x, dy)
 
 
+@jax.custom_vjp
+def gained(x: jax.Array, gain: jax.Array) -> jax.Array:
+    """`x` times a gain along its last dim, in `x`'s dtype; each device has the whole gain.
+
+    The gain's gradient is summed as `contract`'s are, in float32.
+    """
+    return x * gain.astype(x.dtype)
+
+
+def _gained_backward(saved, dy: jax.Array):
+    x, gain = saved
+    wide = lambda a: a.astype(jnp.float32)
+    own = lambda x, dy: (wide(x) * wide(dy)).sum(axis=tuple(range(x.ndim - 1)))
+    if not meshless():
+        rows, last = jax.typeof(x).sharding.spec[:-1], jax.typeof(gain).sharding.spec
+        share = lambda x, dy: _sum_over(own(x, dy), rows, last)
+        layouts = tuple(jax.typeof(a).sharding.spec for a in (x, dy))
+        dgain = jax.shard_map(share, in_specs=layouts, out_specs=last, check_vma=False)(x, dy)
+    else:
+        dgain = own(x, dy)
+    return dy * gain.astype(dy.dtype), dgain.astype(gain.dtype)
+
+
+gained.defvjp(lambda x, gain: (gained(x, gain), (x, gain)), _gained_backward)
+
+
 def _sum_over(dw: jax.Array, over: Iterable[Entry], rests: P) -> jax.Array:
     """The sum over the mesh axes `over`, which split tokens: each device what rests on it."""
     names = [name for entry in over for name in _names(entry)]
@@ -117,7 +143,11 @@ def _sum_over(dw: jax.Array, over: Iterable[Entry], rests: P) -> jax.Array:
             if name in names:
                 dw = scatter_sum(dw, name, dim)
                 names.remove(name)
-    return jax.lax.psum(dw, names)
+    # An axis at a time: the sum of two is the same in any order, so on axes of two devices it does
+    # not depend on how many processes they are in.
+    for name in names:
+        dw = jax.lax.psum(dw, name)
+    return dw
 
 
 def _names(entry: Entry) -> tuple[str, ...]:
@@ -133,7 +163,7 @@ def look_up(w: "nnx.Variable", token: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if meshless():
         return w[...].astype(dtype)[token]
     travels = w.get_metadata("grad_dtype", None)
-    return _rows(_used_spec(w), travels, token, w[...].astype(dtype))
+    return _rows(used_spec(w), travels, token, w[...].astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -13,13 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ModelConfig
 from k2jax.model.dispatch import Dispatch, exchanged, gathered
-from k2jax.model.layout import used
+from k2jax.model.layout import contract, used_spec
 from k2jax.model.mlp import Mlp, gated
 from k2jax.model.router import Routing, count, route
 from k2jax.ops.exchange import gather_over
 from k2jax.ops.experts import expert_mlp
 from k2jax.params import Declare
-from k2jax.sharding import BATCH, meshless, place, storage_spec
+from k2jax.sharding import BATCH, meshless, place, spec, storage_spec
 
 # Rows up to which every chosen expert may see all of them (`mixture_of_few`).
 FEW = 16
@@ -55,6 +55,13 @@ class Balance(NamedTuple):
     dropped: jax.Array  # float32 scalar, share of all choices that found no room
 
 
+def router_logits(w: Moe, x_BTD: jax.Array) -> jax.Array:
+    """`logit_BTE`: float32 whatever the activations are, and so is the gradient of the weight."""
+    layout, wide = spec("batch", "length", None), jnp.float32
+    x_BTD, w_DE = x_BTD.astype(wide), w.router[...].astype(wide)
+    return contract("btd,de->bte", layout, used_spec(w.router), None, x_BTD, w_DE)
+
+
 def mixture(
     w: Moe, x_BTD: jax.Array, segment_BT: jax.Array, cfg: ModelConfig,
     dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
@@ -63,20 +70,20 @@ def mixture(
 
     Source: [JLE] modeling_deepseek.py 520-560.
     """
-    router = (used(w.router, jnp.float32), w.bias[...])
+    choice = (router_logits(w, x_BTD), w.bias[...])
     leaves = (w.experts.gate, w.experts.up, w.experts.down)
     weights = tuple(leaf[...].astype(x_BTD.dtype) for leaf in leaves)
     if meshless():
-        y_BTD, balance = _on_device(x_BTD, segment_BT, *router, *weights, cfg=cfg)
+        y_BTD, balance = _on_device(x_BTD, segment_BT, *choice, *weights, cfg=cfg)
     else:
         rows, travels = P(BATCH, "context"), w.experts.gate.get_metadata("grad_dtype", None)
         body = jax.shard_map(
             lambda *args: _on_device(*args, cfg=cfg, dispatch=dispatch, travels=travels),
-            in_specs=(rows, rows, P(), P(), *(jax.typeof(a).sharding.spec for a in weights)),
+            in_specs=(rows, rows, rows, P(), *(jax.typeof(a).sharding.spec for a in weights)),
             out_specs=(rows, P()),
             check_vma=False,  # loops and custom gradients inside; tests compare with one device
         )
-        y_BTD, balance = body(x_BTD, segment_BT, *router, *weights)
+        y_BTD, balance = body(x_BTD, segment_BT, *choice, *weights)
     if cfg.shared_experts:
         y_BTD += gated(w.shared, x_BTD)
     return y_BTD, balance
@@ -100,7 +107,8 @@ def mixture_of_few(
         segment_BT = place(jnp.ones(x_BTD.shape[:2], jnp.int32), "batch", "length")
         return mixture(w, x_BTD, segment_BT, cfg)[0]
     x_ND = x_BTD.reshape(rows, -1)
-    routing = route(x_ND, used(w.router, jnp.float32), w.bias[...], cfg)
+    logit_NE = router_logits(w, x_BTD).reshape(rows, -1)
+    routing = route(logit_NE, w.bias[...], cfg)
     hit_NKE = routing.expert_NK[..., None] == jnp.arange(cfg.experts)
     weight_NE = jnp.where(hit_NKE, routing.weight_NK[..., None], 0.0).sum(axis=1)
     chosen_E = hit_NKE.any(axis=(0, 1))
@@ -122,14 +130,14 @@ def mixture_of_few(
 
 
 def _on_device(
-    x_BTD, segment_BT, w_DE, bias_E, *weights, cfg: ModelConfig, dispatch=None, travels=None
+    x_BTD, segment_BT, logit_BTE, bias_E, *weights, cfg: ModelConfig, dispatch=None, travels=None
 ):
     """One device's share of the layer. `weights` are gate_eDF, up_eDF and down_eFD.
 
     With `dispatch` there is a mesh.
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    routing = route(x_ND, w_DE, bias_E, cfg)
+    routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
     chosen = (x_ND, routing.expert_NK, routing.weight_NK)
     dropped = jnp.zeros(())
     if dispatch is None:

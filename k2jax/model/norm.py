@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from k2jax.model.layout import gained
+
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     """`x` over its root mean square along the last dim, times `gain`.
@@ -12,4 +14,4 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     """
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return gain.astype(x.dtype) * wide.astype(x.dtype)
+    return gained(wide.astype(x.dtype), gain)

@@ -16,19 +16,17 @@ class Routing(NamedTuple):
     score_NE: jax.Array  # float32 in 0..1, before bias
 
 
-def route(x_ND: jax.Array, w_DE: jax.Array, bias_E: jax.Array, cfg: ModelConfig) -> Routing:
+def route(logit_NE: jax.Array, bias_E: jax.Array, cfg: ModelConfig) -> Routing:
     """Pick `cfg.experts_per_token` experts for each token.
 
     Args:
-        x_ND: token activations, any float dtype.
-        w_DE: router weight.
+        logit_NE: float32, the tokens' product with the router's weight.
         bias_E: float32, added to the scores for choosing, not for weighting.
         cfg: sizes; with `groups` > 1 a token chooses within its best groups only, those with the
             largest sum of their two best biased scores [DSV3 model.py].
 
-    The product is float32 whatever the inputs are. Source: [JLE] modeling_deepseek.py 390-475.
+    Source: [JLE] modeling_deepseek.py 390-475.
     """
-    logit_NE = jnp.einsum("nd,de->ne", x_ND.astype(jnp.float32), w_DE.astype(jnp.float32))
     score_NE = jax.nn.sigmoid(logit_NE)
     choice_NE = jax.lax.stop_gradient(score_NE + bias_E)
     if cfg.groups > 1:

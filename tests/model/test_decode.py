@@ -122,9 +122,8 @@ def test_few_tokens_are_mixed_as_many_are():
 
 def test_experts_nobody_chose_are_not_read():
     x_BTD = np.ones((2, 1, KIMI.embed), np.float32)
-    expert_NK = moe.route(
-        jnp.asarray(x_BTD[:, 0]), sliced(1)["router"], sliced(1)["bias"], KIMI
-    ).expert_NK
+    logit_NE = x_BTD[:, 0] @ sliced(1)["router"]
+    expert_NK = moe.route(logit_NE, sliced(1)["bias"], KIMI).expert_NK
     idle = np.setdiff1d(np.arange(KIMI.experts), np.asarray(expert_NK))
     poisoned = drawn(KIMI)
     for part in ("gate", "up", "down"):

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from k2jax.config import ModelConfig
+from k2jax.model.moe import Moe, router_logits
 from k2jax.model.router import count, route
+from k2jax.params import bind
 
 PLAIN = ModelConfig(embed=13, experts=12, experts_per_token=4, routed_scale=2.827)
 GROUPED = dataclasses.replace(PLAIN, groups=4, groups_per_token=2, routed_scale=2.5)
@@ -19,6 +21,14 @@ def drawn(seed, cfg, low=0.0):
     cast = lambda *shape: jnp.asarray(rng.standard_normal(shape), "float32")
     bias = jnp.asarray(rng.uniform(low, low + 0.5, cfg.experts), "float32")
     return cast(50, cfg.embed), cast(cfg.embed, cfg.experts), bias
+
+
+def routed(x, w, bias, cfg):
+    """Through the layer's own product."""
+    rest = dict.fromkeys(("experts.gate", "experts.up", "experts.down"), 0)
+    moe = Moe(dataclasses.replace(cfg, shared_experts=0), "")
+    logits = router_logits(bind(moe, {"router": w, "bias": bias} | rest), x[None])
+    return route(logits[0], bias, cfg)
 
 
 def expected(x, w, bias, cfg):
@@ -41,7 +51,7 @@ def expected(x, w, bias, cfg):
 @pytest.mark.parametrize("low", [0.0, -2.0], ids=["positive", "negative"])
 def test_choices_and_weights_are_those_of_the_published_code(cfg, low):
     inputs = drawn(1, cfg, low)
-    routing = route(*inputs, cfg)
+    routing = routed(*inputs, cfg)
     choice, weight = expected(*inputs, cfg)
     np.testing.assert_array_equal(routing.expert_NK, choice)
     np.testing.assert_allclose(routing.weight_NK, weight, rtol=1e-5)
@@ -49,14 +59,14 @@ def test_choices_and_weights_are_those_of_the_published_code(cfg, low):
 
 
 def test_a_token_chooses_within_its_groups_only():
-    routing = route(*drawn(2, GROUPED), GROUPED)
+    routing = routed(*drawn(2, GROUPED), GROUPED)
     groups = np.asarray(routing.expert_NK) // (GROUPED.experts // GROUPED.groups)
     assert max(len(set(row)) for row in groups.tolist()) == GROUPED.groups_per_token
 
 
 def test_bias_changes_the_choice_and_nothing_else():
     x, w, bias = drawn(3, PLAIN)
-    biased, free = route(x, w, bias, PLAIN), route(x, w, 0 * bias, PLAIN)
+    biased, free = routed(x, w, bias, PLAIN), routed(x, w, 0 * bias, PLAIN)
     np.testing.assert_array_equal(biased.score_NE, free.score_NE)
     same = np.sort(biased.expert_NK) == np.sort(free.expert_NK)
     kept = same.all(axis=1)
@@ -69,15 +79,15 @@ def test_bias_changes_the_choice_and_nothing_else():
 def test_product_is_float32_for_bfloat16_activations():
     x, w, bias = drawn(4, PLAIN)
     narrow = x.astype("bfloat16")
-    routing = route(narrow, w, bias, PLAIN)
-    wide = route(narrow.astype("float32"), w, bias, PLAIN)
+    routing = routed(narrow, w, bias, PLAIN)
+    wide = routed(narrow.astype("float32"), w, bias, PLAIN)
     assert routing.weight_NK.dtype == routing.score_NE.dtype == jnp.float32
     np.testing.assert_array_equal(routing.score_NE, wide.score_NE)
 
 
 def test_gradient_reaches_the_router_through_the_weights_and_never_the_bias():
     x, w, bias = drawn(5, PLAIN)
-    mixed = lambda w, bias: (route(x, w, bias, PLAIN).weight_NK ** 2).sum()
+    mixed = lambda w, bias: (routed(x, w, bias, PLAIN).weight_NK ** 2).sum()
     dw, dbias = jax.grad(mixed, argnums=(0, 1))(w, bias)
     assert jnp.abs(dw).max() > 0
     assert jnp.abs(dbias).max() == 0
@@ -85,7 +95,7 @@ def test_gradient_reaches_the_router_through_the_weights_and_never_the_bias():
 
 def test_scores_of_zero_give_weights_of_zero_not_nan():
     x, w, bias = drawn(6, PLAIN)
-    routing = route(0 * x + 1, 0 * w - 1e4, bias, PLAIN)
+    routing = routed(0 * x + 1, 0 * w - 1e4, bias, PLAIN)
     np.testing.assert_array_equal(routing.weight_NK, 0.0)
 
 

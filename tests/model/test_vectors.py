@@ -17,9 +17,9 @@ MODELS = {name: configs.load(name).model for name in configs.NAMES}
 
 
 def routed(logits, bias, cfg):
-    """The router's answer to given logits: the identity as its weight."""
+    """The router's answer to given logits."""
     x = jnp.asarray([logits], "float32")
-    return route(x, jnp.eye(cfg.experts), jnp.asarray(bias, "float32"), cfg)
+    return route(x, jnp.asarray(bias, "float32"), cfg)
 
 
 def test_router_chooses_by_biased_scores_and_weighs_by_plain_ones():
