@@ -19,7 +19,7 @@ from k2jax.config import ConfigError, RunConfig, from_json, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
 from k2jax.files import OUTSIDE, replace
 from k2jax.loading import find, initial_params
-from k2jax.metrics import Metrics, Progress, plot
+from k2jax.metrics import Metrics, Progress, plot, release_memory
 from k2jax.model import Model
 from k2jax.model.check import check_kernels
 from k2jax.params import initial
@@ -259,6 +259,7 @@ class _Programs(NamedTuple):
 def _together(program: Future[Callable[..., Any]], topic: str) -> Callable[..., Any]:
     """A compiled program, once all processes have it: gloo waits for none longer than 30 s."""
     found = program.result()
+    release_memory()  # what the compiler took
     cluster.current().agree(topic, {})
     return found
 

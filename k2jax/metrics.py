@@ -102,7 +102,7 @@ def resident() -> int:
 def release_memory() -> None:
     """Give memory that was freed back to the system, where the C library is glibc.
 
-    It keeps what compiling and saving left, in amounts that wander by half of all a small run has.
+    Compiling leaves much of it: 0.75 GB for `tiny`, which then takes less than 2.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

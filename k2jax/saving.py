@@ -7,7 +7,6 @@ from typing import Any
 from k2jax import cluster
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError
-from k2jax.metrics import release_memory
 
 NOTABLE = 1.0  # seconds that a save may wait for the one before without a word
 
@@ -32,7 +31,6 @@ class Saves:
             )
         self._try(lambda: self.checkpoints.save(step, state, meta))
         self.last = step, meta
-        release_memory()
         self.seconds = time.perf_counter() - began
 
     def settle(self) -> None:
