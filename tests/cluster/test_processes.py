@@ -20,6 +20,9 @@ SIZES = {
     "kv_rank": 8, "nope": 4, "rope": 4, "value": 4, "ffw": 16, "experts": 4, "expert_ffw": 8,
     "experts_per_token": 2, "context": 32,
 }  # fmt: skip
+# XLA's CPU products split their sums by the threads of a process: as many in every process, what
+# one process of 8 devices has anyway.
+THREADS = "8"
 HOST = socket.gethostname()
 # Two devices are enough for the test that always runs: its time is compile time.
 MESH2 = {"mesh.data": 2, "mesh.expert": 1, "mesh.model": 1}
@@ -54,7 +57,7 @@ class Job:
         flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
         environment = os.environ | {
             "XLA_FLAGS": " ".join(flags), "K2JAX_CACHE": str(place),
-            "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+            "JAX_COMPILATION_CACHE_DIR": str(place / "programs"), "PJRT_NPROC": THREADS,
         }  # fmt: skip
         self.processes = []
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -187,6 +190,21 @@ def test_any_number_of_processes_restores_bit_for_bit_what_another_saved(
         for job in jobs:
             _, errors = job.communicate(timeout=300)
             assert job.returncode == 0, errors
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does_bit_for_bit(place, tmp_path):
+    exact, sums = ("logit_max_layers", "expert_load"), ("loss", "grad_norm", "update_norm")
+    told = {}
+    for count in (1, 4):
+        mesh = {"mesh__data": 2, "mesh__expert": 2, "mesh__model": 2}
+        job = Job(place, tmp_path / str(count), count, 6, optim__name="muonclip", **mesh)
+        assert [code for code, _, _ in job.end()] == [0] * count
+        told[count] = list(read_metrics(tmp_path / str(count)))
+    for one, four in zip(told[1], told[4], strict=True):
+        assert [one[name] for name in exact] == [four[name] for name in exact]
+        # Of more than two devices, and only told: the order of their sum shows in the last digit.
+        assert [one[name] for name in sums] == pytest.approx([four[name] for name in sums], 1e-6)
 
 
 @pytest.mark.slow
