@@ -7,7 +7,6 @@ donating step changes it between saves, as in training. Prints one JSON line.
 import functools
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -22,16 +21,11 @@ from k2jax.configs import load
 from k2jax.sharding import make
 
 from k2jax.checkpoint import Checkpoints, warm
+from k2jax.memory import resident
 from k2jax.model import Kimi
 from k2jax.params import initial, specs
 
 EARLY = 5
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from k2jax import cluster, provenance, sharding, trackers
+from k2jax import cluster, memory, provenance, sharding, trackers
 from k2jax.checkpoint import Checkpoints, warm
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
 from k2jax.files import OUTSIDE, replace
 from k2jax.loading import find, initial_params
-from k2jax.metrics import Metrics, Progress, plot, release_memory
+from k2jax.metrics import Metrics, Progress, plot
 from k2jax.model import Model
 from k2jax.model.check import check_kernels
 from k2jax.params import initial
@@ -259,7 +259,6 @@ class _Programs(NamedTuple):
 def _together(program: Future[Callable[..., Any]], topic: str) -> Callable[..., Any]:
     """A compiled program, once all processes have it: gloo waits for none longer than 30 s."""
     found = program.result()
-    release_memory()  # what the compiler took
     cluster.current().agree(topic, {})
     return found
 
@@ -270,19 +269,22 @@ def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any
         state, batch = program.abstract_state(), program.abstract_batch()
         ceiling = jax.ShapeDtypeStruct((), np.float32, sharding=jax.NamedSharding(mesh, jax.P()))
         step = jax.jit(program.step, donate_argnums=0)
-        return step.lower(state, batch, ceiling).compile(_options())
+        return _compiled(step.lower(state, batch, ceiling))
 
 
 def _compile_evaluate(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     with jax.set_mesh(mesh):
         rows = jax.tree.map(lambda a: _without_first_dim(a, mesh), program.abstract_batch())
         params = program.abstract_state().params
-        return jax.jit(program.evaluate).lower(params, rows).compile(_options())
+        return _compiled(jax.jit(program.evaluate).lower(params, rows))
 
 
-def _options() -> dict[str, str | bool]:
-    """On a CPU, LLVM's first level: a fifth less time to compile, and steps are as fast."""
-    return {"xla_backend_optimization_level": "1"} if jax.default_backend() == "cpu" else {}
+def _compiled(lowered: jax.stages.Lowered) -> Callable[..., Any]:
+    """On a CPU by LLVM's first level: a fifth less time to compile, and steps are as fast."""
+    cpu = jax.default_backend() == "cpu"
+    compiled = lowered.compile({"xla_backend_optimization_level": "1"} if cpu else {})
+    memory.release()
+    return compiled
 
 
 def _without_first_dim(a: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:

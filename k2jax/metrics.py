@@ -1,11 +1,8 @@
 """What a run says of itself: `metrics.jsonl`, a progress bar or plain lines, and a plot."""
 
-import contextlib
-import ctypes
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,8 +11,7 @@ from typing import Any
 
 from k2jax.config import RunConfig
 from k2jax.files import Lines, replace
-
-STATM = Path("/proc/self/statm")  # sizes of this process in pages
+from k2jax.memory import resident
 
 
 class Metrics:
@@ -89,23 +85,6 @@ class Speed:
         if memory := resident():
             found["host_bytes"] = memory
         return found
-
-
-def resident() -> int:
-    """Bytes of this process that are in memory now; 0 where the system does not tell."""
-    try:
-        return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def release_memory() -> None:
-    """Give memory that was freed back to the system, where the C library is glibc.
-
-    Compiling leaves much of it: 0.75 GB for `tiny`, which then takes less than 2.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _step(line: str) -> float:

@@ -2,14 +2,11 @@
 
 import io
 import json
-import platform
 
-import numpy as np
-import pytest
 from rich.console import Console
 
 from k2jax import configs
-from k2jax.metrics import Metrics, Progress, Speed, release_memory, resident
+from k2jax.metrics import Metrics, Progress, Speed
 from k2jax.view import table
 
 VALUES = {
@@ -74,31 +71,8 @@ def test_rates_follow_from_the_seconds_of_a_step_and_its_wait():
     assert "mfu" not in Speed(1000, 6e6, 0.0).of(1.0, 0.0)
 
 
-def test_host_memory_is_what_is_resident_now():
-    import numpy as np
-
-    before = resident()
-    if not before:
-        pytest.skip("this system has no /proc")
-    block = np.ones(2**25)
-    assert 0.9 * block.nbytes < resident() - before < 1.5 * block.nbytes
-    del block
-    assert resident() < before + 2**27
-
-
 def test_a_number_that_is_not_finite_is_null_in_every_line(tmp_path):
     with Metrics(tmp_path / "m.jsonl", 0, lambda step: 0.5 * step, print) as metrics:
         metrics.write(3, {"loss": float("nan"), "layers": [1.0, float("inf")]}, applied=1)
     (line,) = map(json.loads, (tmp_path / "m.jsonl").read_text().splitlines())
     assert line == {"step": 3, "learning_rate": 0.5, "loss": None, "layers": [1.0, None]}
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere nothing is done")
-def test_memory_that_was_freed_goes_back_to_the_system():
-    blocks = [np.ones(8_000) for _ in range(4_000)]  # 256 MB in pieces below malloc's own mmap
-    top = blocks.pop()  # above all others, so the heap cannot simply shrink
-    blocks.clear()
-    before = resident()
-    release_memory()
-    assert resident() < before - 200e6
-    assert top.sum() == 8_000

@@ -1,9 +1,7 @@
 """Orbax, set up for our arrays. It is imported by the first save or restore, or by `warm`."""
 
-import ctypes
 import errno
 import logging
-import os
 import sys
 import threading
 from collections.abc import Mapping
@@ -12,6 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from k2jax import memory
 from k2jax.checkpoint import integrity
 from k2jax.checkpoint.steps import META
 from k2jax.checkpoint.tree import CHUNK_BYTES, Flat, split_axes
@@ -19,8 +18,6 @@ from k2jax.checkpoint.tree import CHUNK_BYTES, Flat, split_axes
 # What a full disk, quota or file-size limit looks like, also inside TensorStore's messages.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXT = ("No space left on device", "Disk quota exceeded", "File too large")
-M_ARENA_MAX = -8  # malloc.h
-ARENAS = 4
 
 _tamed = False
 
@@ -39,9 +36,7 @@ def orbax() -> Any:
 
     if not _tamed:
         _tamed = True
-        # Every save has new threads. With an arena for each, memory creeps up by half a megabyte
-        # a save, which trimming cannot give back.
-        _glibc("mallopt", M_ARENA_MAX, ARENAS)
+        memory.few_arenas()
         # A failure is logged with its traceback by each thread, and raised: once is enough.
         logging.getLogger("absl").addFilter(_untold)
         logging.getLogger("asyncio").addFilter(_awaited)
@@ -67,17 +62,6 @@ def _hush() -> None:
             before(found)
 
     sys.unraisablehook = hook
-
-
-def trim() -> None:
-    """Give freed buffers back; glibc would keep 400 MB for a state of 160 MB."""
-    _glibc("malloc_trim", 0)
-
-
-def _glibc(function: str, *args: int) -> None:
-    call = getattr(ctypes.CDLL(None), function, None) if os.name == "posix" else None
-    if call is not None:
-        call(*args)
 
 
 def writer(parts: tuple[str, ...]) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from k2jax import memory
 from k2jax.checkpoint import engine, integrity, steps
 from k2jax.checkpoint.tree import Flat, compare, concrete, flatten, inventory, unflatten
 from k2jax.config import ConfigError
@@ -193,7 +194,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
         self._saving = None
-        engine.trim()
+        memory.release()
         if jax.process_index() == 0:
             try:
                 steps.prune(self.root, self.keep, self.keep_every)

@@ -1,0 +1,27 @@
+import platform
+
+import numpy as np
+import pytest
+
+from k2jax.memory import release, resident
+
+
+def test_host_memory_is_what_is_resident_now():
+    before = resident()
+    if not before:
+        pytest.skip("this system has no /proc")
+    block = np.ones(2**25)
+    assert 0.9 * block.nbytes < resident() - before < 1.5 * block.nbytes
+    del block
+    assert resident() < before + 2**27
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere nothing is done")
+def test_memory_that_was_freed_goes_back_to_the_system():
+    blocks = [np.ones(8_000) for _ in range(4_000)]  # 256 MB in pieces below malloc's own mmap
+    top = blocks.pop()  # above all others, so the heap cannot simply shrink
+    blocks.clear()
+    before = resident()
+    release()
+    assert resident() < before - 200e6
+    assert top.sum() == 8_000
