@@ -26,6 +26,7 @@ DERIVED_AXES: dict[str, tuple[str, ...]] = {
     "kv_latent": ("kv_rank",),
     "q_gain": ("q_rank",),
     "kv_gain": ("kv_rank",),
+    "heads_of_row": ("heads",),
 }
 MESH_AXES = ("replica", "data", "expert", "context", "model")
 DTYPES = ("float32", "bfloat16")

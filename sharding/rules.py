@@ -96,6 +96,7 @@ def check(specs: Mapping[str, ParamSpec], mesh: MeshConfig, context: int) -> Non
         for leaf in specs.values()
         for axis, size in zip(leaf.axes, leaf.shape, strict=True)
     } | {"length": context}
+    lengths["heads_of_row"] = lengths["heads"]
     for axis, size in lengths.items():
         over = split(axis, mesh.sizes)
         ways = math.prod(getattr(mesh, name) for name in over)

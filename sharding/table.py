@@ -16,6 +16,7 @@ TRAIN: Mapping[str, tuple[str, ...]] = {
     "length": ("context",),
     "vocab": ("model",),
     "heads": ("model",),
+    "heads_of_row": ("model", "context"),  # while attention has whole rows
     "ffw": ("model",),
     "shared_ffw": ("model",),
     "expert_ffw": ("model",),

@@ -54,7 +54,7 @@ MESHES = [
             MeshConfig(expert=4),
             MeshConfig(model=2),
             MeshConfig(replica=2, data=2, context=2),
-            MeshConfig(expert=2, context=2, model=2),
+            MeshConfig(data=2, expert=2, context=2),
         )
     ),
 ]

@@ -1,7 +1,5 @@
 """Multi-head latent attention (MLA) for training: keys and values come from one small latent."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,9 +8,9 @@ from k2jax.config import ModelConfig
 from k2jax.model.layout import project
 from k2jax.model.norm import rms_norm
 from k2jax.model.rope import Rotation, rotate
-from k2jax.ops.attention import BLOCK, by_blocks
+from k2jax.ops.attention import mix
 from k2jax.params import Declare
-from k2jax.sharding import meshless, place, spec, storage_spec
+from k2jax.sharding import meshless, place, storage_spec
 
 INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE modeling 665, 675]
 
@@ -75,114 +73,54 @@ def attend(
     The maximum is signed, includes the softmax scale and leaves out padding: QK-Clip's S_max
     [K2-TR 2.1]. Source: [JLE] modeling_deepseek.py 650-860.
     """
+    heads = ("batch", "heads", "length", None)
     q_BHTC = jnp.concatenate(queries(w, x_BTD, turn, cfg), axis=-1)
-    c_BSR, k_BSP = latents(w, x_BTD, turn, cfg)
-    # Every device needs all keys of its rows; gathered as latents, the smallest they ever are.
-    c_BSR, k_BSP = place(c_BSR, "batch", None, None), place(k_BSP, "batch", None, None)
-    kv_BHSW = project("bsr,rhw->bhsw", c_BSR, w.kv_up, ("batch", "heads", None, None))
-    shared_BHSP = jnp.broadcast_to(k_BSP[:, None], (*kv_BHSW.shape[:3], cfg.rope))
-    shared_BHSP = place(shared_BHSP, "batch", "heads", None, None)
-    k_BHSC = jnp.concatenate([kv_BHSW[..., : cfg.nope], shared_BHSP], axis=-1)
-    v_BHSV = kv_BHSW[..., cfg.nope :]
-    y_BHTV, top_H = softmax_mix(q_BHTC, k_BHSC, v_BHSV, segment_BT, cfg.softmax_scale)
+    c_BTR, k_BTP = latents(w, x_BTD, turn, cfg)
+    kv_BHTW = project("btr,rhw->bhtw", c_BTR, w.kv_up, heads)
+    shared_BHTP = place(jnp.broadcast_to(k_BTP[:, None], (*kv_BHTW.shape[:3], cfg.rope)), *heads)
+    k_BHTC = jnp.concatenate([kv_BHTW[..., : cfg.nope], shared_BHTP], axis=-1)
+    v_BHTV = kv_BHTW[..., cfg.nope :]
+    y_BHTV, top_H = softmax_mix(q_BHTC, k_BHTC, v_BHTV, segment_BT, cfg.softmax_scale)
     return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None)), top_H
 
 
 def softmax_mix(
-    q_BHTC: jax.Array, k_BHSC: jax.Array, v_BHSV: jax.Array, segment_BT: jax.Array, scale: float
+    q_BHTC: jax.Array, k_BHTC: jax.Array, v_BHTV: jax.Array, segment_BT: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Values mixed by causal softmax weights `y_BHTV`, and each head's largest logit `top_H`.
 
-    Rows of up to `BLOCK` tokens have their scores whole, longer ones go by blocks.
+    Devices along `context` have a part of each row. For this they exchange it, with all heads, for
+    whole rows of some heads, and what is mixed back [DeepSpeed-Ulysses 2023]: wherever documents
+    end, each has the same work.
     """
-    mix = _mix if q_BHTC.shape[2] <= BLOCK else _mix_by_blocks
-    y_BHTV, top_BHT = mix(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)
-    top_BHT = jnp.where((segment_BT > 0)[:, None], jax.lax.stop_gradient(top_BHT), -jnp.inf)
-    return y_BHTV, place(top_BHT.max(axis=(0, 2)), None)
-
-
-def _mix_by_blocks(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
-    """`_mix` on each device's own rows, heads and queries."""
-    whole = place(segment_BT, "batch", None)
     if meshless():
-        zero = jnp.int32(0)
-        return by_blocks(q_BHTC, k_BHSC, v_BHSV, (segment_BT, whole), zero, scale, True)
-    mesh = jax.sharding.get_abstract_mesh()
+        y_BHTV, top_BH = _of_heads(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
+        return y_BHTV, top_BH.max(axis=0)
 
-    def own(q_BHTC, k_BHSC, v_BHSV, segment_BT, segment_BS):
-        first = jax.lax.axis_index("context") * q_BHTC.shape[2]
-        alone = mesh.shape["context"] == 1
-        return by_blocks(q_BHTC, k_BHSC, v_BHSV, (segment_BT, segment_BS), first, scale, alone)
+    def own(q_BHTC, k_BHTC, v_BHTV, segment_BT):
+        rows = (_exchanged(a, 1, 2) for a in (q_BHTC, k_BHTC, v_BHTV))
+        y_BHTV, top_BH = _of_heads(*rows, segment_BT, scale)
+        return _exchanged(y_BHTV, 2, 1), top_BH
 
-    queries, keys = ("batch", "heads", "length", None), ("batch", "heads", None, None)
-    return jax.shard_map(
+    parts = storage_spec(("batch", "heads", "length", None))
+    y_BHTV, top_BH = jax.shard_map(
         own,
-        in_specs=tuple(
-            map(storage_spec, (queries, keys, keys, ("batch", "length"), ("batch", None)))
-        ),
-        out_specs=(storage_spec(queries), storage_spec(queries[:3])),
+        in_specs=(parts, parts, parts, storage_spec(("batch", None))),
+        out_specs=(parts, storage_spec(("batch", "heads_of_row"))),
         check_vma=False,  # loops and custom gradients inside; tests compare with one device
-    )(q_BHTC, k_BHSC, v_BHSV, segment_BT, whole)
+    )(q_BHTC, k_BHTC, v_BHTV, place(segment_BT, "batch", None))
+    return y_BHTV, place(top_BH.max(axis=0), None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _mix(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
-    """The mixture and each query's largest logit.
-
-    The backward pass makes the scores again from queries, keys and each row's log of the sum of
-    exponentials: keeping them would cost more than making them.
-    """
-    return _mix_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)[0]
+def _of_heads(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale):
+    """The mixture; the largest logit of each head and row, where it is not padding."""
+    y_BHTV, top_BHT = mix(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
+    top_BHT = jnp.where((segment_BT > 0)[:, None], jax.lax.stop_gradient(top_BHT), -jnp.inf)
+    return y_BHTV, top_BHT.max(axis=2)
 
 
-def _product(einsum: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A float32 product of per-head arrays; `t` is split over the mesh, keys `s` are whole."""
-    split = {"b": "batch", "h": "heads", "t": "length"}
-    layout = spec(*(split.get(dim) for dim in einsum.split("->")[1]))
-    return jnp.einsum(einsum, a, b, out_sharding=layout, preferred_element_type=jnp.float32)
-
-
-def _mix_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
-    mask_BTS = masked(segment_BT)
-    score_BHTS = _product("bhtc,bhsc->bhts", q_BHTC, k_BHSC) * scale + mask_BTS[:, None]
-    top_BHT = score_BHTS.max(axis=-1)
-    weight_BHTS = jnp.exp(score_BHTS - top_BHT[..., None])
-    sum_BHT = weight_BHTS.sum(axis=-1)
-    y_BHTV = _product("bhts,bhsv->bhtv", weight_BHTS.astype(v_BHSV.dtype), v_BHSV)
-    y_BHTV = (y_BHTV / sum_BHT[..., None]).astype(v_BHSV.dtype)
-    saved = (q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, top_BHT + jnp.log(sum_BHT))
-    return (y_BHTV, top_BHT), saved
-
-
-def _mix_backward(scale, saved, grads):
-    q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, logsum_BHT = saved
-    dy_BHTV, dtype = grads[0], q_BHTC.dtype
-    # Keys before queries: two of the three products below then need no transposed scores.
-    mask_BST = masked(segment_BT, keys_first=True)
-    score_BHST = _product("bhsc,bhtc->bhst", k_BHSC, q_BHTC) * scale + mask_BST[:, None]
-    weight_BHST = jnp.exp(score_BHST - logsum_BHT[:, :, None])
-    dv_BHSV = _product("bhst,bhtv->bhsv", weight_BHST.astype(dtype), dy_BHTV)
-    mean_BHT = (dy_BHTV * y_BHTV).astype(jnp.float32).sum(axis=-1)
-    dweight_BHST = _product("bhsv,bhtv->bhst", v_BHSV, dy_BHTV)
-    dscore_BHST = (weight_BHST * (dweight_BHST - mean_BHT[:, :, None]) * scale).astype(dtype)
-    dk_BHSC = _product("bhst,bhtc->bhsc", dscore_BHST, q_BHTC)
-    dq_BHTC = _product("bhst,bhsc->bhtc", dscore_BHST, k_BHSC)
-    return dq_BHTC.astype(dtype), dk_BHSC.astype(dtype), dv_BHSV.astype(dtype), None
-
-
-_mix.defvjp(_mix_forward, _mix_backward)
-
-
-def masked(segment_BT: jax.Array, keys_first: bool = False) -> jax.Array:
-    """Added to the logits: 0 for keys of a query's own document up to itself, else -inf.
-
-    [batch, queries, keys]; queries are split over the mesh, keys are whole.
-    """
-    segment_BS = place(segment_BT, "batch", None)
-    order_S = jnp.arange(segment_BT.shape[1])
-    order_T = place(order_S, "length")
-    if keys_first:
-        same = segment_BS[:, :, None] == segment_BT[:, None, :]
-        return jnp.where(same & (order_S[:, None] <= order_T), 0.0, -jnp.inf)
-    same = segment_BT[:, :, None] == segment_BS[:, None, :]
-    return jnp.where(same & (order_T[:, None] >= order_S), 0.0, -jnp.inf)
+def _exchanged(a: jax.Array, split: int, join: int) -> jax.Array:
+    """A device's `a`, cut along a dim among those along `context`; what it gets is joined."""
+    if jax.lax.axis_size("context") == 1:
+        return a
+    return jax.lax.all_to_all(a, "context", split, join, tiled=True)

@@ -111,26 +111,19 @@ def _alone(run: Callable) -> Callable:
 
 
 def _attention(cfg: ModelConfig):
-    """Queries of a device that is not the first along `context`, if it has several; and scores."""
-    whole = meshless() or jax.sharding.get_mesh().shape["context"] == 1
-    first = 0 if whole else LENGTH // 3
-    order_S = np.arange(LENGTH)
-    segment_BS = np.searchsorted(ENDS, order_S, side="right")[None] + 1
-    segment_BS = np.where(order_S < ENDS[-1], segment_BS, 0).astype(np.int32)
-    segment_BT = segment_BS[:, first:]
-    seen_BTS = segment_BT[:, :, None] == segment_BS[:, None]
-    seen_BTS &= order_S[first:, None] >= order_S
-    q_BHTC, k_BHSC, v_BHSV = _drawn(
-        (1, HEADS, LENGTH - first, cfg.size("qk")),
-        (1, HEADS, LENGTH, cfg.size("qk")),
-        (1, HEADS, LENGTH, cfg.value),
-    )
+    """By blocks, of several documents, and by scores."""
+    order_T = np.arange(LENGTH)
+    segment_BT = np.searchsorted(ENDS, order_T, side="right")[None] + 1
+    segment_BT = np.where(order_T < ENDS[-1], segment_BT, 0).astype(np.int32)
+    seen_BTS = segment_BT[:, :, None] == segment_BT[:, None]
+    seen_BTS &= order_T[:, None] >= order_T
+    wide, narrow = ((1, HEADS, LENGTH, width) for width in (cfg.size("qk"), cfg.value))
+    q_BHTC, k_BHSC, v_BHSV = _drawn(wide, wide, narrow)
     # Entries were drawn smaller by the square roots of the lengths.
-    scale = SHARP * (q_BHTC.shape[2] * LENGTH / cfg.size("qk")) ** 0.5
+    scale = SHARP * LENGTH / cfg.size("qk") ** 0.5
 
     def by_kernel(q_BHTC, k_BHSC, v_BHSV):
-        segments = jnp.array(segment_BT), jnp.array(segment_BS)
-        return by_blocks(q_BHTC, k_BHSC, v_BHSV, segments, jnp.int32(first), scale, whole)
+        return by_blocks(q_BHTC, k_BHSC, v_BHSV, jnp.array(segment_BT), scale)
 
     def by_scores(q_BHTC, k_BHSC, v_BHSV):
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

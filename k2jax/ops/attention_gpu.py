@@ -42,7 +42,6 @@ class _Side(NamedTuple):
 
     arrays: list[jax.Array]  # [B, H, T, C] and [B, H, T]
     segment_BT: jax.Array
-    first: jax.Array  # position, int32 scalar
     block: int
 
 
@@ -56,22 +55,21 @@ def usable(q_BHTC: jax.Array, v_BHSV: jax.Array) -> bool:
 
 
 def forward(
-    q_BHTC: jax.Array, k_BHSC: jax.Array, v_BHSV: jax.Array, segments, first: jax.Array,
+    q_BHTC: jax.Array, k_BHSC: jax.Array, v_BHSV: jax.Array, segment_BT: jax.Array,
     *, scale: float, cut: Cut = FORWARD,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """`y_BHTV`; of each query the largest logit and the log of the sum of exponentials, [B, H, T].
 
     Args:
-        q_BHTC: queries; positions `first` to `first + T` of a row.
-        k_BHSC: keys of the whole row.
+        q_BHTC: queries.
+        k_BHSC: keys.
         v_BHSV: values.
-        segments: documents of the queries [B, T] and of the keys [B, S].
-        first: int32 scalar.
+        segment_BT: documents.
         scale: of the logits.
         cut: blocks.
     """
-    queries = _side((q_BHTC,), segments[0], first, cut.queries)
-    keys = _side((k_BHSC, v_BHSV), segments[1], jnp.int32(0), cut.keys)
+    queries = _side((q_BHTC,), segment_BT, cut.queries)
+    keys = _side((k_BHSC, v_BHSV), segment_BT, cut.keys)
     rows = queries.arrays[0].shape[:3]
     row = jax.ShapeDtypeStruct(rows, jnp.float32)
     y = jax.ShapeDtypeStruct((*rows, v_BHSV.shape[3]), v_BHSV.dtype)
@@ -87,18 +85,17 @@ def backward(
     """Gradients of queries, keys and values.
 
     Args:
-        saved: the first five of `forward`, its `y_BHTV` and logs of sums.
+        saved: the first four of `forward`, its `y_BHTV` and logs of sums.
         dy_BHTV: of the values mixed.
         scale: of the logits.
         cuts: blocks, for the gradient of queries and for the other two.
     """
-    q_BHTC, k_BHSC, v_BHSV, segments, first, y_BHTV, logsum_BHT = saved
+    q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, logsum_BHT = saved
     mean_BHT = (dy_BHTV * y_BHTV).astype(jnp.float32).sum(axis=-1)
-    queries = (q_BHTC, dy_BHTV, logsum_BHT * LOG2E, mean_BHT), segments[0], first
-    keys = (k_BHSC, v_BHSV), segments[1], jnp.int32(0)
+    queries, keys = (q_BHTC, dy_BHTV, logsum_BHT * LOG2E, mean_BHT), (k_BHSC, v_BHSV)
 
     def run(kernel, cut, of_queries):
-        sides = _side(*queries, cut.queries), _side(*keys, cut.keys)
+        sides = _side(queries, segment_BT, cut.queries), _side(keys, segment_BT, cut.keys)
         held, met = sides if of_queries else sides[::-1]
         likes = held.arrays[: 1 if of_queries else 2]
         out = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in likes]
@@ -109,7 +106,7 @@ def backward(
     return dq, dk, dv
 
 
-def _side(arrays: Sequence[jax.Array], segment_BT: jax.Array, first: jax.Array, block: int):
+def _side(arrays: Sequence[jax.Array], segment_BT: jax.Array, block: int):
     def padded(a: jax.Array, dim: int, mode: str) -> jax.Array:
         widths = [(0, -a.shape[dim] % block if d == dim else 0) for d in range(a.ndim)]
         return jnp.pad(a, widths, mode)
@@ -117,18 +114,18 @@ def _side(arrays: Sequence[jax.Array], segment_BT: jax.Array, first: jax.Array, 
     # Keys of padding come after every query. Queries of padding are cut off, and bring no gradient.
     # They belong to the last document, so that their block meets no other for their sake.
     zeros = [padded(a, 2, "constant") for a in arrays]
-    return _Side(zeros, padded(segment_BT, 1, "edge"), first, block)
+    return _Side(zeros, padded(segment_BT, 1, "edge"), block)
 
 
 def _table(held: _Side, met: _Side, of_queries: bool) -> jax.Array:
-    """For each block of what is held, int32 [B, blocks, 4].
+    """For each block of what is held, int32 [B, blocks, 3].
 
-    First position of the block and of what is met; the first block to meet, and the end of them.
+    Its first position; the first block to meet, and the end of them.
     """
 
     def ranges(side):
         blocks_BNT = side.segment_BT.reshape(side.segment_BT.shape[0], -1, side.block)
-        at_N = side.first + side.block * jnp.arange(blocks_BNT.shape[1], dtype=jnp.int32)
+        at_N = side.block * jnp.arange(blocks_BNT.shape[1], dtype=jnp.int32)
         return blocks_BNT.min(axis=2), blocks_BNT.max(axis=2), at_N
 
     (low_BI, high_BI, at_I), (low_BJ, high_BJ, at_J) = ranges(held), ranges(met)
@@ -140,7 +137,7 @@ def _table(held: _Side, met: _Side, of_queries: bool) -> jax.Array:
     meet_BIJ, j = alike_BIJ & seen_IJ, jnp.arange(at_J.size, dtype=jnp.int32)
     begin_BI = jnp.where(meet_BIJ, j, j.size).min(axis=2)
     end_BI = jnp.where(meet_BIJ, j + 1, 0).max(axis=2)
-    return jnp.stack(jnp.broadcast_arrays(at_I, met.first, begin_BI, end_BI), axis=-1)
+    return jnp.stack(jnp.broadcast_arrays(at_I, begin_BI, end_BI), axis=-1)
 
 
 def _launch(kernel, cut: Cut, held: _Side, met: _Side, out, of_queries: bool):
@@ -162,7 +159,7 @@ def _launch(kernel, cut: Cut, held: _Side, met: _Side, out, of_queries: bool):
 
     own = lambda arrays: [cut_of(a, held.block) for a in arrays]
     whole = [cut_of(a) for a in (met.segment_BT, *met.arrays)]
-    of_table = pl.BlockSpec((None, None, 4), lambda n, head, row: (row, block(n), 0))
+    of_table = pl.BlockSpec((None, None, 3), lambda n, head, row: (row, block(n), 0))
     return pl.pallas_call(
         functools.partial(kernel, cut),
         out_shape=out,
@@ -192,7 +189,7 @@ def _attention(scale, cut, *refs):
 
     row = jnp.zeros(cut.queries, jnp.float32)
     start = (_nothing(y_ref), row + NONE, row)
-    y, top_T, sum_T = jax.lax.fori_loop(table_ref[2], table_ref[3], meet, start)
+    y, top_T, sum_T = jax.lax.fori_loop(table_ref[1], table_ref[2], meet, start)
     _write(y_ref, [a / sum_T[:, None] for a in y])
     top_ref[...] = top_T / LOG2E
     logsum_ref[...] = (top_T + jnp.log2(sum_T)) / LOG2E
@@ -213,7 +210,7 @@ def _attention_dq(scale, cut, *refs):
         dweight_TS = _product(dy, _read(v_ref, at)) - mean_T[:, None]
         return _added(dq, weight_TS * dweight_TS, k)
 
-    dq = jax.lax.fori_loop(table_ref[2], table_ref[3], meet, _nothing(q_ref))
+    dq = jax.lax.fori_loop(table_ref[1], table_ref[2], meet, _nothing(q_ref))
     _write(dq_ref, [a * scale for a in dq])
 
 
@@ -235,7 +232,7 @@ def _attention_dkv(scale, cut, *refs):
         return _added(dk, weight_ST * dweight_ST, q), dv
 
     start = _nothing(k_ref), _nothing(v_ref)
-    dk, dv = jax.lax.fori_loop(table_ref[2], table_ref[3], meet, start)
+    dk, dv = jax.lax.fori_loop(table_ref[1], table_ref[2], meet, start)
     _write(dk_ref, [a * scale for a in dk])
     _write(dv_ref, dv)
 
@@ -246,7 +243,7 @@ def _seen(table_ref, held_ref, met_ref, side: int, order: Callable) -> Callable:
 
     def of(j):
         met = met_ref[pl.ds(j * side, side)]
-        other = table_ref[1] + j * side + jnp.arange(side)
+        other = j * side + jnp.arange(side)
         return (held[:, None] == met[None]) & order(position[:, None], other[None])
 
     return of

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from k2jax.ops.visits import ALL, BEGIN, END, SOME, kinds, possible, visits
 
 NONE = -1e30  # below every product; finite, so that differences are
-SCALARS = 5  # the columns of the table, and `first`
+SCALARS = 4  # the columns of the table
 LOG2E = math.log2(math.e)  # TPUs raise 2 to a power, not e
 
 
@@ -38,7 +38,6 @@ class Way(NamedTuple):
     """What a kernel is compiled for."""
 
     scale: float  # of the logits
-    causal: bool  # `first` is known to be 0
     sizes: Sizes = Sizes()
     interpret: bool = False  # run it without a TPU
 
@@ -60,9 +59,9 @@ class _Operand(NamedTuple):
     dim: int = 3
 
 
-def forward(q_BHTC, k_BHSC, v_BHSV, segments, first, way: Way):
+def forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, way: Way):
     """As `attention.by_blocks`; and each query's log of the sum of exponentials, `logsum_BHT`."""
-    walk = _Walk(q_BHTC, k_BHSC, segments, first, way)
+    walk = _Walk(q_BHTC, segment_BT, way)
     q, k, v = walk.turned(q_BHTC), walk.turned(k_BHSC, True), walk.upright(v_BHSV, True)
     batch, heads, _, length = q.array.shape
     queries, width = walk.step.queries, v_BHSV.shape[3]
@@ -79,13 +78,13 @@ def backward(saved, dy_BHTV, way: Way):
     """Gradients of queries, keys and values.
 
     Args:
-        saved: the first five of `forward`, its `y_BHTV` and `logsum_BHT`.
+        saved: the first four of `forward`, its `y_BHTV` and `logsum_BHT`.
         dy_BHTV: gradients of what was mixed.
         way: as it was for `forward`.
     """
-    q_BHTC, k_BHSC, v_BHSV, segments, first, y_BHTV, logsum_BHT = saved
+    q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, logsum_BHT = saved
     mean_BHT = (dy_BHTV * y_BHTV).astype(jnp.float32).sum(axis=-1)
-    walk = _Walk(q_BHTC, k_BHSC, segments, first, way)
+    walk = _Walk(q_BHTC, segment_BT, way)
     q, k, v = walk.turned(q_BHTC), walk.turned(k_BHSC, True), walk.upright(v_BHSV, True)
     rows = [walk.turned(row_BHT[..., None]) for row_BHT in (logsum_BHT, mean_BHT)]
     given = [q, k, v, *rows, walk.upright(dy_BHTV)]
@@ -111,16 +110,15 @@ def _padded(a: jax.Array, dim: int, block: int, value: int = 0) -> jax.Array:
 class _Walk:
     """Kernels that visit the blocks of a batch, alike for all heads."""
 
-    def __init__(self, q, k, segments, first, way: Way):
-        blocks = way.sizes.block(q.shape[2]), way.sizes.block(k.shape[2])
-        self.step = _Step(way.scale, *blocks, way.sizes.part)
-        self.heads, self.first, self.interpret = q.shape[1], first, way.interpret
+    def __init__(self, q: jax.Array, segment_BT: jax.Array, way: Way):
+        block = way.sizes.block(q.shape[2])
+        self.step = _Step(way.scale, block, block, way.sizes.part)
+        self.heads, self.interpret = q.shape[1], way.interpret
         # Rows of padding are a document of their own: they see themselves, nobody sees them.
-        pairs = zip(segments, blocks, strict=True)
-        self.segments = [_padded(a, 1, block, -1) for a, block in pairs]
-        self.kind_BQK = kinds(self.segments, blocks, first)
+        self.segments = [_padded(segment_BT, 1, block, -1)] * 2
+        self.kind_BQK = kinds(self.segments, (block, block))
         _, queries, keys = self.kind_BQK.shape
-        self.may_QK = possible(blocks, (queries, keys), way.causal)
+        self.may_QK = possible((block, block), (queries, keys))
 
     def upright(self, a: jax.Array, keys: bool = False) -> _Operand:
         """Positions are rows."""
@@ -134,7 +132,7 @@ class _Walk:
         """Outputs of a kernel.
 
         Args:
-            kernel: gets the step, then the table, first, inputs, segments, outputs and sums.
+            kernel: gets the step, then the table, inputs, segments, outputs and sums.
             inputs: what it reads.
             outputs: what it writes.
             sums: shapes of what it carries along a block that is held, float32.
@@ -159,7 +157,7 @@ class _Walk:
             cost_estimate=self._cost(widths, [*inputs, *outputs]),
             interpret=self.interpret,
             name=f"attention{kernel.__name__}",
-        )(*table, self.first[None], *(a.array for a in inputs))
+        )(*table, *(a.array for a in inputs))
 
     def _cost(self, widths: int, operands: Sequence[_Operand]) -> pl.CostEstimate:
         """If a row is one document and queries are on average in the middle of it."""
@@ -183,10 +181,10 @@ def _spec(a: _Operand, step: _Step) -> pl.BlockSpec:
 
 def _visit(step: _Step, scalars, segments, begin: Callable, meet: Callable, end: Callable):
     """`meet(at, seen)` for parts `at` of the keys; `seen` [keys, queries] is None if all are."""
-    _, query_ref, key_ref, what_ref, first_ref = scalars
+    _, query_ref, key_ref, what_ref = scalars
     n = pl.program_id(1)
     what = what_ref[n]
-    ahead = first_ref[0] + query_ref[n] * step.queries - key_ref[n] * step.keys
+    ahead = query_ref[n] * step.queries - key_ref[n] * step.keys
 
     def seen(start):
         shape = (step.part, step.queries)

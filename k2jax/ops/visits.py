@@ -21,13 +21,12 @@ class Visits(NamedTuple):
     what_N: jax.Array  # SOME or ALL, with BEGIN, with END
 
 
-def kinds(segments: Sequence[jax.Array], blocks: tuple[int, int], first: jax.Array) -> jax.Array:
+def kinds(segments: Sequence[jax.Array], blocks: tuple[int, int]) -> jax.Array:
     """Whether 0, SOME or ALL pairs of a block of queries and one of keys are seen, [B, Q, K].
 
     Args:
         segments: documents of queries [B, T] and keys [B, S]; lengths are multiples of the blocks.
         blocks: how many queries and keys make one.
-        first: position of the first query.
 
     SOME is said of blocks whose ranges of document numbers overlap; so it may be none, where
     documents do not stand in order.
@@ -41,7 +40,7 @@ def kinds(segments: Sequence[jax.Array], blocks: tuple[int, int], first: jax.Arr
     queries, keys = map(ranges, segments, blocks)
     low_q, high_q = (a[:, :, None] for a in queries)
     low_k, high_k = (a[:, None] for a in keys)
-    begin_Q1 = first + blocks[0] * jnp.arange(low_q.shape[1])[:, None]
+    begin_Q1 = blocks[0] * jnp.arange(low_q.shape[1])[:, None]
     begin_K = blocks[1] * jnp.arange(low_k.shape[2])
     some = (low_q <= high_k) & (low_k <= high_q) & (begin_K < begin_Q1 + blocks[0])
     one = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
@@ -49,10 +48,10 @@ def kinds(segments: Sequence[jax.Array], blocks: tuple[int, int], first: jax.Arr
     return jnp.where(every, ALL, jnp.where(some, SOME, 0))
 
 
-def possible(blocks: tuple[int, int], counts: tuple[int, int], causal: bool) -> np.ndarray:
+def possible(blocks: tuple[int, int], counts: tuple[int, int]) -> np.ndarray:
     """Pairs [Q, K] that may have to be visited whatever the documents are."""
     query, key = np.arange(counts[0])[:, None], np.arange(counts[1])
-    return (key * blocks[1] < (query + 1) * blocks[0]) | (not causal)
+    return key * blocks[1] < (query + 1) * blocks[0]
 
 
 def visits(kind_BQK: jax.Array, may_QK: np.ndarray, keys_held: bool) -> tuple[Visits, jax.Array]:

@@ -59,7 +59,7 @@ def activations(case: Case) -> float:
         return case.width * case.layers * layer
     queries = cfg.q_rank + cfg.heads * (cfg.nope + cfg.rope) / case.mesh.model
     keys: float = cfg.kv_rank + cfg.rope
-    keys += cfg.heads * (cfg.nope + cfg.value) / case.mesh.model * case.mesh.context
+    keys += cfg.heads * (cfg.nope + cfg.value) / case.mesh.model
     products = tokens * (queries + keys + cfg.embed)
     dense = tokens * (2 * cfg.ffw / case.mesh.model + cfg.embed)
     shared = tokens * (2 * cfg.shared_ffw / case.mesh.model + cfg.embed)
@@ -83,9 +83,8 @@ def _layer_weights(case: Case) -> dict[str, float]:
 def _attention(case: Case) -> dict[str, float]:
     """Queries, keys, values and what goes back through them; scores where they are whole."""
     cfg, mesh = case.model, case.mesh
-    heads, keys = cfg.heads / mesh.model, case.tokens * mesh.context
-    qk = cfg.nope + cfg.rope
-    rows = heads * (case.tokens * (qk + cfg.value) + keys * (qk + cfg.value))
+    heads = cfg.heads / mesh.model
+    rows = 2 * heads * case.tokens * (cfg.nope + cfg.rope + cfg.value)
     parts = {"queries and keys": 2 * case.width * rows}
     if not case.blocks:
         # float32 weights and their gradients, and one of them cast for the products.

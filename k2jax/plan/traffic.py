@@ -40,7 +40,7 @@ def _weight(case: Case, leaf: ParamSpec, wire: Wire) -> None:
 
 
 def _activations(case: Case, wire: Wire) -> None:
-    """Sums over `model` where a split width was contracted; keys gathered over `context`.
+    """Sums over `model` where a split width was contracted; heads exchanged over `context`.
 
     Sums are of float32 accumulators. Forward, each layer sums what attention and the shared
     expert give; backward, the gradients of what queries, keys and hidden widths were made from.
@@ -55,14 +55,10 @@ def _activations(case: Case, wire: Wire) -> None:
     backward = 4 * tokens * case.layers * (low + cfg.kv_rank + cfg.rope) + 2 * row * mlps
     tables = 2 * case.predictions * row  # looking up the embedding; gradient of what the head reads
     add(wire, "all-reduce", ["model"], mesh, times * forward + backward + tables)
-    latent = case.width * tokens * mesh.context * case.layers * (cfg.kv_rank + cfg.rope)
-    add(wire, "all-gather", ["context"], mesh, times * latent)
-    add(wire, "reduce-scatter", ["context"], mesh, latent)
-    if case.blocks:
-        # Gradients of keys and values of whole rows, each head's own, from all queries.
-        heads = cfg.heads / mesh.model * (cfg.nope + cfg.rope + cfg.value)
-        keys = case.width * tokens * mesh.context * case.layers * heads
-        add(wire, "all-reduce", ["context"], mesh, keys)
+    # Queries, keys and values to devices that have their head's whole rows; what is mixed, back.
+    heads = 2 * cfg.heads / mesh.model * (cfg.nope + cfg.rope + cfg.value)
+    rows = case.width * tokens * case.layers * heads
+    add(wire, "all-to-all", ["context"], mesh, (times + 1) * rows)
 
 
 def _experts(case: Case, wire: Wire) -> None:

@@ -57,7 +57,7 @@ def no_products(monkeypatch):
     monkeypatch.setattr(check, "_products", lambda: (jnp.dot, jnp.dot, [jnp.ones(2)] * 2))
 
 
-@pytest.mark.parametrize("config", [None, MeshConfig(data=2, context=2)], ids=str)
+@pytest.mark.parametrize("config", [None, MeshConfig(data=2)], ids=str)
 def test_right_attention_passes(config, no_products):
     with jax.set_mesh(sharding.make(config)) if config else contextlib.nullcontext():
         check.check_kernels(Dispatch(), CFG, BLOCK + 1)

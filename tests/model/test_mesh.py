@@ -26,7 +26,7 @@ MESHES = [
     MeshConfig(model=2),
     MeshConfig(context=2),
     MeshConfig(data=2, expert=2, model=2),
-    MeshConfig(expert=2, context=2, model=2),
+    MeshConfig(data=2, expert=2, context=2),
     MeshConfig(replica=2, data=2, context=2),
 ]
 

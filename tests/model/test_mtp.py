@@ -220,7 +220,7 @@ def test_one_documents_predictions_do_not_depend_on_another():
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=2, expert=2, model=2), MeshConfig(context=2, expert=4)]
+    "mesh", [MeshConfig(data=2, expert=2, model=2), MeshConfig(expert=2, context=2, model=2)]
 )
 def test_a_mesh_gives_the_same_losses(mesh):
     program = build(dataclasses.replace(RUN, mesh=mesh))

@@ -7,11 +7,12 @@ import pytest
 
 from k2jax import sharding
 from k2jax.config import MeshConfig
-from k2jax.model import attention
+from k2jax.model.attention import softmax_mix
+from k2jax.ops import attention
 from k2jax.ops import attention_tpu as tpu
 from k2jax.ops.attention import BLOCK
 
-B, H, C, V = 2, 2, 12, 8
+B, H, C, V = 2, 4, 12, 8
 
 
 def drawn(length):
@@ -49,40 +50,41 @@ def rows_of(mix):
 @pytest.mark.parametrize("length", [BLOCK + 1, 2 * BLOCK + 100])
 def test_values_gradients_and_largest_logits_are_those_of_whole_scores(length):
     inputs = drawn(length)
-    right = differentiated(rows_of(attention._mix))(*inputs)
-    found = differentiated(attention.softmax_mix)(*inputs)
+    right = differentiated(rows_of(attention.by_scores))(*inputs)
+    found = differentiated(softmax_mix)(*inputs)
     # Sums of up to 1,124 float32 terms in another order.
     compare(found, [np.asarray(a) for a in right], 1e-5)
 
 
-@pytest.mark.parametrize("config", [MeshConfig(data=2, model=2), MeshConfig(context=2)], ids=str)
-def test_on_a_mesh_they_are_those_of_one_device(config):
-    inputs = drawn(4 * BLOCK)
-    right = differentiated(attention.softmax_mix)(*inputs)
-    queries, keys = ("batch", "heads", "length", None), ("batch", "heads", None, None)
+@pytest.mark.parametrize("length", [64, 2 * BLOCK])
+@pytest.mark.parametrize(
+    "config", [MeshConfig(data=2, model=2), MeshConfig(context=2), MeshConfig(model=2, context=2)],
+    ids=str,
+)  # fmt: skip
+def test_on_a_mesh_they_are_those_of_one_device(config, length):
+    inputs = drawn(length)
+    right = differentiated(softmax_mix)(*inputs)
+    heads = ("batch", "heads", "length", None)
     with jax.set_mesh(sharding.make(config)):
-        axes = (queries, keys, keys, ("batch", "length"), queries)
+        axes = (heads, heads, heads, ("batch", "length"), heads)
         mesh = jax.sharding.get_mesh()
         put = lambda a, axes: jax.device_put(
             a, jax.NamedSharding(mesh, sharding.storage_spec(axes))
         )
-        found = differentiated(attention.softmax_mix)(*map(put, inputs, axes))
+        found = differentiated(softmax_mix)(*map(put, inputs, axes))
         compare(jax.device_get(found), [np.asarray(a) for a in right], 1e-5)
 
 
-# Everything is padded; then the queries of one device of several.
-@pytest.mark.parametrize(("length", "own"), [(77, slice(0, 77)), (96, slice(32, 80))], ids=str)
-def test_the_tpu_kernels_give_those_of_whole_scores(length, own):
-    q, k, v, segment, dy = drawn(length)
-    dy[:, :, : own.start] = dy[:, :, own.stop :] = 0
-    right = differentiated(attention._mix)(q, k, v, segment, dy)
-    way = tpu.Way(0.3, own.start == 0, tpu.Sizes(least=16, most=32, part=8), interpret=True)
+@pytest.mark.parametrize("length", [77, 96])  # 77 is padded
+def test_the_tpu_kernels_give_those_of_whole_scores(length):
+    inputs = drawn(length)
+    right = differentiated(attention.by_scores)(*inputs)
+    way = tpu.Way(0.3, tpu.Sizes(least=16, most=32, part=8), interpret=True)
 
     @jax.jit
-    def found(q, k, v, segment, dy, first):
-        inputs = (q, k, v, (segment[:, own], segment), first)
-        y, top, logsum = tpu.forward(*inputs, way)
-        return y, top, *tpu.backward((*inputs, y, logsum), dy, way)
+    def found(*inputs):
+        *given, dy = inputs
+        y, top, logsum = tpu.forward(*given, way)
+        return y, top, *tpu.backward((*given, y, logsum), dy, way)
 
-    gradients = found(q[:, :, own], k, v, segment, dy[:, :, own], jnp.int32(own.start))
-    compare(gradients, [*(a[:, :, own] for a in right[:3]), *right[3:]], 1e-5)
+    compare(found(*inputs), right, 1e-5)

@@ -11,7 +11,7 @@ from k2jax.model.attention import softmax_mix
 from k2jax.ops import attention_gpu as gpu
 
 # 24 is no power of two; neither blocks of 16 nor of 8 divide the lengths.
-B, H, T, S, C, V = 2, 2, 37, 50, 24, 8
+B, H, T, C, V = 2, 2, 50, 24, 8
 SCALE = 0.3
 WIDE, LONG = gpu.Cut(16, 8, interpret=True), gpu.Cut(8, 16, interpret=True)
 
@@ -19,42 +19,39 @@ WIDE, LONG = gpu.Cut(16, 8, interpret=True), gpu.Cut(8, 16, interpret=True)
 def drawn():
     rng = np.random.default_rng(0)
     cast = lambda *shape: rng.standard_normal(shape).astype(np.float32)
-    segment_BS = np.ones((B, S), np.int32)
-    segment_BS[0, 14:], segment_BS[0, 33:] = 2, 3
-    segment_BS[1, -5:] = 0
-    return cast(B, H, T, C) * 3, cast(B, H, S, C), cast(B, H, S, V), segment_BS, cast(B, H, T, V)
+    segment_BT = np.ones((B, T), np.int32)
+    segment_BT[0, 14:], segment_BT[0, 33:] = 2, 3
+    segment_BT[1, -5:] = 0
+    return cast(B, H, T, C) * 3, cast(B, H, T, C), cast(B, H, T, V), segment_BT, cast(B, H, T, V)
 
 
-def whole(q, k, v, segments, first):
+def whole(q, k, v, segment):
     """The mixture; largest logits and logs of sums."""
     logit = jnp.einsum("bhtc,bhsc->bhts", q, k) * SCALE
-    before = (first + jnp.arange(T))[:, None] >= jnp.arange(S)
-    seen = (segments[0][:, :, None] == segments[1][:, None]) & before
+    before = jnp.arange(T)[:, None] >= jnp.arange(T)
+    seen = (segment[:, :, None] == segment[:, None]) & before
     logit = jnp.where(seen[:, None], logit, -jnp.inf)
     y = jnp.einsum("bhts,bhsv->bhtv", jax.nn.softmax(logit), v)
     return y, (logit.max(axis=-1), jax.nn.logsumexp(logit, axis=-1))
 
 
 @jax.jit
-def oracle(q, k, v, segments, first, dy):
-    mix = lambda q, k, v: whole(q, k, v, segments, first)
+def oracle(q, k, v, segment, dy):
+    mix = lambda q, k, v: whole(q, k, v, segment)
     y, back, rows = jax.vjp(mix, q, k, v, has_aux=True)
     return [y, *rows, *back(dy)]
 
 
 @jax.jit
-def kernels(q, k, v, segments, first, dy):
-    given = q, k, v, segments, first
+def kernels(q, k, v, segment, dy):
+    given = q, k, v, segment
     y, top, logsum = gpu.forward(*given, scale=SCALE, cut=WIDE)
     back = gpu.backward((*given, y, logsum), dy, scale=SCALE, cuts=(LONG, WIDE))
     return [y, top, logsum, *back]
 
 
-@pytest.mark.parametrize("first", [0, 13])
-def test_values_logits_and_gradients_are_those_of_whole_scores(first):
-    q, k, v, segment_BS, dy = drawn()
-    segments = segment_BS[:, first : first + T], segment_BS
-    inputs = q, k, v, segments, jnp.int32(first), dy
+def test_values_logits_and_gradients_are_those_of_whole_scores():
+    inputs = drawn()
     for i, (found, right) in enumerate(zip(kernels(*inputs), oracle(*inputs), strict=True)):
         assert found.shape == right.shape
         assert np.abs(found - right).max() <= 1e-5 * np.abs(right).max(), i
@@ -62,7 +59,7 @@ def test_values_logits_and_gradients_are_those_of_whole_scores(first):
 
 def visits(segment, of_queries):
     """Blocks that each block of 8 queries (or keys) goes through, as ranges."""
-    side = gpu._side((), jnp.asarray(segment, jnp.int32)[None], jnp.int32(0), 8)
+    side = gpu._side((), jnp.asarray(segment, jnp.int32)[None], 8)
     table = gpu._table(side, side, of_queries)
     return [(int(begin), int(end)) for *_, begin, end in table[0]]
 
@@ -100,7 +97,7 @@ def test_programs_for_gpus_have_the_kernels_on_a_mesh_too(config):
         y, back, top = jax.vjp(mix, q, k, v, has_aux=True)
         return y, top, back(dy)
 
-    queries, keys = ("batch", "heads", "length", None), ("batch", "heads", None, None)
+    heads = ("batch", "heads", "length", None)
     with jax.set_mesh(sharding.make(config)):
         mesh = jax.sharding.get_mesh()
 
@@ -108,9 +105,8 @@ def test_programs_for_gpus_have_the_kernels_on_a_mesh_too(config):
             layout = jax.NamedSharding(mesh, sharding.storage_spec(axes))
             return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
-        q, dy = array(queries, 2, 2, 2048, 64), array(queries, 2, 2, 2048, 32)
-        k, v = array(keys, 2, 2, 2048, 64), array(keys, 2, 2, 2048, 32)
+        wide, narrow = array(heads, 2, 2, 2048, 64), array(heads, 2, 2, 2048, 32)
         segment = array(("batch", "length"), 2, 2048, dtype="int32")
-        traced = jax.jit(step).trace(q, k, v, segment, dy)
+        traced = jax.jit(step).trace(wide, wide, narrow, segment, narrow)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@__gpu$xla.gpu.triton") == 3

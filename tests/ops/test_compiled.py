@@ -43,7 +43,7 @@ def test_attention_compiles_and_no_head_has_its_scores_whole(target):
     array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
     def step(q, k, v, segment, dy):
-        mix = lambda q, k, v: by_blocks(q, k, v, (segment, segment), jnp.int32(0), 0.1, True)
+        mix = lambda q, k, v: by_blocks(q, k, v, segment, 0.1)
         y, back, top = jax.vjp(mix, q, k, v, has_aux=True)
         return y, top, *back(dy)
 
