@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from k2jax.ops.exchange import Pieces, exchange
+from k2jax.ops.exchange import Pieces, exchange, scatter_sum
 from k2jax.ops.experts import (
     Weights,
     collect,
@@ -47,7 +47,7 @@ def gathered(
     gather = lambda a: jax.lax.all_gather(a, AXIS, tiled=True)
     first = jax.lax.axis_index(AXIS) * weights[0].shape[0]
     y_ND = expert_mlp(gather(x_ND), gather(expert_NK) - first, gather(weight_NK), weights)
-    return jax.lax.psum_scatter(y_ND, AXIS, tiled=True)
+    return scatter_sum(y_ND, AXIS, 0)
 
 
 def exchanged(

@@ -39,10 +39,18 @@ def scatter_sum(whole: jax.Array, axes: Axes, dim: int) -> jax.Array:
 
     Along the last dim pieces first, and the others as one: TPUs would else all-reduce.
     """
-    if dim < whole.ndim - 1:
+    last = dim == whole.ndim - 1
+    between_processes = jax.default_backend() == "cpu" and jax.process_count() > 1
+    if not (last or between_processes):
         return jax.lax.psum_scatter(whole, axes, scatter_dimension=dim, tiled=True)
-    part = (*whole.shape[:-1], whole.shape[-1] // jax.lax.axis_size(axes))
-    pieces = jnp.moveaxis(whole.reshape(math.prod(part[:-1]), -1, part[-1]), 1, 0)
+    before, length, after = whole.shape[:dim], whole.shape[dim], whole.shape[dim + 1 :]
+    part = (*before, length // jax.lax.axis_size(axes), *after)
+    rows = whole.reshape(math.prod(before), -1, math.prod(part[dim:]))
+    pieces = jnp.moveaxis(rows, 1, 0)
+    if between_processes:
+        # The reduce-scatter of gloo, the network of CPUs, at times adds what the other side has
+        # overwritten: the end of the first device's part is wrong (jax issue 40830).
+        return jax.lax.all_to_all(pieces, axes, 0, 0, tiled=True).sum(axis=0).reshape(part)
     return jax.lax.psum_scatter(pieces, axes, scatter_dimension=0).reshape(part)
 
 
