@@ -9,6 +9,7 @@ from k2jax.model.layout import project
 from k2jax.model.norm import rms_norm
 from k2jax.model.rope import Rotation, rotate
 from k2jax.ops.attention import mix
+from k2jax.ops.exchange import all_to_all
 from k2jax.params import Declare
 from k2jax.sharding import meshless, place, storage_spec
 
@@ -98,9 +99,9 @@ def softmax_mix(
         return y_BHTV, top_BH.max(axis=0)
 
     def own(q_BHTC, k_BHTC, v_BHTV, segment_BT):
-        rows = (_exchanged(a, 1, 2) for a in (q_BHTC, k_BHTC, v_BHTV))
+        rows = (all_to_all(a, "context", 1, 2) for a in (q_BHTC, k_BHTC, v_BHTV))
         y_BHTV, top_BH = _of_heads(*rows, segment_BT, scale)
-        return _exchanged(y_BHTV, 2, 1), top_BH
+        return all_to_all(y_BHTV, "context", 2, 1), top_BH
 
     parts = storage_spec(("batch", "heads", "length", None))
     y_BHTV, top_BH = jax.shard_map(
@@ -117,10 +118,3 @@ def _of_heads(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale):
     y_BHTV, top_BHT = mix(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
     top_BHT = jnp.where((segment_BT > 0)[:, None], jax.lax.stop_gradient(top_BHT), -jnp.inf)
     return y_BHTV, top_BHT.max(axis=2)
-
-
-def _exchanged(a: jax.Array, split: int, join: int) -> jax.Array:
-    """A device's `a`, cut along a dim among those along `context`; what it gets is joined."""
-    if jax.lax.axis_size("context") == 1:
-        return a
-    return jax.lax.all_to_all(a, "context", split, join, tiled=True)

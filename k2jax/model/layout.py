@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from k2jax.ops.exchange import scatter_sum
-from k2jax.sharding import compute_spec, meshless, spec
+from k2jax.ops.exchange import all_to_all, scatter_sum
+from k2jax.sharding import compute_spec, meshless, place, spec
 from k2jax.spec import LAYER_AXES
 
 if TYPE_CHECKING:
@@ -160,37 +160,59 @@ contract.defvjp(_forward, _backward)
 
 def look_up(w: "nnx.Variable", token: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a table [vocab, embed], in `dtype`: [batch, length, embed]."""
+    table, token = w[...].astype(dtype), place(token, "batch", "length")
     if meshless():
-        return w[...].astype(dtype)[token]
-    travels = w.get_metadata("grad_dtype", None)
-    return _rows(used_spec(w), travels, token, w[...].astype(dtype))
+        return table[token]
+    table = place(table, *w.get_metadata("spec").axes)
+    return _rows(w.get_metadata("grad_dtype", None), token, table)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rows(whole: P, travels: str | None, token: jax.Array, table: jax.Array) -> jax.Array:
-    """`look_up` on a mesh; its gradient goes to where the table rests, as `_summed` does."""
-    layout = spec("batch", "length", None)
-    return _gathered(table, whole).at[token].get(out_sharding=layout)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(travels: str | None, token: jax.Array, table: jax.Array) -> jax.Array:
+    """`look_up` on a mesh, the table where it rests.
+
+    Devices with different columns of it exchange tokens for them: each looks up its own columns
+    for the tokens of all. K2's table has 40 times the rows of a device's tokens. The gradient goes
+    back the same way, and is summed in float32.
+    """
+    tokens, rests = (jax.typeof(a).sharding.spec for a in (token, table))
+
+    def own(token_BT: jax.Array, table_VX: jax.Array) -> jax.Array:
+        at_EBT = _places(token_BT, table_VX, rests[1])
+        x_EBTX = table_VX.at[at_EBT].get(mode="fill", fill_value=0)
+        x_BTD = all_to_all(x_EBTX, rests[1], 0, 3)[0]
+        return jax.lax.psum(x_BTD, "model")  # the axis of "vocab": others have zeros
+
+    into = P(*tokens, None)
+    rows = jax.shard_map(own, in_specs=(tokens, rests), out_specs=into, check_vma=False)
+    return rows(token, table)
 
 
-def _rows_backward(whole: P, travels: str | None, saved, dy: jax.Array):
+def _places(token_BT: jax.Array, table_VX: jax.Array, axis: str) -> jax.Array:
+    """Rows of this device's part of the table, for the tokens of all devices of the axis."""
+    first = table_VX.shape[0] * jax.lax.axis_index("model")
+    token_EBT = jax.lax.all_gather(token_BT, axis)
+    # What others have is out of bounds; below 0 would count from the end.
+    return jnp.where(token_EBT >= first, token_EBT - first, table_VX.shape[0])
+
+
+def _rows_backward(travels: str | None, saved, dy: jax.Array):
     token, table = saved
-    rests, tokens = (jax.typeof(a).sharding.spec for a in (table, token))
+    specs = tokens, rests, _ = [jax.typeof(a).sharding.spec for a in (token, table, dy)]
+    axis = rests[1]
 
-    def own(token: jax.Array, dy: jax.Array) -> jax.Array:
-        rows = table.shape[0] // jax.lax.axis_size("model")  # the axis of "vocab"
-        first = rows * jax.lax.axis_index("model")
-        dtable = jnp.zeros((rows, table.shape[1]), travels or dy.dtype)
-        # Rows of other devices are out of bounds, and left out; below 0 would count from the end.
-        at = jnp.where(token >= first, token - first, rows)
-        dtable = dtable.at[at].add(dy.astype(dtable.dtype), mode="drop")
-        return _sum_over(dtable, tokens, rests).astype(dy.dtype)
+    def own(token_BT: jax.Array, table_VX: jax.Array, dy_BTD: jax.Array) -> jax.Array:
+        dy_EBTX = all_to_all(dy_BTD[None], axis, 3, 0).astype(jnp.float32)
+        dtable_VX = jnp.zeros(table_VX.shape, jnp.float32)
+        dtable_VX = dtable_VX.at[_places(token_BT, table_VX, axis)].add(dy_EBTX, mode="drop")
+        others = [name for entry in tokens for name in _names(entry) if name != axis]
+        return _sum_over(dtable_VX.astype(travels or dy.dtype), others, P()).astype(dy.dtype)
 
-    specs = tokens, jax.typeof(dy).sharding.spec
-    return None, jax.shard_map(own, in_specs=specs, out_specs=rests, check_vma=False)(token, dy)
+    dtable = jax.shard_map(own, in_specs=tuple(specs), out_specs=rests, check_vma=False)
+    return None, dtable(token, table, dy)
 
 
 _rows.defvjp(
-    lambda whole, travels, token, table: (_rows(whole, travels, token, table), (token, table)),
+    lambda travels, token, table: (_rows(travels, token, table), (token, table)),
     _rows_backward,
 )

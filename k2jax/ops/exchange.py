@@ -34,6 +34,13 @@ def gather_over(part: jax.Array, axes: Axes, dim: int, travels: str | None) -> j
     return jax.lax.all_gather(part, axes, axis=dim, tiled=True)
 
 
+def all_to_all(a: jax.Array, axis: str, split: int, join: int) -> jax.Array:
+    """`a`, cut along one dim among the devices of the axis; what comes is joined along another."""
+    if jax.lax.axis_size(axis) == 1:
+        return a
+    return jax.lax.all_to_all(a, axis, split, join, tiled=True)
+
+
 def scatter_sum(whole: jax.Array, axes: Axes, dim: int) -> jax.Array:
     """The sum of the arrays along mesh axes, each device its part along `dim`.
 

@@ -34,10 +34,8 @@ def moments(case: Case) -> dict[str, dict[str, float]]:
     )
     gradients = 4 * trained * (2 if case.accumulate > 1 else 1)
     kept = activations(case)
-    whole = case.width * sum(
-        size(specs[name]) / ways(specs[name], case.mesh, gathered=True)
-        for name in ("embed", "head")
-    )
+    head = specs["head"]
+    whole = case.width * size(head) / ways(head, case.mesh, gathered=True)
     attention = _attention(case)
     # A layer is made again as a whole: what its attention keeps waits for the experts' gradients.
     experts = _experts(case) | {"queries and keys": attention["queries and keys"] / 2}
@@ -46,7 +44,7 @@ def moments(case: Case) -> dict[str, dict[str, float]]:
     orthogonal = {"updates": 4 * trained, "newton-schulz": newton.iteration(case)}
     return {
         "layers": layers | busiest,
-        "head": {"kept activations": kept, "tables": whole} | _logits(case),
+        "head": {"kept activations": kept, "head": whole} | _logits(case),
         "optimizer": {"gradients": gradients} | orthogonal,
     }
 

@@ -11,9 +11,10 @@ from k2jax.spec import ParamSpec
 def step_wire(case: Case) -> Wire:
     """Everything but the optimizer's exchange."""
     wire: Wire = {}
-    for name, leaf in leaves(case.model).items():
-        if (leaf.group != "bias" and leaf.contracted) or name == "embed":
+    for leaf in leaves(case.model).values():
+        if leaf.group != "bias" and leaf.contracted:
             _weight(case, leaf, wire)
+    _embedding(case, leaves(case.model)["embed"], wire)
     _activations(case, wire)
     _experts(case, wire)
     return wire
@@ -33,10 +34,24 @@ def _weight(case: Case, leaf: ParamSpec, wire: Wire) -> None:
     add(wire, "all-gather", over, mesh, times * whole)
     wider = case.accumulate * case.grad_width / case.width
     add(wire, "reduce-scatter", over, mesh, wider * whole)
-    # Devices with other tokens and the same part of the weight.
-    rest = [axis for axis in (*BATCH, "context") if axis not in stored]
-    part = size(leaf) * case.width / ways(leaf, mesh)
-    add(wire, "all-reduce", rest, mesh, wider * part)
+    _summed(case, leaf, wire)
+
+
+def _summed(case: Case, leaf: ParamSpec, wire: Wire) -> None:
+    """A gradient, over devices with other tokens and the same part of the weight."""
+    rest = [axis for axis in (*BATCH, "context") if axis not in mesh_axes(leaf, case.mesh)]
+    part = case.accumulate * case.grad_width * size(leaf) / ways(leaf, case.mesh)
+    network.add(wire, "all-reduce", rest, case.mesh, part)
+
+
+def _embedding(case: Case, leaf: ParamSpec, wire: Wire) -> None:
+    """Rows looked up, from devices that have other columns of them, and their gradients."""
+    rows = case.predictions * case.accumulate * case.tokens * case.model.embed * case.width
+    used = mesh_axes(leaf, case.mesh, gathered=True)
+    over = [axis for axis in mesh_axes(leaf, case.mesh) if axis not in used]
+    network.add(wire, "all-to-all", over, case.mesh, 2 * rows)
+    network.add(wire, "all-reduce", list(used), case.mesh, rows)
+    _summed(case, leaf, wire)
 
 
 def _activations(case: Case, wire: Wire) -> None:
@@ -53,8 +68,8 @@ def _activations(case: Case, wire: Wire) -> None:
     forward = row * (case.layers + mlps)
     low = cfg.q_rank or cfg.embed
     backward = 4 * tokens * case.layers * (low + cfg.kv_rank + cfg.rope) + 2 * row * mlps
-    tables = 2 * case.predictions * row  # looking up the embedding; gradient of what the head reads
-    add(wire, "all-reduce", ["model"], mesh, times * forward + backward + tables)
+    head = case.predictions * row  # gradient of what it reads
+    add(wire, "all-reduce", ["model"], mesh, times * forward + backward + head)
     # Queries, keys and values to devices that have their head's whole rows; what is mixed, back.
     heads = 2 * cfg.heads / mesh.model * (cfg.nope + cfg.rope + cfg.value)
     rows = case.width * tokens * case.layers * heads
