@@ -13,7 +13,7 @@ import k2jax.model
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # a room may import from lines above its own, never from its own line or below
-    {"config", "files", "source", "spec"},
+    {"config", "files", "memory", "source", "spec"},
     {"sharding"},
     {"params", "ops", "configs", "chat", "loss", "view"},
     {"model", "optim", "data", "checkpoint", "cluster", "metrics", "signals", "health"},
