@@ -70,7 +70,10 @@ def writer(parts: tuple[str, ...]) -> Any:
     items = {part: _handler(ocp) for part in parts}
     handler = ocp.CompositeCheckpointHandler(**items, **{META: ocp.JsonCheckpointHandler()})
     integrity.guard(handler)
-    return ocp.AsyncCheckpointer(handler)
+    # Freed buffers would else lie between those of later steps until the next save. Only the first
+    # process calls this; the others give back at the next save.
+    options = ocp.options.AsyncOptions(post_finalization_callback=memory.release)
+    return ocp.AsyncCheckpointer(handler, async_options=options)
 
 
 def _handler(ocp: Any) -> Any:
