@@ -29,7 +29,14 @@ def tiny() -> RunConfig:
             context=256,
         ),
         data=DataConfig(rows=8, context=256),
-        optim=OptimConfig(learning_rate=5e-3, adam_scale=4.0, warmup=10, decay=0.5, bias_rate=2e-2),
+        optim=OptimConfig(
+            learning_rate=5e-3,
+            adam_scale=4.0,
+            warmup=10,
+            decay=0.5,
+            bias_rate=2e-2,
+            ns_dtype="float32",  # CPUs multiply bfloat16 slower
+        ),
         train=TrainConfig(
             steps=110, dtype="float32", remat="none", eval_every=25, eval_rows=16, save_every=50
         ),

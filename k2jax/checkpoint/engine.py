@@ -36,7 +36,7 @@ def orbax() -> Any:
 
     if not _tamed:
         _tamed = True
-        memory.few_arenas()
+        memory.steady()
         # A failure is logged with its traceback by each thread, and raised: once is enough.
         logging.getLogger("absl").addFilter(_untold)
         logging.getLogger("asyncio").addFilter(_awaited)
@@ -70,10 +70,7 @@ def writer(parts: tuple[str, ...]) -> Any:
     items = {part: _handler(ocp) for part in parts}
     handler = ocp.CompositeCheckpointHandler(**items, **{META: ocp.JsonCheckpointHandler()})
     integrity.guard(handler)
-    # Freed buffers would else lie between those of later steps until the next save. Only the first
-    # process calls this; the others give back at the next save.
-    options = ocp.options.AsyncOptions(post_finalization_callback=memory.release)
-    return ocp.AsyncCheckpointer(handler, async_options=options)
+    return ocp.AsyncCheckpointer(handler)
 
 
 def _handler(ocp: Any) -> Any:

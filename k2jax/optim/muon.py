@@ -65,7 +65,10 @@ def scale_by_muon(  # noqa: PLR0913, each is a choice of the recipe
 
     def iterate(x: jax.Array, split: tuple[str, ...]) -> jax.Array:
         by = None if split else gram
-        return newton_schulz(x, steps, dtype, polynomial=polynomial, gram=by, split=split)
+        run = lambda x: newton_schulz(x, steps, dtype, polynomial=polynomial, gram=by, split=split)
+        # One matrix at a time stays in a CPU's cache; devices that share matrices go in step.
+        one_by_one = run if split else lambda x: jax.lax.map(run, x)
+        return jax.lax.platform_dependent(x, cpu=one_by_one, default=run)
 
     def init(params: optax.Params) -> MuonState:
         views(params)

@@ -11,6 +11,7 @@ from k2jax import sharding
 from k2jax.config import MeshConfig
 from k2jax.optim import Matrices, scale_by_muon
 from k2jax.optim.newton_schulz import flops
+from k2jax.plan.hlo import account
 
 BOTH = ("data", "expert")
 MESH = MeshConfig(data=2, expert=2, model=2)
@@ -72,7 +73,7 @@ def compiled(names, settings=None) -> tuple[dict[str, list[str]], float]:
     with jax.set_mesh(sharding.make(MESH)):
         here = placed(gradients(names))
         text = jax.jit(tx.update).lower(here, tx.init(here)).compile().as_text()
-    return collectives(text), dot_flops(text)
+    return collectives(text), account(text).flops
 
 
 KINDS = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
@@ -86,20 +87,6 @@ def collectives(text: str) -> dict[str, list[str]]:
             name = re.search(r'op_name="([^"]*)"', line)
             found.setdefault(kind[1], []).append(name[1] if name else "")
     return found
-
-
-def dot_flops(text: str) -> float:
-    """Of all products. The only ones are in the body of the iteration, of five steps."""
-    shape = {m[1]: m[2] for m in re.finditer(r"%?([\w.-]+) = \w+\[([\d,]*)\]", text)}
-    total = 0.0
-    for m in re.finditer(
-        r"= \w+\[([\d,]*)\]\S* dot\(%?([\w.-]+), .*lhs_contracting_dims={([\d,]*)}", text
-    ):
-        sizes = [int(n) for n in shape[m[2]].split(",")]
-        inner = np.prod([sizes[int(dim)] for dim in m[3].split(",")])
-        out = np.prod([int(n) for n in m[1].split(",")])
-        total += 5 * 2 * out * inner
-    return total
 
 
 def test_whole_matrices_need_one_exchange_each_way_and_none_while_iterating():
