@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from k2jax.ops.visits import ALL, BEGIN, END, SOME, kinds, possible, visits
+from k2jax.ops.visits import ALL, BEGIN, END, SOME, kinds, visits
 
 NONE = -1e30  # below every product; finite, so that differences are
 SCALARS = 4  # the columns of the table
@@ -46,8 +46,7 @@ class _Step(NamedTuple):
     """What a kernel knows of its blocks."""
 
     scale: float
-    queries: int
-    keys: int
+    block: int
     part: int
 
 
@@ -64,10 +63,10 @@ def forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, way: Way):
     walk = _Walk(q_BHTC, segment_BT, way)
     q, k, v = walk.turned(q_BHTC), walk.turned(k_BHSC, True), walk.upright(v_BHSV, True)
     batch, heads, _, length = q.array.shape
-    queries, width = walk.step.queries, v_BHSV.shape[3]
+    block, width = walk.step.block, v_BHSV.shape[3]
     row = _Operand(jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32))
     y = jax.ShapeDtypeStruct((batch, heads, length, width), v_BHSV.dtype)
-    sums = [(width, queries), (1, queries), (1, queries)]
+    sums = [(width, block), (1, block), (1, block)]
     outputs = [_Operand(y, dim=2), row, row]
     y, *rows = walk.run(_forward, [q, k, v], outputs, sums, q_BHTC.shape[3] + width)
     length = q_BHTC.shape[2]
@@ -88,10 +87,10 @@ def backward(saved, dy_BHTV, way: Way):
     q, k, v = walk.turned(q_BHTC), walk.turned(k_BHSC, True), walk.upright(v_BHSV, True)
     rows = [walk.turned(row_BHT[..., None]) for row_BHT in (logsum_BHT, mean_BHT)]
     given = [q, k, v, *rows, walk.upright(dy_BHTV)]
-    (_, queries, keys, _), width, value = walk.step, q_BHTC.shape[3], v_BHSV.shape[3]
-    sums = [(width, queries)]
+    block, width, value = walk.step.block, q_BHTC.shape[3], v_BHSV.shape[3]
+    sums = [(width, block)]
     (dq,) = walk.run(_backward_queries, given, [_like(q)], sums, 2 * width + value)
-    sums, outputs = [(width, keys), (keys, value)], [_like(k), _like(v)]
+    sums, outputs = [(width, block), (block, value)], [_like(k), _like(v)]
     dk, dv = walk.run(_backward_keys, given, outputs, sums, 2 * (width + value), keys_held=True)
     found = (dq.swapaxes(2, 3), dk.swapaxes(2, 3), dv)
     return tuple(d[:, :, : a.shape[2]] for d, a in zip(found, saved[:3], strict=True))
@@ -112,17 +111,15 @@ class _Walk:
 
     def __init__(self, q: jax.Array, segment_BT: jax.Array, way: Way):
         block = way.sizes.block(q.shape[2])
-        self.step = _Step(way.scale, block, block, way.sizes.part)
+        self.step = _Step(way.scale, block, way.sizes.part)
         self.heads, self.interpret = q.shape[1], way.interpret
         # Rows of padding are a document of their own: they see themselves, nobody sees them.
-        self.segments = [_padded(segment_BT, 1, block, -1)] * 2
-        self.kind_BQK = kinds(self.segments, (block, block))
-        _, queries, keys = self.kind_BQK.shape
-        self.may_QK = possible((block, block), (queries, keys))
+        self.segment_BT = _padded(segment_BT, 1, block, -1)
+        self.kind_BQK = kinds(self.segment_BT, block)
 
     def upright(self, a: jax.Array, keys: bool = False) -> _Operand:
         """Positions are rows."""
-        return _Operand(_padded(a, 2, self.step.keys if keys else self.step.queries), keys, 2)
+        return _Operand(_padded(a, 2, self.step.block), keys, 2)
 
     def turned(self, a: jax.Array, keys: bool = False) -> _Operand:
         """Positions are columns: 192 of a head would be padded to 256 of them."""
@@ -139,14 +136,14 @@ class _Walk:
             widths: of all products for a query and a key, added up.
             keys_held: whether blocks of keys are held while those of queries pass.
         """
-        places = [_Operand(a[:, None, None], keys == 1) for keys, a in enumerate(self.segments)]
-        inputs = [*inputs, *places]
-        table, count = visits(self.kind_BQK, self.may_QK, keys_held)
+        segments = [_Operand(self.segment_BT[:, None, None], keys) for keys in (False, True)]
+        inputs = [*inputs, *segments]
+        table, count = visits(self.kind_BQK, keys_held)
         grid = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=SCALARS,
             grid=(self.heads, count),
-            in_specs=[_spec(a, self.step) for a in inputs],
-            out_specs=[_spec(a, self.step) for a in outputs],
+            in_specs=[_spec(a, self.step.block) for a in inputs],
+            out_specs=[_spec(a, self.step.block) for a in outputs],
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in sums],
         )
         return pl.pallas_call(
@@ -161,14 +158,13 @@ class _Walk:
 
     def _cost(self, widths: int, operands: Sequence[_Operand]) -> pl.CostEstimate:
         """If a row is one document and queries are on average in the middle of it."""
-        pairs = math.prod(a.shape[1] for a in self.segments) // 2
-        pairs *= self.segments[0].shape[0] * self.heads
+        batch, length = self.segment_BT.shape
+        pairs = batch * self.heads * length**2 // 2
         size = lambda a: math.prod(a.array.shape) * a.array.dtype.itemsize
         return pl.CostEstimate(2 * widths * pairs, pairs, sum(map(size, operands)))
 
 
-def _spec(a: _Operand, step: _Step) -> pl.BlockSpec:
-    block = step.keys if a.keys else step.queries
+def _spec(a: _Operand, block: int) -> pl.BlockSpec:
     _, heads, *shape = a.array.shape
     shape[a.dim - 2] = block
 
@@ -184,10 +180,10 @@ def _visit(step: _Step, scalars, segments, begin: Callable, meet: Callable, end:
     _, query_ref, key_ref, what_ref = scalars
     n = pl.program_id(1)
     what = what_ref[n]
-    ahead = query_ref[n] * step.queries - key_ref[n] * step.keys
+    ahead = (query_ref[n] - key_ref[n]) * step.block
 
     def seen(start):
-        shape = (step.part, step.queries)
+        shape = (step.part, step.block)
         key, query = (jax.lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
         segment_T, segment_S = (ref[...] for ref in segments)
         # A column by way of eight rows, the fewest that are turned.
@@ -195,7 +191,7 @@ def _visit(step: _Step, scalars, segments, begin: Callable, meet: Callable, end:
         return (segment_T == rows.T[:, :1]) & (query - key >= start - ahead)
 
     def parts(masked):
-        for start in range(0, step.keys, step.part):
+        for start in range(0, step.block, step.part):
             meet(pl.ds(start, step.part), seen(start) if masked else None)
 
     pl.when(what & BEGIN != 0)(begin)

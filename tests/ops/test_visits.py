@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k2jax.ops.visits import ALL, BEGIN, END, SOME, kinds, possible, visits
+from k2jax.ops.visits import ALL, BEGIN, END, SOME, kinds, visits
 
-QUERIES, KEYS = 2, 4  # of a block
+BLOCK = 2
 ROWS = [[1] * 24, [1] * 9 + [2] * 7 + [3] * 8, [1] * 10 + [2] * 6 + [0] * 8]
 
 
@@ -16,18 +16,18 @@ def seen_blocks(segment):
     order = np.arange(segment.shape[1])
     seen = segment[:, :, None] == segment[:, None]
     seen &= order[:, None] >= order
-    return seen.reshape(len(segment), order.size // QUERIES, QUERIES, -1, KEYS).sum((2, 4))
+    blocks = order.size // BLOCK
+    return seen.reshape(len(segment), blocks, BLOCK, blocks, BLOCK).sum((2, 4))
 
 
 @pytest.mark.parametrize("keys_held", [False, True])
 def test_visits_are_those_of_blocks_that_see_each_other(keys_held):
     segment = np.array(ROWS)
-    kind = kinds([jnp.array(segment)] * 2, (QUERIES, KEYS))
+    kind = kinds(jnp.array(segment), BLOCK)
     right = seen_blocks(segment)
-    assert np.array_equal(np.asarray(kind), np.sign(right) * SOME + (right == QUERIES * KEYS))
+    assert np.array_equal(np.asarray(kind), np.sign(right) * SOME + (right == BLOCK**2))
 
-    may = possible((QUERIES, KEYS), kind.shape[1:])
-    table, count = visits(kind, may, keys_held)
+    table, count = visits(kind, keys_held)
     rows = np.stack(jax.device_get(table), axis=1)[: int(count)]
     assert len(rows) == count
     found = np.zeros_like(right)
@@ -38,5 +38,4 @@ def test_visits_are_those_of_blocks_that_see_each_other(keys_held):
     starts = np.r_[True, (held[1:] != held[:-1]).any(1)]
     assert np.array_equal(rows[:, 3] & BEGIN > 0, starts)
     assert np.array_equal(rows[:, 3] & END > 0, np.r_[starts[1:], True])
-    # Each block is held once, also one that meets nobody: something must be written.
-    assert starts.sum() == len(ROWS) * kind.shape[2 if keys_held else 1]
+    assert starts.sum() == len(ROWS) * kind.shape[1]  # each block is held once
