@@ -229,8 +229,8 @@ class TrainConfig:
 
     @property
     def trackers(self) -> tuple[str, ...]:
-        """The names in `log_to`."""
-        return tuple(name for name in self.log_to.split(",") if name)
+        """The names in `log_to`, each once."""
+        return tuple(dict.fromkeys(name for name in self.log_to.split(",") if name))
 
     @property
     def profiled(self) -> range:

@@ -78,12 +78,15 @@ class Watch:
         All batches since then are left out, those before the spike too: what makes a spike is
         batches and the state they meet, and the state is what they made it [PaLM 5.1].
 
+        Damaged ones above it are set aside.
+
         Raises:
-            ConfigError: this was tried too often.
+            ConfigError: this was tried too often, or no checkpoint is intact.
         """
         if verdict != "spike" or self.run.health.on_spike != "rewind":
             return False
         saves.settle()
+        newest = saves.checkpoints.recover(self.say)
         good = [done for done in saves.checkpoints.steps() if done < step]
         # One of a stopped run comes second: a run without that stop would not have it.
         back = max(good, key=lambda done: (done % self.run.train.save_every == 0, done), default=0)
@@ -92,7 +95,8 @@ class Watch:
         if not back:
             self.say("no checkpoint to go back to yet")
             return False
-        saves.checkpoints.check(back)  # before what came after it is deleted
+        if back != newest:
+            saves.checkpoints.check(back)  # before what came after it is deleted
         self._rewinds[back] += 1
         if self._rewinds[back] > self.run.health.patience:
             self.events.add(step, "stopped", to=back)

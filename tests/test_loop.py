@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -275,12 +276,17 @@ def test_a_run_on_another_mesh_is_the_same_run(run, whole, tmp_path):
     np.testing.assert_allclose(found, right, rtol=1e-4)
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, whole, tmp_path):
-    out, lines = Path(shutil.copytree(whole[0], tmp_path / "damaged")), []
-    file = max((out / "checkpoints/6/params").rglob("*"), key=lambda path: path.stat().st_size)
+def damage(folder: Path) -> None:
+    """One bit of the largest file is turned."""
+    file = max(folder.rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, whole, tmp_path):
+    out, lines = Path(shutil.copytree(whole[0], tmp_path / "damaged")), []
+    damage(out / "checkpoints/6/params")
     train(run, out, say=lines.append)
     assert lines[0].startswith(f"checkpoint of step 6 in {out}/checkpoints is damaged (params/")
     assert lines[0].endswith("; it is kept as 6.damaged, and the run goes on from step 3")
@@ -602,6 +608,23 @@ def test_a_rewound_run_is_the_one_that_never_had_those_batches(longer, tmp_path,
         assert [line["step"] for line in read_metrics(out)] == list(range(1, 45))
         same_state(longer, out, right, 44)
         assert Checkpoints(out).meta(44)["data"]["left_out"] == [30, 31, 32, 33]
+
+
+def test_a_rewind_to_a_damaged_checkpoint_goes_to_the_one_before(longer, tmp_path, monkeypatch):
+    spoil(monkeypatch)
+    out, lines = tmp_path / "out", []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        if line.endswith("is a spike"):
+            while not (out / "checkpoints/30").exists():  # it is being written
+                time.sleep(0.05)
+            damage(out / "checkpoints/30/params")
+
+    train(changed(longer, "health", on_spike="rewind"), out, say=say)
+    assert f"back to step 24; batches 24 to {SICK} are left out" in lines
+    assert (out / "checkpoints/30.damaged").is_dir()
+    assert [line["step"] for line in read_metrics(out)] == list(range(1, 45))
 
 
 def test_a_run_that_spikes_after_every_rewind_ends_in_one_line(longer, tmp_path, monkeypatch):
