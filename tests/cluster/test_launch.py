@@ -112,6 +112,14 @@ def test_the_jobset_has_what_its_schema_requires(jobset, field):
         assert found == field.what
 
 
+def test_the_jobset_does_not_start_again_after_a_mistake(jobset):
+    (rule,) = at(jobset, "spec.failurePolicy.rules")
+    assert rule == {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    (rule,) = at(jobset, "spec.replicatedJobs.0.template.spec.podFailurePolicy.rules")
+    codes = {"containerName": at(jobset, f"{POD}.containers.0.name"), "operator": "In"}
+    assert rule == {"action": "FailJob", "onExitCodes": codes | {"values": [2]}}
+
+
 def test_the_jobset_has_a_host_for_every_four_chips_of_its_topology(jobset):
     job = at(jobset, "spec.replicatedJobs.0.template.spec")
     sides = at(jobset, f"{POD}.nodeSelector.cloud\\.google\\.com/gke-tpu-topology").split("x")
