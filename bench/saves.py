@@ -13,13 +13,13 @@ import tempfile
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import jax.numpy as jnp
 from k2jax.configs import load
 from k2jax.sharding import make
 
+from k2jax import startup
 from k2jax.checkpoint import Checkpoints, warm
 from k2jax.memory import resident
 from k2jax.model import Kimi
@@ -37,6 +37,7 @@ def step(state):
 def main(saves: int) -> None:
     """Save `saves` times and print what it took."""
     run = load("tiny")
+    startup.prepare(run.mesh.devices)
     warm().join()
     blocked, whole, memory = [], [], {}
     with jax.set_mesh(make(run.mesh)), tempfile.TemporaryDirectory() as folder:

@@ -4,11 +4,12 @@ import os
 
 import jax
 
+from k2jax import memory
 from k2jax.data.store import default_cache
 
 
 def prepare(devices: int = 1, processes: int = 1) -> None:
-    """Emulate `devices` devices where there is only a CPU, and keep compiled programs.
+    """Emulate `devices` devices where there is only a CPU, keep compiled programs and memory flat.
 
     Call it before anything is computed. Where a GPU or TPU is found, only the program cache is
     set. `JAX_COMPILATION_CACHE_DIR` overrides the place of the cache.
@@ -17,6 +18,7 @@ def prepare(devices: int = 1, processes: int = 1) -> None:
         devices: of all processes.
         processes: that emulate an equal share each.
     """
+    memory.steady()  # heaps that threads have made already would stay
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", -(-devices // processes))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from etils import epath
 
-from k2jax import memory
 from k2jax.checkpoint import integrity
 from k2jax.checkpoint.steps import META
 from k2jax.checkpoint.tree import CHUNK_BYTES, Flat, split_axes
@@ -30,13 +29,12 @@ def warm() -> threading.Thread:
 
 
 def orbax() -> Any:
-    """The package, told once to be quiet and to keep memory flat."""
+    """The package, told once to be quiet."""
     global _tamed  # noqa: PLW0603
     import orbax.checkpoint as ocp
 
     if not _tamed:
         _tamed = True
-        memory.steady()
         # A failure is logged with its traceback by each thread, and raised: once is enough.
         logging.getLogger("absl").addFilter(_untold)
         logging.getLogger("asyncio").addFilter(_awaited)
