@@ -11,6 +11,7 @@ import resource
 import time
 from typing import Any
 
+from k2jax import memory
 from k2jax.config import MESH_AXES, ConfigError, RunConfig
 from k2jax.plan.hlo import Account, account
 from k2jax.plan.targets import Target
@@ -58,6 +59,7 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
     Raises:
         ConfigError: the compiler is not installed, or knows no such topology.
     """
+    memory.steady()  # before jax starts its threads
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import numpy as np
