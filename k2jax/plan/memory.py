@@ -41,11 +41,10 @@ def moments(case: Case) -> dict[str, dict[str, float]]:
     experts = _experts(case) | {"queries and keys": attention["queries and keys"] / 2}
     busiest = max(attention, experts, key=lambda parts: sum(parts.values()))
     layers = {"gradients": gradients, "kept activations": kept} | _layer_weights(case)
-    orthogonal = {"updates": 4 * trained, "newton-schulz": newton.iteration(case)}
     return {
         "layers": layers | busiest,
         "head": {"kept activations": kept, "head": whole} | _logits(case),
-        "optimizer": {"gradients": gradients} | orthogonal,
+        "optimizer": {"gradients": gradients} | newton.moment(case, trained),
     }
 
 

@@ -15,35 +15,39 @@ from k2jax.plan import network
 from k2jax.plan.inventory import leaves, mesh_axes, size, ways
 from k2jax.plan.network import Wire
 from k2jax.plan.work import Case
-from k2jax.spec import STACK_AXES, ParamSpec
+from k2jax.spec import ParamSpec
 
 STEPS = 5  # [ML 2.2]
 LARGE = 1e12  # operations of a matrix above which several devices share it
-EXCHANGED = 2  # bytes of a number on its way: the iteration is bf16
 SLICE = 2.0**27  # bytes of matrices that a device holds whole at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Matrices of one shape.
+    """Matrices of one shape that go to their devices together.
 
     Attributes:
-        leaves: parameters they come from.
+        leaves: parameters they come from, and with how much padding each travels (1: none).
         matrix: (shorter, longer) side.
         busiest: matrices that the busiest device works on.
-        split: devices that share each of them.
-        moved: mesh axes that split rows or columns at rest: pieces are exchanged for matrices.
-        picked: mesh axes that split nothing at rest: results are gathered over them.
+        stacked: mesh axes that split the stack at rest, and stay.
+        stack: mesh axes that will split the stack, too.
         longer: mesh axes that share a matrix.
+        split: devices that share each matrix.
     """
 
-    leaves: tuple[ParamSpec, ...]
+    leaves: tuple[tuple[ParamSpec, float], ...]
     matrix: tuple[int, int]
     busiest: int
-    split: int
-    moved: tuple[str, ...]
-    picked: tuple[str, ...]
+    stacked: tuple[str, ...]
+    stack: tuple[str, ...]
     longer: tuple[str, ...]
+    split: int
+
+
+def width(case: Case) -> int:
+    """Bytes of a number on its way and in the iteration."""
+    return 4 if case.run.optim.ns_dtype == "float32" else 2
 
 
 def flops(matrix: tuple[int, int]) -> float:
@@ -62,57 +66,71 @@ def _shapes(cfg: ModelConfig) -> tuple[tuple[ParamSpec, ...], ...]:
     return tuple(map(tuple, found.values()))
 
 
-def groups(cfg: ModelConfig, mesh: MeshConfig) -> Iterator[Group]:
-    """How all matrices are shared out."""
+def groups(case: Case) -> Iterator[Group]:
+    """How all matrices are shared out; leaves of more than a slice go one by one."""
+    for alike in _shapes(case.model):
+        held = width(case) * sum(size(leaf) / ways(leaf, case.mesh) for leaf in alike)
+        for part in [alike] if held <= SLICE else [(leaf,) for leaf in alike]:
+            yield _group(part, case.mesh)
+
+
+def _group(part: tuple[ParamSpec, ...], mesh: MeshConfig) -> Group:
     over = lambda axes: math.prod([getattr(mesh, axis) for axis in axes])
     sizes = [axis for axis in MESH_AXES if getattr(mesh, axis) > 1]
-    for alike in _shapes(cfg):
-        stacked = {axis for axis in _stack_axes(alike[0], mesh) if axis in sizes}
-        at_rest = {axis for leaf in alike for axis in mesh_axes(leaf, mesh)}
-        moved = tuple(axis for axis in sizes if axis in at_rest - stacked)
-        free = tuple(axis for axis in sizes if axis not in stacked and axis not in moved)
-        count = sum(math.prod(leaf.stack) for leaf in alike) / over(stacked)
-        small, large = sorted(alike[0].matrix)
-        stack: tuple[str, ...]
-        longer: tuple[str, ...]
-        if flops((small, large)) <= LARGE:
-            stack, longer = _whole(count, moved, free, over), ()
-        else:
-            stack, longer = _shared(count, (small, large), moved + free, over)
-        picked = tuple(axis for axis in (*stack, *longer) if axis in free)
-        yield Group(
-            alike, (small, large), math.ceil(count / over(stack)), over(longer), moved, picked,
-            longer,
-        )  # fmt: skip
+    stacked = tuple(axis for axis in _over_dims(part[0], slice(part[0].stacked), mesh))
+    at_rest = {axis for leaf in part for axis in mesh_axes(leaf, mesh)}
+    must = tuple(axis for axis in sizes if axis in at_rest and axis not in stacked)
+    free = tuple(axis for axis in sizes if axis not in (*stacked, *must))
+    counts = [math.prod(leaf.stack) // over(stacked) for leaf in part]
+    matrix = (min(part[0].matrix), max(part[0].matrix))
+    choose = _whole if flops(matrix) <= LARGE else _shared
+    stack, longer = choose(sum(counts), matrix, must, free, over)
+    busiest = math.ceil(sum(counts) / over(stack))
+    slots = busiest * over(stack)
+    # Together, each leaf has the slots of all, unless every one fills its devices evenly.
+    even = all(count % over(stack) == 0 for count in counts)
+    padding = tuple(1.0 if even else slots / count for count in counts)
+    return Group(
+        tuple(zip(part, padding, strict=True)), matrix, busiest, stacked, stack, longer,
+        over(longer),
+    )  # fmt: skip
 
 
-def _stack_axes(leaf: ParamSpec, mesh: MeshConfig) -> tuple[str, ...]:
-    stack = dataclasses.replace(leaf, axes=tuple(a for a in leaf.axes if a in STACK_AXES))
-    return mesh_axes(stack, mesh)
+def _over_dims(leaf: ParamSpec, dims: slice, mesh: MeshConfig) -> tuple[str, ...]:
+    """Mesh axes that split these dims of a leaf."""
+    return mesh_axes(dataclasses.replace(leaf, axes=leaf.axes[dims]), mesh)
 
 
-def _whole(count, moved, free, over) -> tuple[str, ...]:
-    for axis in free:
-        if math.ceil(count / over((*moved, axis))) < math.ceil(count / over(moved)):
-            moved = (*moved, axis)
-    return moved
-
-
-def _shared(count, matrix, axes, over) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _whole(count, matrix, must, free, over) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    del matrix
     choices = []
+    for number in range(len(free) + 1):
+        for more in itertools.combinations(free, number):
+            axes = (*must, *more)
+            choices.append((math.ceil(count / over(axes)), over(axes), axes))
+    return _ordered(min(choices)[2]), ()
+
+
+def _shared(count, matrix, must, free, over) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    axes, choices = must + free, []
     for number in range(len(axes) + 1):
         for longer in itertools.combinations(axes, number):
             stack = tuple(axis for axis in axes if axis not in longer)
             if not any(side % over(longer) for side in matrix):
                 choices.append((math.ceil(count / over(stack)), -over(longer), stack, longer))
-    return min(choices)[2:]
+    _, _, stack, longer = min(choices)
+    return _ordered(stack), _ordered(longer)
+
+
+def _ordered(axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in MESH_AXES if axis in axes)
 
 
 def optimizer_flops(case: Case) -> float:
     """Operations of the busiest device."""
     if case.run.optim.name != "muonclip":
         return 0.0
-    return sum(g.busiest * flops(g.matrix) / g.split for g in groups(case.model, case.mesh))
+    return sum(g.busiest * flops(g.matrix) / g.split for g in groups(case))
 
 
 def undivided(cfg: ModelConfig, devices: int) -> float:
@@ -126,27 +144,70 @@ def optimizer_wire(case: Case) -> Wire:
     wire: Wire = {}
     if case.run.optim.name != "muonclip":
         return wire
-    mesh = case.mesh
-    for group in groups(case.model, mesh):
-        for leaf in group.leaves:
-            part = EXCHANGED * size(leaf) / ways(leaf, mesh)
-            moved = tuple(axis for axis in group.moved if axis in mesh_axes(leaf, mesh))
-            network.add(wire, "all-to-all", moved, mesh, 2 * part)
-            network.add(wire, "all-gather", group.picked, mesh, part)
+    for group in groups(case):
+        for leaf, padding in group.leaves:
+            _leaf_wire(case, group, leaf, padding, wire)
         if group.longer:
-            grams = STEPS * group.busiest * 4 * group.matrix[0] ** 2
-            network.add(wire, "all-reduce", group.longer, mesh, grams)
+            # Parts of X X^T are exchanged and summed; the sum and the polynomial are gathered.
+            products = STEPS * group.busiest * width(case) * group.matrix[0] ** 2
+            network.add(wire, "all-to-all", group.longer, case.mesh, products)
+            network.add(wire, "all-gather", group.longer, case.mesh, 2 * products)
     return wire
 
 
-def iteration(case: Case) -> float:
-    """Bytes while the largest group is iterated on: a slice of it, thrice, and small products."""
+def _leaf_wire(case: Case, group: Group, leaf: ParamSpec, padding: float, wire: Wire) -> None:
+    """What splits a matrix at rest exchanges pieces; what does not picks, and gathers results."""
+    mesh, add = case.mesh, network.add
+    over = lambda axes: math.prod([getattr(mesh, axis) for axis in axes])
+    mine = [axis for axis in mesh_axes(leaf, mesh) if axis not in group.stacked]
+    picked = [axis for axis in group.stack if axis not in mine]
+    part = width(case) * size(leaf) / ways(leaf, mesh) * padding / over(picked)
+    # Rows are the longer side; its axes stay where they will split it.
+    rows, columns = leaf.matrix
+    at = leaf.stacked + leaf.contracted
+    shorter = _over_dims(
+        leaf, slice(at, None) if rows >= columns else slice(leaf.stacked, at), mesh
+    )
+    turned = [axis for axis in group.longer if axis in shorter]
+    pieces = [axis for axis in group.stack if axis in mine]
+    add(wire, "all-to-all", pieces, mesh, 2 * part)
+    add(wire, "all-to-all", turned, mesh, 2 * part)
+    add(wire, "all-gather", [axis for axis in group.longer if axis not in mine], mesh, part)
+    for axis in picked:
+        part *= getattr(mesh, axis)
+        add(wire, "all-gather", [axis], mesh, part)
+
+
+def moment(case: Case, trained: float) -> dict[str, float]:
+    """Bytes on top of the gradients at the worst moment, of which group it may be.
+
+    All momenta in Nesterov's form wait in the dtype of the iteration; other groups are done, their
+    updates float32 as the step's metrics read them.
+
+    Args:
+        case: run and mesh.
+        trained: numbers on a device that are trained.
+    """
     if case.run.optim.name != "muonclip":
-        return 0.0
-    most = 0.0
-    for group in groups(case.model, case.mesh):
-        small, large = group.matrix
-        one = (4 + 2 * EXCHANGED) * small * large / group.split + 3 * EXCHANGED * small**2
-        held = group.busiest * EXCHANGED * small * large / group.split
-        most = max(most, 2 * held + max(one, min(group.busiest * one, 4 * SLICE)))
-    return most
+        return {"updates": 4 * trained}
+    moments, each = [], width(case)
+    rest = lambda leaf: size(leaf) / ways(leaf, case.mesh)
+    waiting = each * sum(rest(leaf) for leaf in leaves(case.model).values() if leaf.group == "muon")
+    for group in groups(case):
+        held = sum(rest(leaf) for leaf, _ in group.leaves)
+        work = group.busiest * _one(group, each)
+        if each * held > SLICE:  # whole, before and after, and a slice of it
+            work = 2 * each * held + max(_one(group, each), min(work, 4 * SLICE))
+        updates = 4 * (trained - held)
+        moments.append({"updates": updates, "momenta": waiting, "newton-schulz": work})
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _one(group: Group, each: int) -> float:
+    """Bytes of a matrix in the iteration: before and after a step, and its small products.
+
+    A product is float32 until it is rounded.
+    """
+    small, large = group.matrix
+    rounded = 4 if each < 4 else 0
+    return (2 * each + rounded) * small * large / group.split + 8 * small**2
