@@ -1,5 +1,8 @@
 """Everything that moves a weight, as optax transforms. Loads jax and optax only.
 
+A rate set between steps, in `state.hyperparams["learning_rate"]`, takes a function of it alone:
+`optax.inject_hyperparams(lambda learning_rate: muonclip(learning_rate, tau=None))(2e-2)`.
+
 In anyone's training loop, with plain matrices (`specs` say how other arrays are to be seen):
 
     import jax, optax

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from k2jax.config import ConfigError, nearest
 
@@ -39,12 +40,14 @@ def schedule(polynomial: str | Sequence[Polynomial], steps: int) -> list[Polynom
     """Coefficients of each step.
 
     Raises:
-        ConfigError: no polynomial of that name.
+        ConfigError: no polynomial of that name, or no coefficients of each step.
     """
     if isinstance(polynomial, str):
         if polynomial not in POLYNOMIALS:
             raise ConfigError(f"no polynomial {polynomial!r}; {nearest(polynomial, POLYNOMIALS)}")
         polynomial = POLYNOMIALS[polynomial]
+    if not polynomial or any(np.shape(abc) != (3,) for abc in polynomial):
+        raise ConfigError(f"polynomial must be a name or (a, b, c) of each step, not {polynomial}")
     return [polynomial[min(step, len(polynomial) - 1)] for step in range(steps)]
 
 
@@ -91,6 +94,10 @@ def newton_schulz(
     coefficients = schedule(polynomial, steps)
     if not coefficients:
         raise ValueError(f"newton_schulz needs at least one step, not {steps}")
+    if x.ndim < 2:
+        raise ValueError(f"newton_schulz takes [..., rows, columns], not an array of {x.shape}")
+    if isinstance(gram, int):
+        raise ValueError(f"`gram` lists the steps to restart before: ({int(gram)},), not {gram}")
     if gram is not None and split:
         raise ValueError("newton_schulz takes `gram` or `split`, not both")
     wide = x.astype(dtype).astype(jnp.float32)

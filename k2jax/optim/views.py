@@ -11,8 +11,10 @@ import jax
 from k2jax.config import ConfigError, nearest
 from k2jax.spec import ParamSpec
 
-# Parts of names whose arrays have two dims and are no matrices that Muon may move.
-NO_MATRIX = ("embed", "head", "norm", "scale", "bias", "gain", "vocab", "logits")
+# Names whose arrays may have two dims and are no matrices that Muon may move. Whole words, because
+# MultiHeadAttention_0.query holds matrices; and two that are also found within words.
+NO_MATRIX = {"head", "lmhead", "emb", "wte", "wpe", "scale", "bias", "gain", "vocab", "logits"}
+NO_MATRIX_WITHIN = ("embed", "norm")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +79,9 @@ def _guess(name: str, shape: tuple[int, ...]) -> Matrices | str:
             f"parameter {name!r} has shape {shape}, which is no plain matrix: give `specs` that"
             " say which of its dims stack"
         )
-    if len(shape) < 2 or re.search("|".join(NO_MATRIX), name.lower()):
-        return "adam"
-    return Matrices()
+    words = set(re.split("[^a-z]+", name.lower()))
+    within = any(part in name.lower() for part in NO_MATRIX_WITHIN)
+    return "adam" if len(shape) < 2 or words & NO_MATRIX or within else Matrices()
 
 
 def _read(name: str, shape: tuple[int, ...], spec: Any, per_head: bool) -> Matrices | str:

@@ -5,7 +5,12 @@ import subprocess
 import sys
 import textwrap
 
+import jax.numpy as jnp
+import numpy as np
+import optax
+
 import k2jax.optim
+from k2jax.optim import muonclip
 
 OURS = {"k2jax", "k2jax.optim", "k2jax.config", "k2jax.spec"}
 
@@ -44,3 +49,14 @@ first = loss_of({{"w": jnp.ones((4, 8)), "b": jnp.zeros(8)}}, batch)
 print(float(loss) < 0.2 * float(first))
 """
     assert shown(code) == "True"
+
+
+def test_a_rate_can_be_set_between_steps():
+    params = {"w": jnp.eye(4)}
+    tx = optax.inject_hyperparams(lambda learning_rate: muonclip(learning_rate, tau=None))(2e-2)
+    state = tx.init(params)
+    first, state = tx.update(params, state, params)
+    state.hyperparams["learning_rate"] = jnp.asarray(1e-2)
+    again = tx.init(params)._replace(hyperparams=state.hyperparams)
+    second, _ = tx.update(params, again, params)
+    np.testing.assert_allclose(first["w"], 2 * second["w"], rtol=1e-6)

@@ -104,6 +104,12 @@ def test_unknown_polynomials_and_no_steps_are_refused():
         newton_schulz(np.ones((2, 2)), polynomial="polar_expres")
     with pytest.raises(ValueError, match="at least one step"):
         newton_schulz(np.ones((2, 2)), steps=0)
+    with pytest.raises(ValueError, match=r"\(a, b, c\) of each step"):
+        newton_schulz(np.ones((2, 2)), polynomial=(3.0, -4.0, 2.0))
+    with pytest.raises(ValueError, match=r"rows, columns\], not an array of \(4,\)"):
+        newton_schulz(np.ones(4))
+    with pytest.raises(ValueError, match=r"restart before: \(3,\), not 3"):
+        newton_schulz(np.ones((2, 2)), gram=3)
 
 
 @pytest.mark.parametrize("gram", [None, RESTARTS])

@@ -20,6 +20,20 @@ def test_without_specs_two_dims_are_a_matrix_and_tables_are_adams():
     assert found == {"w": Matrices()} | dict.fromkeys(list(shapes)[1:], "adam")
 
 
+def test_a_name_that_only_holds_the_letters_of_a_table_is_a_matrix():
+    names = ("MultiHeadAttention_0.query.kernel", "multihead_q", "upscale.w", "mlp.overhead")
+    assert set(assign(dict.fromkeys(names, jnp.zeros((3, 4)))).values()) == {Matrices()}
+    names = (
+        "LMHead_0.kernel",
+        "lm_head.kernel",
+        "wte",
+        "pos_emb",
+        "unembed.w",
+        "LayerNorm_0.scale",
+    )
+    assert set(assign(dict.fromkeys(names, jnp.zeros((3, 4)))).values()) == {"adam"}
+
+
 @pytest.mark.parametrize(
     ("make", "leaf", "specs", "message"),
     [
