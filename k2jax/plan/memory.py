@@ -54,6 +54,8 @@ def activations(case: Case) -> float:
     layer = cfg.embed * tokens
     if case.run.train.remat == "full":
         return case.width * case.layers * layer
+    if case.run.train.remat == "none":
+        return case.width * (_intermediates(case) + _kept_weights(case))
     queries = cfg.q_rank + cfg.heads * (cfg.nope + cfg.rope) / case.mesh.model
     keys: float = cfg.kv_rank + cfg.rope
     keys += cfg.heads * (cfg.nope + cfg.value) / case.mesh.model
@@ -61,10 +63,30 @@ def activations(case: Case) -> float:
     dense = tokens * (2 * cfg.ffw / case.mesh.model + cfg.embed)
     shared = tokens * (2 * cfg.shared_ffw / case.mesh.model + cfg.embed)
     kept = case.layers * (layer + products) + cfg.dense_layers * dense + case.mixtures * shared
-    if case.run.train.remat == "none":
-        scores = sum(_attention(case).values()) / case.width
-        kept += case.layers * scores + case.mixtures * sum(_experts(case).values()) / case.width
     return case.width * kept
+
+
+def _intermediates(case: Case) -> float:
+    """Numbers that the backward pass reads if nothing is made again; scores always are."""
+    cfg, tokens, model = case.model, case.tokens, case.mesh.model
+    heads = 2 * cfg.heads / model * (cfg.nope + cfg.rope + cfg.value)
+    attention = tokens * (6 * cfg.embed + heads + 3 * (cfg.q_rank + cfg.kv_rank))
+    dense = tokens * 6 * cfg.ffw / model
+    copies = cfg.experts_per_token if case.exchanges else case.mesh.expert
+    travelling = tokens * (copies * cfg.embed + 6 * cfg.shared_ffw / model)
+    experts = case.pairs * (cfg.embed + 9 * cfg.expert_ffw / model)
+    layers = case.layers * attention + cfg.dense_layers * dense
+    return layers + case.mixtures * (travelling + experts)
+
+
+def _kept_weights(case: Case) -> float:
+    """Numbers of weights that are not used as they rest: gathered, or cast."""
+    mesh = case.mesh
+    return sum(
+        size(leaf) / ways(leaf, mesh, gathered=True)
+        for leaf in leaves(case.model).values()
+        if leaf.contracted and (case.width < 4 or ways(leaf, mesh, True) < ways(leaf, mesh))
+    )
 
 
 def _layer_weights(case: Case) -> dict[str, float]:
