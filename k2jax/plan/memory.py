@@ -67,25 +67,33 @@ def activations(case: Case) -> float:
 
 
 def _intermediates(case: Case) -> float:
-    """Numbers that the backward pass reads if nothing is made again; scores always are."""
+    """Numbers that the backward pass reads if nothing is made again.
+
+    Scores always are; so is what an exchange makes, but for the rows that come back.
+    """
     cfg, tokens, model = case.model, case.tokens, case.mesh.model
     heads = 2 * cfg.heads / model * (cfg.nope + cfg.rope + cfg.value)
-    attention = tokens * (6 * cfg.embed + heads + 3 * (cfg.q_rank + cfg.kv_rank))
+    rows = 6 if case.width == 4 else 10  # norms read and keep float32
+    attention = tokens * (rows * cfg.embed + heads + 3 * (cfg.q_rank + cfg.kv_rank))
     dense = tokens * 6 * cfg.ffw / model
-    copies = cfg.experts_per_token if case.exchanges else case.mesh.expert
-    travelling = tokens * (copies * cfg.embed + 6 * cfg.shared_ffw / model)
-    experts = case.pairs * (cfg.embed + 9 * cfg.expert_ffw / model)
+    shared = tokens * 6 * cfg.shared_ffw / model
+    if case.exchanges:
+        experts = cfg.experts_per_token * tokens * cfg.embed
+    else:
+        experts = case.pairs * (cfg.embed + 9 * cfg.expert_ffw / model)
+        experts += case.mesh.expert * tokens * cfg.embed
     layers = case.layers * attention + cfg.dense_layers * dense
-    return layers + case.mixtures * (travelling + experts)
+    return layers + case.mixtures * (shared + experts)
 
 
 def _kept_weights(case: Case) -> float:
-    """Numbers of weights that are not used as they rest: gathered, or cast."""
+    """Numbers of experts' weights, as they are used: gathered and cast. Others are made again."""
     mesh = case.mesh
     return sum(
         size(leaf) / ways(leaf, mesh, gathered=True)
         for leaf in leaves(case.model).values()
-        if leaf.contracted and (case.width < 4 or ways(leaf, mesh, True) < ways(leaf, mesh))
+        if "experts" in leaf.axes
+        and (case.width < 4 or ways(leaf, mesh, gathered=True) < ways(leaf, mesh))
     )
 
 

@@ -10,7 +10,7 @@ from k2jax import configs, sharding
 from k2jax.config import MeshConfig, override
 from k2jax.plan import memory
 from k2jax.plan.inventory import leaves, size, ways
-from k2jax.plan.work import Case
+from k2jax.plan.work import LOGITS, Case
 from k2jax.step import build
 
 
@@ -35,22 +35,26 @@ def kept(run, mesh):
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh"),
+    ("name", "mesh", "more"),
     [
-        ("tiny", MeshConfig(expert=8)),
-        ("small", MeshConfig(data=2, context=4)),
-        ("small", MeshConfig(data=2, expert=4)),
-        ("small", MeshConfig(context=2, model=4)),
+        ("tiny", MeshConfig(expert=8), {}),
+        ("tiny", MeshConfig(expert=8), {"train.dispatch": "exchange"}),
+        ("small", MeshConfig(data=2, context=4), {}),
+        ("small", MeshConfig(data=2, expert=4), {"train.dtype": "bfloat16"}),
+        ("small", MeshConfig(context=2, model=4), {}),
+        ("moonlight_16b_a3b", MeshConfig(expert=32), {"train.remat": "none"}),
     ],
 )
-def test_what_is_kept_where_nothing_is_made_again(name, mesh):
+def test_what_is_kept_where_nothing_is_made_again(name, mesh, more):
     rows = str(mesh.data * mesh.expert)
-    run = override(configs.load(name), {"data.rows": rows, "train.accumulate": "1"})
+    run = override(configs.load(name), {"data.rows": rows, "train.accumulate": "1"} | more)
     case = Case(run, mesh, 1)
-    used = [leaf for leaf in leaves(run.model).values() if leaf.contracted]
-    as_they_rest = [leaf for leaf in used if ways(leaf, mesh) == ways(leaf, mesh, gathered=True)]
-    arguments = sum(4 * size(leaf) / ways(leaf, mesh) for leaf in as_they_rest)
-    logits = 2.25 * case.logits  # planned as the head's
+    planned = memory.activations(case)
+    for leaf in leaves(run.model).values():  # the rest of the weights is kept as it rests
+        used = ways(leaf, mesh, gathered=True) == ways(leaf, mesh) and run.train.dtype == "float32"
+        if leaf.contracted and ("experts" not in leaf.axes or used):
+            planned += 4 * size(leaf) / ways(leaf, mesh)
+    if case.logits <= LOGITS:  # planned as the head's
+        planned += 2.25 * case.logits
     # Norms, masks and padding are not planned.
-    planned = memory.activations(case) + arguments + logits
-    assert planned == pytest.approx(kept(run, mesh), rel=0.05)
+    assert planned == pytest.approx(kept(run, mesh), rel=0.07)
