@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from typing import Any
@@ -37,11 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Print the plan; the exit code: 0 where it fits, 1 where nothing does."""
     run = override(configs.load(args.config), args.settings)
+    _check(args)
     target = targets.parse(args.target, args.dollars_per_hour, args.watts)
     fixed = _fixed(args.mesh)
     if args.decode:
-        if args.compile:
-            raise ConfigError("plan --compile compiles training steps; leave out --decode")
         found = _decoding(run, target, fixed, args.decode)
         text = _decode_text(found)
     else:
@@ -50,6 +50,18 @@ def main(args: argparse.Namespace) -> int:
         found, text = _training(run, searched, args)
     sys.stdout.write(json.dumps(found) + "\n" if args.json else text)
     return 0 if found["fits"] else 1
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse numbers that make no sense, and options without effect."""
+    for option in ("tokens", "dollars-per-hour", "watts"):
+        value = getattr(args, option.replace("-", "_"))
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"--{option} is {value:g}; it must be a number, 0 or more")
+    if args.decode and args.compile:
+        raise ConfigError("plan --compile compiles training steps; leave out --decode")
+    if args.decode and args.tokens is not None:
+        raise ConfigError("--tokens is for training; --decode costs a million generated tokens")
 
 
 def _fixed(text: str) -> dict[str, int]:
@@ -119,6 +131,7 @@ def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
     """The plan with the keys that `docs/scaling.md` lists."""
     run, target = best.case.run, best.target
     step_tokens = run.data.rows * run.data.context
+    tokens = step_tokens * run.train.steps if tokens is None else tokens
     given = sum(best.arguments.values())
     batch = best.arguments["batch"]
     per_host = max(1, 4 * target.chip.devices if target.chip.kind == "tpu" else target.shape[-1])
@@ -141,10 +154,8 @@ def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
         "step_seconds": {"overlapped": best.overlapped, "serial": best.seconds},
         "mfu": {"overlapped": best.mfu(best.overlapped), "serial": best.mfu(best.seconds)},
         "cost": {
-            "tokens": tokens or step_tokens * run.train.steps,
-            **cost.training(
-                target, best.seconds, step_tokens, tokens or step_tokens * run.train.steps
-            ),
+            "tokens": tokens,
+            **cost.training(target, best.seconds, step_tokens, tokens),
         },
     }
 

@@ -67,6 +67,9 @@ REFUSED = [
     (["kimi_k2", "--target", "v5p:2x2x2", "--mesh", "data=3"], "data=3 does not divide"),
     (["kimi_k2", "--target", "v5p:2x2x2", "--mesh", "context=8", "--data.context", "4"], "length"),
     (["kimi_k2", "--target", "v5p:2x2x2", "--decode", "8"], "--decode takes BATCHxCONTEXT"),
+    (["kimi_k2", "--target", "v5p:2x2x2", "--tokens", "-3"], "--tokens is -3; it must be"),
+    (["kimi_k2", "--target", "v5p:2x2x2", "--watts", "nan"], "--watts is nan; it must be"),
+    (["tiny", "--target", "v5p:2x2x2", "--decode", "8x8", "--tokens", "9"], "is for training"),
 ]
 
 
