@@ -1,7 +1,7 @@
 """Everything that moves a weight, as optax transforms. Loads jax and optax only.
 
-A rate set between steps, in `state.hyperparams["learning_rate"]`, takes a function of it alone:
-`optax.inject_hyperparams(lambda learning_rate: muonclip(learning_rate, tau=None))(2e-2)`.
+`optax.inject_hyperparams(muonclip)(learning_rate=2e-2)` lets `state.hyperparams` be set between
+steps.
 
 In anyone's training loop, with plain matrices (`specs` say how other arrays are to be seen):
 

@@ -144,8 +144,10 @@ def _by_slices(x: jax.Array, way: Route | None, iterate: Iterate, each: int) -> 
     rest = count - full * each * over
     parts = []
     if full:
-        start = x[: count - rest].reshape(full, each * over, *x.shape[1:])
-        y = jax.lax.map(lambda part: one(part, each * over), start)
+        y = x[: count - rest].reshape(full, each * over, *x.shape[1:])
+        # In place: compilers make a loop's new outputs, all zeros, before the step's first layer.
+        put = lambda i, y: y.at[i].set(one(y[i], each * over))
+        y = jax.lax.fori_loop(0, full, put, y)
         parts.append(y.reshape(count - rest, *x.shape[1:]))
     if rest:
         padded = jnp.pad(x[count - rest :], ((0, -rest % over), (0, 0), (0, 0)))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from k2jax.optim.checks import floating, number
 from k2jax.optim.exchange import LARGE, SLICE, orthogonalise
 from k2jax.optim.newton_schulz import Polynomial, newton_schulz
 from k2jax.optim.views import Matrices, assign, matrices_only, names
@@ -59,6 +60,9 @@ def scale_by_muon(  # noqa: PLR0913, each is a choice of the recipe
 
     Source: [ML] equations 1-4, toy_train.py; [K2-TR] algorithm 1.
     """
+    number("momentum", momentum, high=1)
+    floating("dtype", dtype)
+    floating("momentum_dtype", momentum_dtype)
 
     def views(tree: Any) -> dict[str, Matrices]:
         return matrices_only(assign(tree, specs, per_head))
@@ -84,9 +88,10 @@ def scale_by_muon(  # noqa: PLR0913, each is a choice of the recipe
         # Leaves that another group owns are empty nodes here, and pass through.
         leaves = names(nesterov)
         ready = orthogonalise(leaves, view, iterate, large, slice_bytes)
+        size = lambda name, u: UPDATE_RMS * max(view[name].sizes(u.shape)[1:]) ** 0.5
         scaled = [
-            UPDATE_RMS * max(view[name].sizes(u.shape)[1:]) ** 0.5 * u.astype(jnp.float32)
-            for name, u in ready.items()
+            (size(name, u) * u.astype(jnp.float32)).astype(g.dtype)
+            for (name, u), g in zip(ready.items(), jax.tree.leaves(updates), strict=True)
         ]
         kept = jax.tree.map(lambda m: m.astype(momentum_dtype), moved)
         return jax.tree.unflatten(jax.tree.structure(nesterov), scaled), MuonState(kept)
@@ -107,6 +112,9 @@ def muon(
 
     Source: [ML] equation 3.
     """
+    settings |= settings.pop("settings", {})  # as `optax.inject_hyperparams` hands them on
+    number("learning_rate", learning_rate)
+    number("weight_decay", weight_decay)
     return optax.chain(
         scale_by_muon(specs, **settings),
         optax.add_decayed_weights(weight_decay),

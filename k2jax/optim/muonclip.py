@@ -7,6 +7,7 @@ import jax
 import optax
 
 from k2jax.config import ConfigError
+from k2jax.optim.checks import number
 from k2jax.optim.muon import scale_by_muon
 from k2jax.optim.qk_clip import qk_clip
 from k2jax.optim.views import assign
@@ -53,11 +54,17 @@ def muonclip(  # noqa: PLR0913, the recipe's numbers are its interface
 
     Source: [K2-TR] algorithm 1; [ML] section 2.
     """
+    settings |= settings.pop("settings", {})  # as `optax.inject_hyperparams` hands them on
+    number("learning_rate", learning_rate)
+    number("weight_decay", weight_decay)
+    number("adam_scale", adam_scale)
     if tau is not None and specs is None:
         raise ConfigError(
             "muonclip with tau needs specs: they say which leaves are queries and keys"
         )
     adam = {"b1": 0.9, "b2": 0.95, "eps": 1e-8} | dict(adam or {})
+    for name in ("b1", "b2"):
+        number(f"adam {name}", adam[name], high=1)
 
     def labels(params: Any) -> Any:
         group = lambda view: "adam" if view == "adam" else "muon"

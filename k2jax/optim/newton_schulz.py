@@ -46,7 +46,11 @@ def schedule(polynomial: str | Sequence[Polynomial], steps: int) -> list[Polynom
         if polynomial not in POLYNOMIALS:
             raise ConfigError(f"no polynomial {polynomial!r}; {nearest(polynomial, POLYNOMIALS)}")
         polynomial = POLYNOMIALS[polynomial]
-    if not polynomial or any(np.shape(abc) != (3,) for abc in polynomial):
+    if (
+        not isinstance(polynomial, Sequence)
+        or not polynomial
+        or any(np.shape(abc) != (3,) for abc in polynomial)
+    ):
         raise ConfigError(f"polynomial must be a name or (a, b, c) of each step, not {polynomial}")
     return [polynomial[min(step, len(polynomial) - 1)] for step in range(steps)]
 
@@ -96,8 +100,8 @@ def newton_schulz(
         raise ValueError(f"newton_schulz needs at least one step, not {steps}")
     if x.ndim < 2:
         raise ValueError(f"newton_schulz takes [..., rows, columns], not an array of {x.shape}")
-    if isinstance(gram, int):
-        raise ValueError(f"`gram` lists the steps to restart before: ({int(gram)},), not {gram}")
+    if isinstance(gram, int | str):
+        raise ValueError(f"`gram` lists the steps to restart before, as {RESTARTS}, not {gram!r}")
     if gram is not None and split:
         raise ValueError("newton_schulz takes `gram` or `split`, not both")
     wide = x.astype(dtype).astype(jnp.float32)
@@ -145,6 +149,8 @@ def _by_gram(x: jax.Array, coefficients: list[Polynomial], restarts: tuple[int, 
     are polynomials of one R, so they commute and are symmetric.
     """
     tall, dtype = _tall(x), x.dtype
+    # XLA's CPU backend folds a transpose before this into a product, and has none for bfloat16.
+    x = jax.lax.optimization_barrier(x)
     cuts = [0, *sorted(at for at in set(restarts) if 0 < at < len(coefficients)), len(coefficients)]
     wide = lambda y: y.astype(jnp.float32)
     for first, last in itertools.pairwise(cuts):

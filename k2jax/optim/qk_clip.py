@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from k2jax.config import ConfigError
+from k2jax.optim.checks import number
 from k2jax.optim.views import KEYS, QUERIES, names
 from k2jax.spec import ParamSpec
 
@@ -40,10 +41,13 @@ def qk_clip(
         that produced the gradient, over the whole batch.
 
     Raises:
-        ConfigError: no queries or no keys, or fewer layers or other heads than `logit_max` has.
+        ConfigError: tau or alpha out of range, no queries or no keys, or fewer layers or other
+            heads than `logit_max` has.
 
     Source: [K2-TR] sec. 2.1, algorithm 1.
     """
+    number("tau", tau, low=1e-6)
+    number("alpha", alpha, high=1)
     kinds = {
         name: spec.axes[-2:]
         for name, spec in names(specs).items()
@@ -56,7 +60,7 @@ def qk_clip(
     def update(updates, state, params=None, *, logit_max=None, **_):
         if params is None or logit_max is None:
             raise ValueError("qk_clip needs tx.update(grads, state, params, logit_max=...)")
-        gamma_LH, weights, spec = shrink(logit_max, tau), names(params), names(specs)
+        gamma_LH, weights, spec = shrink(jnp.asarray(logit_max), tau), names(params), names(specs)
 
         def rescale(name: str, u: jax.Array) -> jax.Array:
             if name not in kinds:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from k2jax.optim.checks import number
+
 
 def warmup_stable_decay(
     peak: float, steps: int, *, warmup: int, decay: float, final: float
@@ -19,6 +21,10 @@ def warmup_stable_decay(
 
     Source: [K2-TR]: 500 steps, 2e-4 for 10T tokens, then cosine to 2e-5 over 5.5T.
     """
+    number("peak", peak)
+    number("warmup", warmup)
+    number("decay", decay, high=1)
+    number("final", final, high=1)
 
     def rate(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)

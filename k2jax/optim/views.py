@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from k2jax.config import ConfigError, nearest
 from k2jax.spec import ParamSpec
@@ -62,14 +63,16 @@ def assign(params: Any, specs: Any = None, per_head: bool = False) -> dict[str, 
         ConfigError: names the leaf that has no spec, a wrong one, or that is not clearly a matrix.
     """
     known = None if specs is None else names(specs)
+    if known is not None and (not known or isinstance(specs, str)):
+        raise ConfigError(f"specs is {specs!r}; it must be a tree with the parameters' names")
     found: dict[str, Matrices | str] = {}
     for name, leaf in names(params).items():
         if known is None:
-            found[name] = _guess(name, leaf.shape)
+            found[name] = _guess(name, np.shape(leaf))
         elif name not in known:
             raise ConfigError(f"parameter {name!r} has no spec; {nearest(name, known)}")
         else:
-            found[name] = _read(name, leaf.shape, known[name], per_head)
+            found[name] = _read(name, np.shape(leaf), known[name], per_head)
     return found
 
 
@@ -91,6 +94,8 @@ def _read(name: str, shape: tuple[int, ...], spec: Any, per_head: bool) -> Matri
         return "adam"
     if not isinstance(spec, Matrices):
         raise ConfigError(f"the spec of {name!r} is {spec!r}; it must be 'adam' or Matrices")
+    if not all(isinstance(part, tuple) for part in (spec.stack, spec.rows, spec.columns)):
+        raise ConfigError(f"the spec of {name!r} is {spec}; its dims must be tuples, as (0,)")
     dims = (*spec.stack, *spec.rows, *spec.columns)
     if sorted(dims) != list(range(len(shape))) or not spec.rows or not spec.columns:
         raise ConfigError(

@@ -5,12 +5,14 @@ import subprocess
 import sys
 import textwrap
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import k2jax.optim
-from k2jax.optim import muonclip
+from k2jax.optim import muon, muonclip, qk_clip, warmup_stable_decay
 
 OURS = {"k2jax", "k2jax.optim", "k2jax.config", "k2jax.spec"}
 
@@ -51,12 +53,48 @@ print(float(loss) < 0.2 * float(first))
     assert shown(code) == "True"
 
 
-def test_a_rate_can_be_set_between_steps():
+@pytest.mark.parametrize("make", [muon, muonclip])
+def test_a_rate_can_be_set_between_steps(make):
     params = {"w": jnp.eye(4)}
-    tx = optax.inject_hyperparams(lambda learning_rate: muonclip(learning_rate, tau=None))(2e-2)
+    tx = optax.inject_hyperparams(make)(learning_rate=2e-2, steps=4)
     state = tx.init(params)
-    first, state = tx.update(params, state, params)
+    update = jax.jit(tx.update)
+    first, state = update(params, state, params)
     state.hyperparams["learning_rate"] = jnp.asarray(1e-2)
     again = tx.init(params)._replace(hyperparams=state.hyperparams)
-    second, _ = tx.update(params, again, params)
+    second, _ = update(params, again, params)
     np.testing.assert_allclose(first["w"], 2 * second["w"], rtol=1e-6)
+
+
+def test_bfloat16_weights_get_bfloat16_updates():
+    params = {"w": jnp.ones((4, 8), jnp.bfloat16), "b": jnp.ones(8, jnp.bfloat16)}
+    tx = optax.apply_if_finite(muonclip(1e-2), 3)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: muonclip(-1.0), "learning_rate is -1.0; it must be at least 0"),
+        (lambda: muonclip(None), "learning_rate is None; it must be a number"),
+        (lambda: muonclip(float("nan")), "learning_rate is nan"),
+        (lambda: muonclip(1e-2, momentum=1.5), "momentum is 1.5; it must be in 0..1"),
+        (lambda: muonclip(1e-2, weight_decay=-1), "weight_decay is -1"),
+        (lambda: muonclip(1e-2, ns_dtype="int8"), "dtype is 'int8'; there are: float64"),
+        (lambda: muonclip(1e-2, momentum_dtype="f8"), "momentum_dtype is 'f8'"),
+        (lambda: muonclip(1e-2, adam={"b1": 2.0}), "adam b1 is 2.0"),
+        (lambda: qk_clip(0.0, {}), "tau is 0.0; it must be at least"),
+        (lambda: qk_clip(100.0, {}, alpha=2), "alpha is 2; it must be in 0..1"),
+        (lambda: warmup_stable_decay(1.0, 9, warmup=-5, decay=0.1, final=0.1), "warmup is -5"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_refused_when_the_optimizer_is_made(make, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        make()
+
+
+@pytest.mark.parametrize("specs", ["adam", {}])
+def test_specs_that_name_nothing_are_refused(specs):
+    with pytest.raises(ValueError, match="must be a tree with the parameters' names"):
+        muonclip(1e-2, specs=specs).init({"w": jnp.ones((4, 8))})

@@ -108,7 +108,7 @@ def test_unknown_polynomials_and_no_steps_are_refused():
         newton_schulz(np.ones((2, 2)), polynomial=(3.0, -4.0, 2.0))
     with pytest.raises(ValueError, match=r"rows, columns\], not an array of \(4,\)"):
         newton_schulz(np.ones(4))
-    with pytest.raises(ValueError, match=r"restart before: \(3,\), not 3"):
+    with pytest.raises(ValueError, match=r"restart before, as \(3,\), not 3"):
         newton_schulz(np.ones((2, 2)), gram=3)
 
 
@@ -120,3 +120,9 @@ def test_scale_by_muon_takes_the_iteration_it_is_told(gram):
     scaled = x["w"] * 1.95  # momentum does not change the direction of a first step
     right = newton_schulz(scaled, dtype="float32", polynomial="polar_express", gram=gram)
     np.testing.assert_allclose(found["w"], 0.2 * 160**0.5 * right, atol=1e-5)
+
+
+def test_a_transposed_bfloat16_matrix_takes_the_gram_iteration_on_a_cpu():
+    x = jax.random.normal(jax.random.key(0), (8, 16))
+    found = jax.jit(lambda x: newton_schulz(x.T[None], gram=RESTARTS))(x)
+    np.testing.assert_allclose(found[0], newton_schulz(x.T, gram=RESTARTS), atol=1e-2)  # bfloat16
