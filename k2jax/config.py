@@ -349,7 +349,7 @@ def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
         ConfigError: an impossible value, or a setting that has no effect in this run.
     """
     _validate_choices(run)
-    data, train, mesh, optim = run.data, run.train, run.mesh, run.optim
+    data, train, mesh = run.data, run.train, run.mesh
     least = {
         "data.rows": data.rows, "data.context": data.context, "train.steps": train.steps,
         "train.accumulate": train.accumulate, "train.save_every": train.save_every,
@@ -364,20 +364,9 @@ def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
         raise ConfigError(
             f"data.context is {data.context}; the model's longest context is {run.model.context}"
         )
-    if optim.learning_rate <= 0 or not 0 <= optim.decay <= 1 or optim.warmup < 0:
-        raise ConfigError(
-            "optim needs learning_rate > 0, decay in 0..1 and warmup >= 0; they are"
-            f" {optim.learning_rate}, {optim.decay} and {optim.warmup}"
-        )
     if train.buffer <= 0:
         raise ConfigError(f"train.buffer is {train.buffer}; it must be more than 0")
-    if not 0 <= optim.alpha <= 1:
-        raise ConfigError(f"optim.alpha is {optim.alpha}; it must be in 0..1")
-    if run.model.mtp_layers and optim.mtp_loss <= 0:
-        raise ConfigError(
-            f"optim.mtp_loss is {optim.mtp_loss}; it must be above 0 to train model.mtp_layers"
-            f" ({run.model.mtp_layers}), or set those to 0"
-        )
+    _validate_optim(run)
     spread = mesh.replica * mesh.data * mesh.expert
     micro = data.rows // train.accumulate
     if data.rows % train.accumulate or micro % spread:
@@ -389,6 +378,29 @@ def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
         )
     _validate_upkeep(run)
     _validate_effects(run, set(settings))
+
+
+def _validate_optim(run: RunConfig) -> None:
+    optim = run.optim
+    if optim.learning_rate <= 0 or not 0 <= optim.decay <= 1 or optim.warmup < 0:
+        raise ConfigError(
+            "optim needs learning_rate > 0, decay in 0..1 and warmup >= 0; they are"
+            f" {optim.learning_rate}, {optim.decay} and {optim.warmup}"
+        )
+    for name in ("alpha", "momentum", "b1", "b2", "final_rate"):
+        if not 0 <= getattr(optim, name) <= 1:
+            raise ConfigError(f"optim.{name} is {getattr(optim, name)}; it must be in 0..1")
+    for name in ("weight_decay", "clip_norm", "bias_rate", "aux_loss", "mtp_loss", "eps"):
+        if not getattr(optim, name) >= 0:
+            raise ConfigError(f"optim.{name} is {getattr(optim, name)}; it must be at least 0")
+    for name in ("tau", "adam_scale"):
+        if not getattr(optim, name) > 0:
+            raise ConfigError(f"optim.{name} is {getattr(optim, name)}; it must be more than 0")
+    if run.model.mtp_layers and optim.mtp_loss <= 0:
+        raise ConfigError(
+            f"optim.mtp_loss is {optim.mtp_loss}; it must be above 0 to train model.mtp_layers"
+            f" ({run.model.mtp_layers}), or set those to 0"
+        )
 
 
 def _validate_upkeep(run: RunConfig) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from k2jax.model.check import check_kernels
 from k2jax.params import initial
 from k2jax.sampling import generate
 from k2jax.saving import Saves
-from k2jax.signals import Stop
+from k2jax.signals import Stop, Stopped
 from k2jax.step import Program, State, build, own_parts, to_devices
 from k2jax.watch import Watch, profiler, speed_of, timed
 
@@ -89,11 +90,7 @@ class _Training:
             if latest is not None:
                 _check_same(self.run, saved.meta(latest)["config"], self.out)
             words = (self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
-            check(*words)  # mistakes first: compiling cannot be interrupted
-            if jax.default_backend() != "cpu":
-                check_kernels(self.program.dispatch, self.run.model, self.run.data.context)
-            if init and latest is None:
-                find(init)
+            self._check(words, init, latest)
             # Compiling takes longest, so it starts before the rest and the data is read beside it.
             programs = _Programs(
                 pool.submit(compile_step, self.program, jax.sharding.get_mesh()),
@@ -116,8 +113,21 @@ class _Training:
             elif step == latest and (self.out / PLOT).exists():
                 self.say(f"{self.out} is finished: step {step}; more --train.steps would go on")
             else:
-                self._finish(state, data, programs)
+                self._finish(state, data, programs, stop)
             return Model(self.run.model, state.params, data.tokenizer)
+
+    def _check(self, words: tuple[str, str, int], init: str, latest: int | None) -> None:
+        """Mistakes first: compiling cannot be interrupted."""
+        check(*words)
+        if self.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.out).close()
+        if jax.default_backend() != "cpu":
+            check_kernels(self.program.dispatch, self.run.model, self.run.data.context)
+        if init and latest is None:
+            find(init)
+        elif init:
+            self.say(f"--init {init} is not used: {self.out} has a checkpoint")
 
     def _describe(self, data: Data) -> None:
         if not self.first:
@@ -228,8 +238,16 @@ class _Training:
             size = float(_over_hosts(size))
         return {"heldout_loss": nll / tokens, "heldout_bits_per_byte": nll / math.log(2) / size}
 
-    def _finish(self, state: State, data: Data, programs: "_Programs") -> None:
-        """Score all held-out text beside compressors, plot, and print a sample."""
+    def _finish(self, state: State, data: Data, programs: "_Programs", stop: Stop) -> None:
+        """Score all held-out text beside compressors, plot, and print a sample, unless stopped."""
+        try:
+            stop.at_once()
+            self._look_back(state, data, programs)
+        except Stopped:
+            steps = self.run.train.steps
+            self.say(f"stopped; step {steps} is saved, and the same command plots and samples it")
+
+    def _look_back(self, state: State, data: Data, programs: "_Programs") -> None:
         found = self._heldout(state, data, programs, limit=0)
         model = Model(self.run.model, state.params, data.tokenizer)
         ids = generate(model, [PROMPT], max_new_tokens=min(64, self.run.model.context // 2))[0]

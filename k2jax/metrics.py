@@ -32,7 +32,8 @@ class Metrics:
         self.file: Lines | None = None
         if path is None:
             return
-        lines = path.read_text().splitlines() if path.exists() else []
+        # A bad disk's bytes must not keep a run from going on: such lines are left out.
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= start] if start else []
         replace(path, "".join(f"{line}\n" for line in kept))
         self.file = Lines(path, say)
@@ -89,9 +90,10 @@ class Speed:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the last line of a killed process may be cut off
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):  # a killed process's last line may be cut off
         return float("inf")
+    return step if isinstance(step, int) else float("inf")
 
 
 class Progress:
@@ -103,7 +105,7 @@ class Progress:
         self.tokens = run.data.rows * run.data.context
         self.bar: Any = None
         self.live: Any = None
-        self.heldout = ""
+        self.heldout, self.measured = "", 0
         self.newest: dict[str, Any] = {}
         self.first = 0.0
 
@@ -135,13 +137,15 @@ class Progress:
             self.first = now
             self.say(f"first step after {now - self.began:.1f} s")
         if "heldout_loss" in values:
+            self.measured = step
             self.heldout = (
                 f", held out {values['heldout_loss']:.4f}"
                 f" ({values['heldout_bits_per_byte']:.3f} bits per byte)"
             )
         speed = self.tokens * max(step - self.start - 1, 1) / max(now - self.first, 1e-9)
         speed = speed if step > self.start + 1 else self.tokens / values["seconds"]
-        text = f"loss {values['loss']:.4f}{self.heldout}, {speed:,.0f} tokens/s"
+        when = f" at step {self.measured}" if self.measured not in (0, step) else ""
+        text = f"loss {values['loss']:.4f}{self.heldout}{when}, {speed:,.0f} tokens/s"
         if self.bar is not None:
             from rich.console import Group
 

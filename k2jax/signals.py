@@ -8,6 +8,10 @@ from types import FrameType
 import jax
 
 
+class Stopped(Exception):
+    """A stop was asked for, and nothing is left to save."""
+
+
 class Stop:
     """While open, SIGTERM, SIGUSR1 and a first Ctrl-C ask for a stop instead of ending the process.
 
@@ -22,6 +26,7 @@ class Stop:
         self.asked = False
         self._together = jax.process_count() > 1
         self._asked, self._reached = 0, False
+        self._at_once = False
         self._before: dict[int, object] = {}
 
     def after_step(self) -> bool:
@@ -33,6 +38,15 @@ class Stop:
         self._asked += 1  # steps themselves may go back
         self._reached |= reached_preemption_sync_point(self._asked)
         return self._reached
+
+    def at_once(self) -> None:
+        """From here on a notice ends what is going on by `Stopped`, also one that has come.
+
+        Of one process only: several must stay together.
+        """
+        self._at_once = not self._together
+        if self._at_once and self.asked:
+            raise Stopped
 
     def __enter__(self) -> "Stop":
         """Start to catch."""
@@ -48,6 +62,8 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self._at_once:
+            raise Stopped
 
     def __exit__(self, *error: object) -> None:
         """Back to what was caught before."""

@@ -208,6 +208,26 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(run, whole, again):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+def test_a_line_that_is_no_text_does_not_keep_a_run_from_going_on(run, again):
+    with (again / "metrics.jsonl").open("ab") as file:
+        file.write(b'\x00\xff\n{"step": "x"}\n[]\n')
+    train(run, again, say=lambda line: None)
+    assert [line["step"] for line in read_metrics(again)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_notice_after_the_last_step_ends_the_look_back(run, again, monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        "k2jax.loop.compressors", lambda texts: os.kill(os.getpid(), signal.SIGTERM) or {}
+    )
+    train(run, again, say=lines.append)
+    assert lines[-1] == "stopped; step 6 is saved, and the same command plots and samples it"
+    monkeypatch.undo()
+    train(run, again, say=lines.append, init="elsewhere")
+    assert f"--init elsewhere is not used: {again} has a checkpoint" in lines
+    assert (again / "loss.png").exists()
+
+
 def twice() -> None:
     """A notice, and its repetition."""
     os.kill(os.getpid(), signal.SIGUSR1)

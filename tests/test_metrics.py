@@ -55,10 +55,14 @@ def test_a_terminal_keeps_the_newest_held_out_loss(monkeypatch):
 def test_without_a_terminal_there_are_plain_lines(capsys):
     lines = []
     with Progress(configs.load("tiny"), 0, lines.append, 0.0) as progress:
-        for step in range(1, 11):
-            progress.show(step, VALUES)
+        for step in range(1, 21):
+            progress.show(step, VALUES | HELDOUT if step == 20 else VALUES)
+        progress.show(30, VALUES)
     assert lines[1].startswith("step 10/110: loss 3.2500, ")
-    assert len(lines) == 2
+    assert "held out 3.5000 (" in lines[2]
+    assert " at step" not in lines[2]
+    assert "bits per byte) at step 20, " in lines[3]
+    assert len(lines) == 4
     assert not capsys.readouterr().out
 
 

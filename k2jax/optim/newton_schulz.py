@@ -42,17 +42,12 @@ def schedule(polynomial: str | Sequence[Polynomial], steps: int) -> list[Polynom
     Raises:
         ConfigError: no polynomial of that name, or no coefficients of each step.
     """
-    if isinstance(polynomial, str):
-        if polynomial not in POLYNOMIALS:
-            raise ConfigError(f"no polynomial {polynomial!r}; {nearest(polynomial, POLYNOMIALS)}")
-        polynomial = POLYNOMIALS[polynomial]
-    if (
-        not isinstance(polynomial, Sequence)
-        or not polynomial
-        or any(np.shape(abc) != (3,) for abc in polynomial)
-    ):
+    if isinstance(polynomial, str) and polynomial not in POLYNOMIALS:
+        raise ConfigError(f"no polynomial {polynomial!r}; {nearest(polynomial, POLYNOMIALS)}")
+    each = POLYNOMIALS[polynomial] if isinstance(polynomial, str) else polynomial
+    if not isinstance(each, Sequence) or not each or any(np.shape(abc) != (3,) for abc in each):
         raise ConfigError(f"polynomial must be a name or (a, b, c) of each step, not {polynomial}")
-    return [polynomial[min(step, len(polynomial) - 1)] for step in range(steps)]
+    return [each[min(step, len(each) - 1)] for step in range(steps)]
 
 
 def flops(rows: int, columns: int, steps: int = 5) -> int:

@@ -196,8 +196,8 @@ def moment(case: Case, trained: float) -> dict[str, float]:
     for group in groups(case):
         held = sum(rest(leaf) for leaf, _ in group.leaves)
         work = group.busiest * _one(group, each)
-        if each * held > SLICE:  # whole, before and after, and a slice of it
-            work = 2 * each * held + max(_one(group, each), min(work, 4 * SLICE))
+        if each * held > SLICE:  # whole, slice by slice in place
+            work = each * held + max(_one(group, each), min(work, 4 * SLICE))
         updates = 4 * (trained - held)
         moments.append({"updates": updates, "momenta": waiting, "newton-schulz": work})
     return max(moments, key=lambda parts: sum(parts.values()))
