@@ -147,6 +147,11 @@ def test_metrics_of_an_older_run_without_the_new_keys_or_a_known_config_make_a_p
     assert "Loss (nats per target)" in figures(report(run))
 
 
+def test_a_value_that_is_no_number_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "abc"}\n{"step": 2, "loss": 3}\n')
+    assert report(tmp_path).exists()
+
+
 def test_names_from_the_run_are_escaped(tmp_path):
     run = recorded(tmp_path / "run", [line(1)], [{"step": 1, "event": "<b>", "text": "<script>"}],
                    run=dataclasses.replace(RUN, name="<script>x"))  # fmt: skip

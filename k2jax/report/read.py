@@ -93,7 +93,9 @@ class _Thinned:
 
     def add(self, number: int, line: dict[str, Any]) -> None:
         self.first = self.first or line["step"]
-        self.last |= {name: value for name, value in line.items() if value is not None}
+        self.last |= {
+            name: value for name, value in line.items() if not isinstance(value, str | None)
+        }
         at = number // self.each
         for name, value in line.items():
             if isinstance(value, list):
