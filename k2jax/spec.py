@@ -27,7 +27,7 @@ class ParamSpec:
     shape: tuple[int, ...]
     contracted: int
     group: str
-    published: str
+    published: str = ""
     dtype: str = "bfloat16"
     first_layer: int = 0
     init: str = "normal"

@@ -47,6 +47,8 @@ def orthogonalise(
     groups: dict[Any, list[str]] = {}
     size: dict[Any, float] = {}
     for name, u in leaves.items():
+        if not u.size:
+            continue
         count, rows, columns = views[name].sizes(u.shape)
         spec = entries(jax.typeof(u).sharding.spec, u.ndim) if explicit() else [()] * u.ndim
         stacked = tuple(axis for dim in views[name].stack for axis in spec[dim])
@@ -59,7 +61,7 @@ def orthogonalise(
         for part in [group] if size[key] <= slice_bytes else [[name] for name in group]:
             us, vs = [leaves[name] for name in part], [views[name] for name in part]
             done |= zip(part, _group(us, vs, iterate, large, slice_bytes), strict=True)
-    return {name: done[name] for name in leaves}
+    return {name: done.get(name, u) for name, u in leaves.items()}
 
 
 def _group(us, views, iterate: Iterate, large: float, slice_bytes: int) -> list[jax.Array]:

@@ -27,6 +27,13 @@ def qk_clip(
     rotary key and the values are left alone. Logits of the same inputs under otherwise equal
     weights are then scaled by gamma. Momentum is not touched.
 
+    On one's own attention, with queries and keys of one layer, [embed, heads, width]:
+
+        head = lambda kind: ParamSpec(("embed", "heads", kind), (512, 8, 64), 1, "muon")
+        specs = {"q": head("qk"), "k": head("k"), "v": Matrices((0,), (1, 2)), "norm": "adam"}
+        tx = muonclip(2e-2, specs=specs, tau=100.0)
+        updates, state = tx.update(grads, state, params, logit_max=largest)  # [1, 8]
+
     Args:
         tau: largest logit a head may reach before it is shrunk (K2: 100).
         specs: tree of the parameters' names. `ParamSpec`s whose axes end in ("heads", "qk") are

@@ -12,7 +12,14 @@ import optax
 import pytest
 
 import k2jax.optim
-from k2jax.optim import muon, muonclip, qk_clip, warmup_stable_decay
+from k2jax.optim import (
+    Matrices,
+    ParamSpec,
+    muon,
+    muonclip,
+    qk_clip,
+    warmup_stable_decay,
+)
 
 OURS = {"k2jax", "k2jax.optim", "k2jax.config", "k2jax.spec"}
 
@@ -98,3 +105,23 @@ def test_a_number_that_makes_no_sense_is_refused_when_the_optimizer_is_made(make
 def test_specs_that_name_nothing_are_refused(specs):
     with pytest.raises(ValueError, match="must be a tree with the parameters' names"):
         muonclip(1e-2, specs=specs).init({"w": jnp.ones((4, 8))})
+
+
+def test_the_specs_of_the_docstring_clip_ones_own_attention():
+    head = lambda kind: ParamSpec(("embed", "heads", kind), (16, 2, 4), 1, "muon")
+    specs = {"q": head("qk"), "k": head("k"), "v": Matrices((0,), (1, 2)), "norm": "adam"}
+    params = {name: jnp.ones((16, 2, 4)) for name in "qkv"} | {"norm": jnp.ones(16)}
+    tx = muonclip(0.0, specs=specs, tau=100.0)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params, logit_max=jnp.array([[400.0, 50.0]]))
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(moved["q"][0, :, 0], [0.5, 1.0], rtol=1e-6)  # sqrt(100 / 400)
+    np.testing.assert_allclose(moved["k"][0, :, 0], [0.5, 1.0], rtol=1e-6)
+    np.testing.assert_array_equal(moved["v"], params["v"])
+
+
+def test_a_matrix_without_numbers_stays():
+    params = {"none": jnp.ones((0, 4)), "w": jnp.ones((4, 8))}
+    tx = muonclip(1e-2)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["none"].shape == (0, 4)
