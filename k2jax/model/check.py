@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from k2jax.config import ConfigError, ModelConfig
 from k2jax.model.dispatch import AXIS, Dispatch, exchanged, gathered
 from k2jax.ops.attention import BLOCK, by_blocks
+from k2jax.ops.experts import side_by_side
 from k2jax.ops.grouped import grouped
 from k2jax.sharding import BATCH, meshless
 
@@ -147,7 +148,7 @@ def _layer(dispatch: Dispatch):
             first_N = jnp.where(row_N % 3 == 0, 0, row_N % experts)
             expert_NK = jnp.stack([first_N, (first_N + 1 + row_N % (experts - 1)) % experts], 1)
             weight_NK = jnp.stack([jnp.sin(row_N), jnp.cos(row_N)], 1).astype(jnp.float32)
-            weights = (w_EDF, 2 * w_EDF, w_EDF.swapaxes(1, 2))
+            weights = side_by_side(w_EDF, 2 * w_EDF, w_EDF.swapaxes(1, 2))
             return run(x_ND, expert_NK.astype(jnp.int32), weight_NK, weights)
 
         return jax.shard_map(one, in_specs=(spread, held), out_specs=spread, check_vma=False)

@@ -17,7 +17,7 @@ from k2jax.model.layout import contract, used_spec
 from k2jax.model.mlp import Mlp, gated
 from k2jax.model.router import Routing, count, route
 from k2jax.ops.exchange import gather_over
-from k2jax.ops.experts import expert_mlp
+from k2jax.ops.experts import expert_mlp, side_by_side
 from k2jax.params import Declare
 from k2jax.sharding import BATCH, meshless, place, spec, storage_spec
 
@@ -138,16 +138,17 @@ def _on_device(
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
-    chosen = (x_ND, routing.expert_NK, routing.weight_NK)
+    chosen, weights = (x_ND, routing.expert_NK, routing.weight_NK), side_by_side(*weights)
     dropped = jnp.zeros(())
     if dispatch is None:
         y_ND = expert_mlp(*chosen, weights)
     else:
         # Gathered in here, where their gradients are scattered as they are summed.
-        dims = (1, 1, 2)
         axes = storage_spec(("expert_embed",))[0]
-        whole = lambda a, dim: gather_over(a, axes, dim, travels)
-        weights = tuple(map(whole, weights, dims))
+        gate_up_EDG, down_EFD = weights
+        weights = (
+            gather_over(gate_up_EDG, axes, 1, travels), gather_over(down_EFD, axes, 2, travels),
+        )  # fmt: skip
         if dispatch.kind == "gather" or jax.lax.axis_size("expert") == 1:
             y_ND = gathered(*chosen, weights)
         else:

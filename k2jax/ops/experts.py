@@ -8,7 +8,20 @@ import jax.numpy as jnp
 from k2jax.ops.grouped import grouped
 from k2jax.ops.tiles import tiles_of
 
-Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate_EDF, up_EDF, down_EFD
+# gate_up_EDG, each expert's gate beside its up-projection (G = 2 F), and down_EFD: one product
+# reads a row once, and its gradient is one sum.
+Weights = tuple[jax.Array, jax.Array]
+
+
+def side_by_side(gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array) -> Weights:
+    """The weights as the products take them."""
+    return jnp.concatenate([gate_EDF, up_EDF], axis=-1), down_EFD
+
+
+def _halves(gate_up: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gate and up, along the last dim."""
+    width = gate_up.shape[-1] // 2
+    return gate_up[..., :width], gate_up[..., width:]
 
 
 def expert_mlp(
@@ -21,7 +34,7 @@ def expert_mlp(
         expert_NK: int32 experts of each token, each at most once; those outside of 0..E-1 are some
             other device's and contribute nothing.
         weight_NK: float32.
-        weights: gate_EDF, up_EDF and down_EFD in `x_ND`'s dtype.
+        weights: in `x_ND`'s dtype.
 
     Tokens are sorted by expert; nothing is dropped or padded to a capacity. Outputs are combined in
     float32. TPUs multiply groups of rows natively; XLA's CPU backend would multiply every row by
@@ -37,11 +50,10 @@ def reference_mlp(
     x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, weights: Weights
 ) -> jax.Array:
     """The same by running every expert on every token."""
-    gate_EDF, up_EDF, down_EFD = weights
-    gate_NEF = jnp.einsum("nd,edf->nef", x_ND, gate_EDF)
-    up_NEF = jnp.einsum("nd,edf->nef", x_ND, up_EDF)
+    gate_up_EDG, down_EFD = weights
+    gate_NEF, up_NEF = _halves(jnp.einsum("nd,edg->neg", x_ND, gate_up_EDG))
     y_NED = jnp.einsum("nef,efd->ned", jax.nn.silu(gate_NEF) * up_NEF, down_EFD)
-    chosen_NKE = expert_NK[..., None] == jnp.arange(gate_EDF.shape[0])
+    chosen_NKE = expert_NK[..., None] == jnp.arange(down_EFD.shape[0])
     share_NE = jnp.where(chosen_NKE, weight_NK[..., None], 0.0).sum(axis=1)
     return jnp.einsum("ned,ne->nd", y_NED.astype(jnp.float32), share_NE).astype(x_ND.dtype)
 
@@ -132,9 +144,8 @@ def sorted_by_groups(
     The weight is applied between them, where rows are narrow, and so that its gradient does not
     need the output.
     """
-    gate_EDF, up_EDF, down_EFD = weights
-    gate_MF = grouped(x_MD, gate_EDF, size_E)
-    up_MF = grouped(x_MD, up_EDF, size_E)
+    gate_up_EDG, down_EFD = weights
+    gate_MF, up_MF = _halves(grouped(x_MD, gate_up_EDG, size_E))
     h_MF = (jax.nn.silu(gate_MF) * up_MF).astype(jnp.float32) * weight_M1
     return grouped(h_MF.astype(x_MD.dtype), down_EFD, size_E)
 
@@ -210,41 +221,38 @@ def by_blocks(
 
 
 def _forward(x_ND, order_M, place_M, size_E, weight_NK, weights):
-    gate_EDF, up_EDF, down_EFD = weights
+    gate_up_EDG, down_EFD = weights
     walk = _Blocks(order_M, size_E, weight_NK.shape[1])
     x_MD = x_ND[walk.token_M]
 
     def one(i, carry):
-        y_MD, gate_MF, up_MF = carry
-        e, x_BD = walk.expert_I[i], walk.read(x_MD, i)
-        gate_BF, up_BF = _dot(x_BD, gate_EDF[e]), _dot(x_BD, up_EDF[e])
+        y_MD, gate_up_MG = carry
+        e = walk.expert_I[i]
+        gate_up_BG = _dot(walk.read(x_MD, i), gate_up_EDG[e])
+        gate_BF, up_BF = _halves(gate_up_BG)
         y_BD = _dot(jax.nn.silu(gate_BF) * up_BF, down_EFD[e])
-        return (
-            walk.write(y_MD, i, y_BD),
-            walk.write(gate_MF, i, gate_BF),
-            walk.write(up_MF, i, up_BF),
-        )
+        return walk.write(y_MD, i, y_BD), walk.write(gate_up_MG, i, gate_up_BG)
 
-    widths = (x_ND.shape[1], gate_EDF.shape[2], gate_EDF.shape[2])
+    widths = (x_ND.shape[1], gate_up_EDG.shape[2])
     start = tuple(walk.zeros(width, dtype=x_ND.dtype) for width in widths)
-    y_MD, gate_MF, up_MF = jax.lax.fori_loop(0, walk.count, one, start)
-    saved = (x_ND, order_M, place_M, size_E, weight_NK, weights, gate_MF, up_MF)
+    y_MD, gate_up_MG = jax.lax.fori_loop(0, walk.count, one, start)
+    saved = (x_ND, order_M, place_M, size_E, weight_NK, weights, gate_up_MG)
     y_NKD = y_MD[place_M].reshape(*weight_NK.shape, -1).astype(jnp.float32)
     return jnp.einsum("nkd,nk->nd", y_NKD, weight_NK).astype(y_MD.dtype), saved
 
 
 def _backward(saved, dy_ND):
-    x_ND, order_M, place_M, size_E, weight_NK, weights, gate_MF, up_MF = saved
-    gate_EDF, up_EDF, down_EFD = weights
+    x_ND, order_M, place_M, size_E, weight_NK, weights, gate_up_MG = saved
+    gate_up_EDG, down_EFD = weights
     walk = _Blocks(order_M, size_E, weight_NK.shape[1])
     x_MD, dy_MD = x_ND[walk.token_M], dy_ND[walk.token_M]
     weight_M = weight_NK.reshape(-1)[walk.pair_M]
 
     def one(i, carry):
-        dx_MD, dweight_M, dgate_EDF, dup_EDF, ddown_EFD = carry
+        dx_MD, dweight_M, dgate_up_EDG, ddown_EFD = carry
         e, own_B = walk.expert_I[i], walk.own(i)
         x_BD, dy_BD = walk.read(x_MD, i), walk.read(dy_MD, i)
-        gate_BF, up_BF = walk.read(gate_MF, i), walk.read(up_MF, i)
+        gate_BF, up_BF = _halves(walk.read(gate_up_MG, i))
         # Weight 0 for other experts' pairs keeps them out of this one's gradients.
         weight_B1 = jnp.where(own_B, walk.read(weight_M, i), 0)[:, None].astype(x_ND.dtype)
 
@@ -254,14 +262,12 @@ def _backward(saved, dy_ND):
         dh_BF = _dot(dy_BD, down_EFD[e].T)
         dweight_B = jnp.where(own_B, (h_BF * dh_BF).astype(jnp.float32).sum(axis=1), 0)
         dh_BF *= weight_B1
-        dup_BF = dh_BF * silu_BF
         dgate_BF = dh_BF * up_BF * (slope_BF + silu_BF * (1 - slope_BF))
-        dx_BD = _dot(dgate_BF, gate_EDF[e].T) + _dot(dup_BF, up_EDF[e].T)
+        dgate_up_BG = jnp.concatenate([dgate_BF, dh_BF * silu_BF], axis=1)
         return (
-            walk.write(dx_MD, i, dx_BD),
+            walk.write(dx_MD, i, _dot(dgate_up_BG, gate_up_EDG[e].T)),
             walk.write(dweight_M, i, dweight_B),
-            dgate_EDF.at[e].add(_outer(x_BD, dgate_BF)),
-            dup_EDF.at[e].add(_outer(x_BD, dup_BF)),
+            dgate_up_EDG.at[e].add(_outer(x_BD, dgate_up_BG)),
             ddown_EFD.at[e].add(_outer(h_BF * weight_B1, dy_BD)),
         )
 

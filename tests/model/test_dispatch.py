@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from k2jax import sharding
 from k2jax.config import MeshConfig
 from k2jax.model.dispatch import Dispatch, buffer_rows, exchanged, gathered
-from k2jax.ops.experts import reference_mlp
+from k2jax.ops.experts import reference_mlp, side_by_side
 
 N, D, F, E, K = 32, 6, 5, 8, 2  # tokens of all devices
 MESH = MeshConfig(data=2, expert=4)
@@ -46,7 +46,7 @@ def drawn():
 def differentiated(run):
     @jax.jit
     def both(x, expert, weight, weights, dy):
-        f = lambda x, weight, weights: run(x, expert, weight, weights)
+        f = lambda x, weight, weights: run(x, expert, weight, side_by_side(*weights))
         (y, dropped), back = jax.vjp(f, x, weight, weights)
         dx, dweight, dweights = back((dy, jnp.zeros_like(dropped)))
         return [y, dx, dweight, *dweights], dropped
@@ -64,7 +64,7 @@ def compiled(way):
         return y, jax.lax.pmean(dropped, ("data", "expert"))
 
     body = jax.shard_map(
-        one, in_specs=(tokens, tokens, tokens, (experts,) * 3), out_specs=(tokens, P()),
+        one, in_specs=(tokens, tokens, tokens, (experts,) * 2), out_specs=(tokens, P()),
         check_vma=False,
     )  # fmt: skip
     return differentiated(body)

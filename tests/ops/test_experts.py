@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from k2jax.ops import experts
-from k2jax.ops.experts import expert_mlp, reference_mlp
+from k2jax.ops.experts import expert_mlp, reference_mlp, side_by_side
 
 N, D, F, E, K = 41, 6, 5, 7, 3
 
@@ -53,7 +53,7 @@ def drawn(dtype):
 def compiled(name):
     @jax.jit
     def both(x, expert, weight, weights, dy):
-        f = lambda x, weight, weights: MLPS[name](x, expert, weight, weights)
+        f = lambda x, weight, w: MLPS[name](x, expert, weight, side_by_side(*w))
         y, back = jax.vjp(f, x, weight, weights)
         dx, dweight, dweights = back(dy)
         return [y, dx, dweight, *dweights]
