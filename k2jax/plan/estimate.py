@@ -72,7 +72,7 @@ class Estimate(Roofline):
 
 def estimate(run: RunConfig, mesh: MeshConfig, accumulate: int, target: Target) -> Estimate:
     """The plan of a training step in `accumulate` micro-batches."""
-    case = Case(run, mesh, accumulate)
+    case = Case(run, mesh, accumulate, target.chip.kind == "tpu")
     return Estimate(
         case=case,
         target=target,

@@ -33,17 +33,17 @@ def moments(case: Case) -> dict[str, dict[str, float]]:
         size(leaf) / ways(leaf, case.mesh) for leaf in specs.values() if leaf.group != "bias"
     )
     gradients = 4 * trained * (2 if case.accumulate > 1 else 1)
-    kept = activations(case)
+    kept = {"kept activations": activations(case)} | _cast_weights(case)
     head = specs["head"]
     whole = case.width * size(head) / ways(head, case.mesh, gathered=True)
     attention = _attention(case)
     # A layer is made again as a whole: what its attention keeps waits for the experts' gradients.
     experts = _experts(case) | {"queries and keys": attention["queries and keys"] / 2}
     busiest = max(attention, experts, key=lambda parts: sum(parts.values()))
-    layers = {"gradients": gradients, "kept activations": kept} | _layer_weights(case)
+    layers = {"gradients": gradients} | kept | _layer_weights(case)
     return {
         "layers": layers | busiest,
-        "head": {"kept activations": kept, "head": whole} | _logits(case),
+        "head": kept | {"head": whole} | _logits(case),
         "optimizer": {"gradients": gradients} | newton.moment(case, trained),
     }
 
@@ -95,6 +95,22 @@ def _kept_weights(case: Case) -> float:
         if "experts" in leaf.axes
         and (case.width < 4 or ways(leaf, mesh, gathered=True) < ways(leaf, mesh))
     )
+
+
+def _cast_weights(case: Case) -> dict[str, float]:
+    """Weights of all layers in the compute dtype, as they rest.
+
+    A layer casts its own, but the TPU compiler casts those of all layers before it loops over them,
+    and keeps them for the backward pass. No barrier between the two holds it off.
+    """
+    if not case.tpu or case.width == 4:
+        return {}
+    stacked = (
+        size(leaf) / ways(leaf, case.mesh)
+        for name, leaf in leaves(case.model).items()
+        if name.startswith("layers.") and leaf.contracted
+    )
+    return {"cast weights": case.width * sum(stacked)}
 
 
 def _layer_weights(case: Case) -> dict[str, float]:

@@ -17,6 +17,7 @@ class Case:
     run: RunConfig
     mesh: MeshConfig
     accumulate: int
+    tpu: bool = False  # what its compiler does by itself
 
     @property
     def model(self) -> ModelConfig:
