@@ -91,7 +91,7 @@ def _memory_traffic(case: Case) -> float:
     held = memory.arguments(case)
     parts = memory.moments(case)["layers"]
     micro = case.accumulate * (case.gathers + 1)
-    weights = case.mixtures * parts["layer weights"] * 2 * micro
+    weights = case.mixtures * parts["layer gradients"] * 2 * micro  # of the same size
     rows = 2 * micro * case.layers * 6 * case.width * case.tokens * cfg.embed
     pairs = case.tokens * cfg.experts_per_token if case.exchanges else case.pairs
     experts = case.mixtures * case.width * pairs * (4 * cfg.embed + 6 * cfg.expert_ffw)

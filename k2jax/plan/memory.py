@@ -3,6 +3,7 @@
 from k2jax.plan import newton
 from k2jax.plan.inventory import leaves, size, ways
 from k2jax.plan.work import LOGITS, Case
+from k2jax.spec import ParamSpec
 
 
 def arguments(case: Case) -> dict[str, float]:
@@ -80,7 +81,8 @@ def _intermediates(case: Case) -> float:
     if case.exchanges:
         experts = cfg.experts_per_token * tokens * cfg.embed
     else:
-        experts = case.pairs * (cfg.embed + 9 * cfg.expert_ffw / model)
+        widths = 7 if case.width == 4 else 9  # two are float32
+        experts = case.pairs * (cfg.embed + widths * case.hidden)
         experts += case.mesh.expert * tokens * cfg.embed
     layers = case.layers * attention + cfg.dense_layers * dense
     return layers + case.mixtures * (shared + experts)
@@ -88,13 +90,17 @@ def _intermediates(case: Case) -> float:
 
 def _kept_weights(case: Case) -> float:
     """Numbers of experts' weights, as they are used: gathered and cast. Others are made again."""
-    mesh = case.mesh
     return sum(
-        size(leaf) / ways(leaf, mesh, gathered=True)
+        size(leaf) / ways(leaf, case.mesh, gathered=True)
         for leaf in leaves(case.model).values()
-        if "experts" in leaf.axes
-        and (case.width < 4 or ways(leaf, mesh, gathered=True) < ways(leaf, mesh))
+        if _stays(case, leaf)
     )
+
+
+def _stays(case: Case, leaf: ParamSpec) -> bool:
+    """Whether what is made of a weight is kept for the backward pass."""
+    moved = case.width < 4 or ways(leaf, case.mesh, gathered=True) < ways(leaf, case.mesh)
+    return case.run.train.remat == "none" and "experts" in leaf.axes and moved
 
 
 def _cast_weights(case: Case) -> dict[str, float]:
@@ -114,13 +120,15 @@ def _cast_weights(case: Case) -> dict[str, float]:
 
 
 def _layer_weights(case: Case) -> dict[str, float]:
-    """One mixture layer's weights, gathered and cast, and as much of their gradients."""
-    total = sum(
-        size(leaf) / leaf.shape[0] / ways(leaf, case.mesh, gathered=True)
+    """One mixture layer's weights that are not kept, gathered and cast, and all its gradients."""
+    whole = [
+        (leaf, size(leaf) / leaf.shape[0] / ways(leaf, case.mesh, gathered=True))
         for name, leaf in leaves(case.model).items()
         if name.startswith("layers.") and leaf.contracted
-    )
-    return {"layer weights": case.width * total, "layer gradients": case.width * total}
+    ]
+    weights = sum(numbers for leaf, numbers in whole if not _stays(case, leaf))
+    gradients = sum(numbers for _, numbers in whole)
+    return {"layer weights": case.width * weights, "layer gradients": case.width * gradients}
 
 
 def _attention(case: Case) -> dict[str, float]:
@@ -143,11 +151,11 @@ def _experts(case: Case) -> dict[str, float]:
     the gradients of outputs and the gradients of inputs.
     """
     cfg, width = case.model, case.width
-    hidden = cfg.expert_ffw / case.mesh.model
+    hidden = 2 if case.run.train.remat == "none" else 4  # the gradients, and what is made again
     copies, each = (3, cfg.experts_per_token) if case.exchanges else (2, case.mesh.expert)
     return {
         "expert rows": width * copies * case.pairs * cfg.embed,
-        "expert hidden": width * 4 * case.pairs * hidden,
+        "expert hidden": width * hidden * case.pairs * case.hidden,
         "travelling tokens": width * copies * each * case.tokens * cfg.embed,
     }
 

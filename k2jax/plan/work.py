@@ -70,6 +70,12 @@ class Case:
         return 4 * self.tokens * self.model.vocab / self.mesh.model
 
     @property
+    def hidden(self) -> int:
+        """An expert's hidden width on a device, as it lies in memory: TPUs fill lanes of 128."""
+        lane = 128 if self.tpu else 1
+        return -(-self.model.expert_ffw // (self.mesh.model * lane)) * lane
+
+    @property
     def width(self) -> int:
         """Bytes of a number in the compute dtype."""
         return 4 if self.run.train.dtype == "float32" else 2
