@@ -145,10 +145,8 @@ def _on_device(
     else:
         # Gathered in here, where their gradients are scattered as they are summed.
         axes = storage_spec(("expert_embed",))[0]
-        gate_up_EDG, down_EFD = weights
-        weights = (
-            gather_over(gate_up_EDG, axes, 1, travels), gather_over(down_EFD, axes, 2, travels),
-        )  # fmt: skip
+        whole = lambda a, dim: gather_over(a, axes, dim, travels)
+        weights = tuple(map(whole, weights, (1, 2)))
         if dispatch.kind == "gather" or jax.lax.axis_size("expert") == 1:
             y_ND = gathered(*chosen, weights)
         else:

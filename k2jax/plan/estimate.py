@@ -72,7 +72,7 @@ class Estimate(Roofline):
 
 def estimate(run: RunConfig, mesh: MeshConfig, accumulate: int, target: Target) -> Estimate:
     """The plan of a training step in `accumulate` micro-batches."""
-    case = Case(run, mesh, accumulate, target.chip.kind == "tpu")
+    case = Case(run, mesh, accumulate, tpu=target.chip.kind == "tpu")
     return Estimate(
         case=case,
         target=target,
@@ -91,7 +91,7 @@ def _memory_traffic(case: Case) -> float:
     held = memory.arguments(case)
     parts = memory.moments(case)["layers"]
     micro = case.accumulate * (case.gathers + 1)
-    weights = case.mixtures * parts["layer gradients"] * 2 * micro  # of the same size
+    weights = case.mixtures * parts["layer gradients"] * 2 * micro  # weights are of their size
     rows = 2 * micro * case.layers * 6 * case.width * case.tokens * cfg.embed
     pairs = case.tokens * cfg.experts_per_token if case.exchanges else case.pairs
     experts = case.mixtures * case.width * pairs * (4 * cfg.embed + 6 * cfg.expert_ffw)

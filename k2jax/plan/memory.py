@@ -111,24 +111,22 @@ def _cast_weights(case: Case) -> dict[str, float]:
     """
     if not case.tpu or case.width == 4:
         return {}
-    stacked = (
-        size(leaf) / ways(leaf, case.mesh)
-        for name, leaf in leaves(case.model).items()
-        if name.startswith("layers.") and leaf.contracted
-    )
-    return {"cast weights": case.width * sum(stacked)}
+    numbers = sum(size(leaf) / ways(leaf, case.mesh) for leaf in _stacked(case))
+    return {"cast weights": case.width * numbers}
 
 
 def _layer_weights(case: Case) -> dict[str, float]:
     """One mixture layer's weights that are not kept, gathered and cast, and all its gradients."""
-    whole = [
-        (leaf, size(leaf) / leaf.shape[0] / ways(leaf, case.mesh, gathered=True))
-        for name, leaf in leaves(case.model).items()
-        if name.startswith("layers.") and leaf.contracted
-    ]
-    weights = sum(numbers for leaf, numbers in whole if not _stays(case, leaf))
-    gradients = sum(numbers for _, numbers in whole)
+    whole = lambda leaf: size(leaf) / leaf.shape[0] / ways(leaf, case.mesh, gathered=True)
+    weights = sum(whole(leaf) for leaf in _stacked(case) if not _stays(case, leaf))
+    gradients = sum(map(whole, _stacked(case)))
     return {"layer weights": case.width * weights, "layer gradients": case.width * gradients}
+
+
+def _stacked(case: Case) -> list[ParamSpec]:
+    """The matrices of the mixture layers, each for all of them."""
+    named = leaves(case.model).items()
+    return [leaf for name, leaf in named if name.startswith("layers.") and leaf.contracted]
 
 
 def _attention(case: Case) -> dict[str, float]:
@@ -151,11 +149,11 @@ def _experts(case: Case) -> dict[str, float]:
     the gradients of outputs and the gradients of inputs.
     """
     cfg, width = case.model, case.width
-    hidden = 2 if case.run.train.remat == "none" else 4  # the gradients, and what is made again
+    widths = 2 if case.run.train.remat == "none" else 4  # the gradients, and what is made again
     copies, each = (3, cfg.experts_per_token) if case.exchanges else (2, case.mesh.expert)
     return {
         "expert rows": width * copies * case.pairs * cfg.embed,
-        "expert hidden": width * hidden * case.pairs * case.hidden,
+        "expert hidden": width * widths * case.pairs * case.hidden,
         "travelling tokens": width * copies * each * case.tokens * cfg.embed,
     }
 

@@ -17,7 +17,7 @@ class Case:
     run: RunConfig
     mesh: MeshConfig
     accumulate: int
-    tpu: bool = False  # what its compiler does by itself
+    tpu: bool = False  # whose compiler casts weights ahead, and fills lanes
 
     @property
     def model(self) -> ModelConfig:

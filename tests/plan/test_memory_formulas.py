@@ -55,8 +55,7 @@ def test_what_is_kept_where_nothing_is_made_again(name, mesh, more):
         if leaf.contracted and ("experts" not in leaf.axes or used):
             planned += 4 * size(leaf) / ways(leaf, mesh)
     if not case.exchanges:  # tracing counts what a CPU's way keeps too: what gate and up gave
-        hidden = case.mixtures * case.pairs * run.model.expert_ffw / mesh.model
-        planned += 2 * case.width * hidden
+        planned += 2 * case.width * case.mixtures * case.pairs * case.hidden
     if case.logits <= LOGITS:  # planned as the head's
         planned += 2.25 * case.logits
     # Norms, masks and padding are not planned.
