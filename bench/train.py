@@ -1,4 +1,4 @@
-"""Training speed of the `tiny` model beside transformers, in one run: one JSON line.
+"""Training speed of `tiny` with 4,096 tokens beside transformers, in one run: one JSON line.
 
     python bench/train.py [STEPS]
 
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-ROWS, CONTEXT = 8, 256
+ROWS, CONTEXT, VOCAB = 8, 256, 4_096
 
 
 def ours(steps: int, devices: int) -> list[float]:
@@ -33,6 +33,7 @@ def ours(steps: int, devices: int) -> list[float]:
 
     run = override(configs.load("tiny"), {"optim.name": "adamw", "optim.learning_rate": "1e-3"})
     run = override(run, {"data.rows": str(ROWS), "data.context": str(CONTEXT)})
+    run = override(run, {"model.vocab": str(VOCAB)})
     run = run if devices > 1 else dataclasses.replace(run, mesh=MeshConfig())
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, run.model.vocab, (ROWS, CONTEXT + 1), dtype=np.int32)
@@ -64,7 +65,7 @@ def transformers(steps: int) -> list[float]:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     config = DeepseekV3Config(
-        vocab_size=4096, hidden_size=256, intermediate_size=704, moe_intermediate_size=128,
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=704, moe_intermediate_size=128,
         num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8, n_shared_experts=1,
         n_routed_experts=32, routed_scaling_factor=2.827, kv_lora_rank=64, q_lora_rank=96,
         qk_rope_head_dim=16, v_head_dim=32, qk_nope_head_dim=32, n_group=1, topk_group=1,
@@ -75,7 +76,7 @@ def transformers(steps: int) -> list[float]:
     model = DeepseekV3ForCausalLM(config).train()
     model.set_experts_implementation("grouped_mm")
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    tokens = torch.randint(0, 4096, (ROWS, CONTEXT))
+    tokens = torch.randint(0, VOCAB, (ROWS, CONTEXT))
     seconds = []
     for _ in range(steps):
         began = time.perf_counter()

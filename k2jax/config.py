@@ -30,7 +30,7 @@ DERIVED_AXES: dict[str, tuple[str, ...]] = {
 }
 MESH_AXES = ("replica", "data", "expert", "context", "model")
 DTYPES = ("float32", "bfloat16")
-REMAT = ("none", "full", "dots")
+REMAT = ("none", "full", "dots", "offload")
 OPTIMIZERS = ("muonclip", "adamw")
 DISPATCH = ("gather", "exchange", "bounded")
 NS_METHODS = ("standard", "gram")

@@ -336,7 +336,7 @@ HEALTH = [
     ({"train.log_to": "tensorboard,wandbb"}, "train.log_to names 'wandbb'; did you mean 'wandb'?"),
     ({"train.profile": "5"}, "train.profile is '5'; give steps as FROM:TO, as 20:24"),
     ({"train.profile": "5:4"}, "train.profile is '5:4'; give steps as FROM:TO, as 20:24"),
-    ({"train.profile": "5:999"}, "train.profile is '5:999'; the run ends with step 110"),
+    ({"train.profile": "5:999"}, "train.profile is '5:999'; the run ends with step 150"),
 ]  # fmt: skip
 
 

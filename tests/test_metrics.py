@@ -49,7 +49,7 @@ def test_a_terminal_keeps_the_newest_held_out_loss(monkeypatch):
     text = console.export_text()
     assert "held out 3.5000" in text
     assert "1 skipped, 0 spikes" in text
-    assert "2/110" in text
+    assert "2/150" in text
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys):
@@ -58,7 +58,7 @@ def test_without_a_terminal_there_are_plain_lines(capsys):
         for step in range(1, 21):
             progress.show(step, VALUES | HELDOUT if step == 20 else VALUES)
         progress.show(30, VALUES)
-    assert lines[1].startswith("step 10/110: loss 3.2500, ")
+    assert lines[1].startswith("step 10/150: loss 3.2500, ")
     assert "held out 3.5000 (" in lines[2]
     assert " at step" not in lines[2]
     assert "bits per byte) at step 20, " in lines[3]

@@ -317,7 +317,7 @@ def gradients(state: State) -> dict[str, np.ndarray]:
     return {name: np.asarray(mu) / (1 - RUN.optim.b1) for name, mu in moments.items()}
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("remat", ["full", "offload", pytest.param("dots", marks=pytest.mark.slow)])
 def test_rematerialisation_changes_nothing(remat):
     adam = changed("optim", name="adamw")  # compiles faster
     step, state = adam_step()
@@ -327,6 +327,16 @@ def test_rematerialisation_changes_nothing(remat):
         wanted.append(jax.tree.map(np.asarray, metrics | state.params))
     train = dataclasses.replace(adam.train, remat=remat)
     assert_close(trained(dataclasses.replace(adam, train=train)), wanted)
+
+
+def test_offloading_sends_the_inputs_of_layers_to_the_host_and_nothing_else():
+    def program(remat: str) -> str:
+        train = dataclasses.replace(RUN.train, remat=remat)
+        found = build(dataclasses.replace(RUN, train=train))
+        return str(jax.make_jaxpr(found.step)(first_state(found), to_devices(batch(0), 1)))
+
+    assert program("offload").count("MemorySpace.Host") == 2  # of the dense stack and of the other
+    assert "MemorySpace.Host" not in program("full")
 
 
 def test_adamw_learns_the_rows_it_sees_again():

@@ -17,7 +17,7 @@ from k2jax.configs import load
 from lab import Cell
 from results import Row, Trial
 
-from k2jax.config import MeshConfig
+from k2jax.config import MeshConfig, override
 
 # Rate, steps and tau; tau is about 0.4 of the largest logit of the same run unclipped.
 SMALL, TINY = (0.04, 400, 10.0), (0.01, 120, 10.0)
@@ -29,7 +29,9 @@ def cells(quick: bool) -> list[Cell]:
         trials = [Trial(0.04, 12, tau=tau) for tau in (results.NEVER, 0.05)]
         run = lab.small_run(lab.model(32, 1, 4, vocab=512))
         return [Cell("quick", run, lambda _: trials, 1)]
-    tiny = dataclasses.replace(load("tiny"), mesh=MeshConfig())
+    # With the vocabulary and momentum that `tiny` had when this was measured.
+    tiny = override(load("tiny"), {"model.vocab": "4096", "optim.momentum": "0.95"})
+    tiny = dataclasses.replace(tiny, mesh=MeshConfig())
     small = lab.small_run(lab.model(64, 2, 4))
     return [
         Cell("tiny", tiny, lambda _: both(*TINY, seeds=(0,)), 1),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from k2jax.config import ModelConfig
 from k2jax.model.attention import Attention, attend
@@ -19,9 +20,17 @@ from k2jax.model.rope import Rotation, rotation
 from k2jax.params import Declare
 from k2jax.sharding import place
 
+INPUT = "layer input"  # name of what a layer is given, for rematerialisation policies
 POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
+    # Layers are made again from inputs that wait in the host's memory.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -152,6 +161,7 @@ def recomputed(remat: str) -> Callable[..., Any]:
 
 
 def _attended(layer: Layer, x_BTD, turn, segment_BT, cfg):
+    x_BTD = checkpoint_name(x_BTD, INPUT)
     normed = rms_norm(x_BTD, layer.attention_norm[...], cfg.norm_eps)
     y_BTD, top_H = attend(layer.attention, normed, turn, segment_BT, cfg)
     return x_BTD + y_BTD, top_H

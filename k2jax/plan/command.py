@@ -149,6 +149,7 @@ def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
         "parts_bytes": best.parts,
         "worst_moment": best.worst,
         "host_save_bytes": memory.saving(best.case, per_host),
+        "host_offload_bytes": memory.offloaded(best.case, per_host),
         "flops_per_device": best.flops + best.optimizer_flops,
         "optimizer_flops_per_device": best.optimizer_flops,
         "step_seconds": {"overlapped": best.overlapped, "serial": best.seconds},
@@ -208,7 +209,8 @@ def _text(found: dict[str, Any], best: Estimate) -> str:
             for axes, sent in row.items()
             if sent > 1e7
         ),
-        f"host        {gb(found['host_save_bytes'])} a host for a save in the background",
+        f"host        {gb(found['host_save_bytes'])} a host for a save in the background"
+        + (f", {gb(away)} for layers' inputs" if (away := found["host_offload_bytes"]) else ""),
         f"cost        {found['cost']['tokens']:.3g} tokens: {_cost(found['cost'])}",
     ]
     for other in found["others"]:

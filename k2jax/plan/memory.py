@@ -50,11 +50,13 @@ def moments(case: Case) -> dict[str, dict[str, float]]:
 
 
 def activations(case: Case) -> float:
-    """Kept from the forward pass for the backward one, all layers."""
+    """Kept on the device from the forward pass for the backward one, all layers."""
     cfg, tokens = case.model, case.tokens
     layer = cfg.embed * tokens
     if case.run.train.remat == "full":
         return case.width * case.layers * layer
+    if case.run.train.remat == "offload":
+        return case.width * 2 * layer  # one on its way, one in use
     if case.run.train.remat == "none":
         return case.width * (_intermediates(case) + _kept_weights(case))
     queries = cfg.q_rank + cfg.heads * (cfg.nope + cfg.rope) / case.mesh.model
@@ -175,3 +177,10 @@ def saving(case: Case, devices_per_host: int) -> float:
     """Bytes of host memory that a background save takes: a copy of the state of its devices."""
     held = arguments(case)
     return devices_per_host * (held["weights"] + held["optimizer"])
+
+
+def offloaded(case: Case, devices_per_host: int) -> float:
+    """Bytes of host memory where layers' inputs wait for the backward pass."""
+    if case.run.train.remat != "offload":
+        return 0.0
+    return devices_per_host * case.width * case.layers * case.model.embed * case.tokens

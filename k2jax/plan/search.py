@@ -13,6 +13,7 @@ from k2jax.plan.targets import Target
 REMEDIES = {
     "tokens exchanged instead of gathered": {"train.dispatch": "exchange"},
     "full rematerialisation": {"train.remat": "full"},
+    "layers' inputs kept by the host": {"train.remat": "offload"},
     "bf16 compute": {"train.dtype": "bfloat16"},
     "bf16 momentum": {"optim.momentum_dtype": "bfloat16"},
 }

@@ -121,7 +121,7 @@ def step_flops(case: Case) -> float:
     # Scores cost the hidden keys of a block too; backward makes the scores once more.
     blocks = -(-run.data.context // BLOCK)
     seen = BLOCK * (blocks + 1) / 2 if case.blocks else run.data.context
-    again = {"none": 3, "dots": 3, "full": 4}[run.train.remat]
+    again = {"none": 3, "dots": 3, "full": 4, "offload": 4}[run.train.remat]
     scores = 2 * case.layers * cfg.heads * (cfg.nope + cfg.rope) * seen
     mixing = attention * seen * (3 if run.train.remat == "none" else 4) + scores
     heads = (4 if case.logits > LOGITS else 3) * case.predictions * head

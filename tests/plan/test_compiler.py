@@ -39,6 +39,18 @@ def test_a_step_compiles_with_the_arguments_of_the_formula(target):
     assert "expert" in found.account.wire["all-gather"]
 
 
+@pytest.mark.compiles
+def test_offloaded_inputs_of_layers_leave_a_gpu():
+    pytest.importorskip(COMPILERS["h"])
+    rows = {"data.rows": "64", "mesh.expert": "4", "mesh.model": "1"}
+    full, away = (
+        compile_step(override(RUN, rows | {"train.remat": remat}), targets.parse("h200:1x8"))
+        for remat in ("full", "offload")
+    )
+    inputs = 2 * RUN.model.layers * RUN.model.embed * (64 / 8 * 256)  # bf16, a device's rows
+    assert full.memory["peak"] - away.memory["peak"] == pytest.approx(inputs, rel=0.1)
+
+
 def test_without_the_plugin_the_line_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_plugins.xla_cuda13", None)
     with pytest.raises(ConfigError, match=r"GPUs needs jax-cuda13-pjrt .* 'k2jax\[plan\]'"):

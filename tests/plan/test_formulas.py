@@ -110,6 +110,19 @@ def test_expert_traffic_by_gathering_and_by_exchange():
     assert sent_to == pytest.approx((5 * 8 * rows + looked_up) * 31 / 32)
 
 
+def test_offloading_moves_the_inputs_of_layers_to_the_host():
+    mesh = MeshConfig(data=8, expert=128)
+    full, away = (
+        Case(override(ONE_ROW, {"train.remat": remat}), mesh, 1) for remat in ("full", "offload")
+    )
+    inputs = 61 * 2 * 4096 * 7168  # bf16, a device
+    moved = memory.activations(full) - memory.activations(away)
+    assert moved == pytest.approx(inputs * 59 / 61)  # one on its way, one in use
+    assert (memory.offloaded(full, 4), memory.offloaded(away, 4)) == (0, 4 * inputs)
+    assert work.step_flops(away) == work.step_flops(full)
+    assert traffic.step_wire(away) == traffic.step_wire(full)
+
+
 def test_more_micro_batches_need_less_memory_and_send_more():
     mesh = MeshConfig(data=16, expert=32, model=2)
     few, many = (estimate(K2, mesh, n, V5P) for n in (8, 32))
