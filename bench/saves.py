@@ -1,6 +1,6 @@
 """Host memory and blocking time of repeated checkpoints: `python bench/saves.py [saves]`.
 
-The state of `tiny` (20M float32 weights and their momentum) on its mesh of emulated devices. A
+The state of `tiny` (26M float32 weights and their momentum) on its mesh of emulated devices. A
 donating step changes it between saves, as in training. Prints one JSON line.
 """
 

@@ -111,6 +111,22 @@ def useful(run: RunConfig) -> float:
     return 3 * (matmul + attention * (run.data.context + 1) / 2)
 
 
+def _again(case: Case, layers: float) -> float:
+    """Products with weights that the backward pass repeats, for a token; `layers` are all of them.
+
+    Nothing waits for the last product of an MLP. Experts' first two are repeated wherever tokens
+    are exchanged: no round of the backward pass has what one of the forward pass made.
+    """
+    cfg, remat = case.model, case.run.train.remat
+    routed = 2 * case.mixtures * cfg.experts_per_token * cfg.embed * cfg.expert_ffw
+    if remat == "none":
+        return 2 * routed if case.exchanges else 0
+    if remat == "dots":
+        return 2 * routed + 2 * case.mixtures * cfg.embed * cfg.experts  # and the router's
+    shared = 2 * case.mixtures * cfg.embed * cfg.shared_ffw
+    return layers - routed - shared - 2 * cfg.dense_layers * cfg.embed * cfg.ffw
+
+
 def step_flops(case: Case) -> float:
     """Operations of a device in a step, recomputation included, without the optimizer."""
     cfg, run = case.model, case.run
@@ -121,9 +137,8 @@ def step_flops(case: Case) -> float:
     # Scores cost the hidden keys of a block too; backward makes the scores once more.
     blocks = -(-run.data.context // BLOCK)
     seen = BLOCK * (blocks + 1) / 2 if case.blocks else run.data.context
-    again = {"none": 3, "dots": 3, "full": 4, "offload": 4}[run.train.remat]
     scores = 2 * case.layers * cfg.heads * (cfg.nope + cfg.rope) * seen
     mixing = attention * seen * (3 if run.train.remat == "none" else 4) + scores
     heads = (4 if case.logits > LOGITS else 3) * case.predictions * head
-    token = again * layers + heads + mixing
+    token = 3 * layers + _again(case, layers) + heads + mixing
     return token * case.tokens * case.accumulate / case.mesh.model
