@@ -17,12 +17,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
-import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from k2jax.configs import load
-from k2jax.sharding import pretend
+from k2jax.sharding import over, pretend
 
 from k2jax.config import MESH_AXES, RunConfig
 from k2jax.model import Kimi
@@ -93,10 +91,7 @@ def compiled(run: RunConfig, gram: bool) -> dict[str, float]:
     from jax.experimental import topologies
 
     chips = topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices
-    mesh = Mesh(
-        np.array(chips).reshape(run.mesh.shape), MESH_AXES,
-        axis_types=(AxisType.Explicit,) * len(MESH_AXES),
-    )  # fmt: skip
+    mesh = over(chips, run.mesh)
     with jax.set_mesh(mesh):
         step, args, _ = program(run, gram)
         began = time.perf_counter()

@@ -10,7 +10,7 @@ if __name__ != "k2jax.sharding":
     raise ImportError("import k2jax.sharding, not sharding; run `pip install -e .` once")
 
 if TYPE_CHECKING:
-    from k2jax.sharding.mesh import make, pretend
+    from k2jax.sharding.mesh import make, over, pretend
     from k2jax.sharding.rules import (
         batch_share,
         check,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from k2jax.sharding.table import BATCH
 
-_HOMES = {"make": "mesh", "pretend": "mesh", "BATCH": "table"}
+_HOMES = {"make": "mesh", "over": "mesh", "pretend": "mesh", "BATCH": "table"}
 
 __all__ = [
     "BATCH",
@@ -31,6 +31,7 @@ __all__ = [
     "compute_spec",
     "make",
     "meshless",
+    "over",
     "place",
     "pretend",
     "spec",

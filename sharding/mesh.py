@@ -1,13 +1,16 @@
 """Make the device mesh, real or pretended. All axes are explicit."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
+from k2jax.sharding import torus
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig
 
@@ -28,10 +31,16 @@ def make(config: MeshConfig) -> Mesh:
             f"mesh {config} takes {config.devices} devices, there are {len(devices)};"
             " set --mesh.AXIS sizes whose product fits"
         )
-    devices = devices[: config.devices]
-    if len(slices(devices)) > 1:
-        return Mesh(across(devices, config), MESH_AXES, axis_types=_TYPES)
-    return jax.make_mesh(config.shape, MESH_AXES, axis_types=_TYPES, devices=devices)
+    return over(devices[: config.devices], config)
+
+
+def over(devices: Sequence[Any], config: MeshConfig) -> Mesh:
+    """A mesh over these devices, as near to each other as what they send asks for.
+
+    Raises:
+        ConfigError: slices of unlike sizes, or `replica` is no multiple of their number.
+    """
+    return Mesh(across(devices, config), MESH_AXES, axis_types=_TYPES)
 
 
 def slices(devices: Sequence[Any]) -> dict[int, list[Any]]:
@@ -49,8 +58,6 @@ def across(devices: Sequence[Any], config: MeshConfig) -> np.ndarray:
     Raises:
         ConfigError: slices of unlike sizes, or `replica` is no multiple of their number.
     """
-    from jax.experimental.mesh_utils import create_device_mesh
-
     found = slices(devices)
     sizes = {index: len(part) for index, part in found.items()}
     if len(set(sizes.values())) > 1:
@@ -62,9 +69,22 @@ def across(devices: Sequence[Any], config: MeshConfig) -> np.ndarray:
             f"mesh.replica is {config.replica}; there are {len(found)} slices and only replica runs"
             f" across them: set it to {up} or another multiple of {len(found)}"
         )
-    shape = (config.replica // len(found), *config.shape[1:])
-    parts = [create_device_mesh(shape, part) for part in found.values()]
-    return np.concatenate(parts, axis=0)
+    each = dataclasses.replace(config, replica=config.replica // len(found))
+    return np.concatenate([_laid(part, each) for part in found.values()], axis=0)
+
+
+def _laid(devices: list[Any], config: MeshConfig) -> np.ndarray:
+    """Devices of one slice in the mesh's shape; TPUs that fill a box as `torus.order` says."""
+    if devices[0].platform != "tpu":
+        return create_device_mesh(config.shape, devices)
+    places = np.array([device.coords for device in devices])
+    shape = tuple(int(size) for size in places.max(axis=0) - places.min(axis=0) + 1)
+    cores = 1 + max(device.core_on_chip for device in devices)
+    if math.prod(shape) * cores == len(devices):
+        dims = torus.order(shape, config, cores)
+        place = lambda device: (*(device.coords[dim] for dim in dims), device.core_on_chip)
+        devices = sorted(devices, key=place)
+    return np.array(devices, dtype=object).reshape(config.shape)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from k2jax import memory
-from k2jax.config import MESH_AXES, ConfigError, RunConfig
+from k2jax.config import ConfigError, RunConfig
 from k2jax.plan.hlo import Account, account
 from k2jax.plan.targets import Target
 
@@ -62,18 +62,14 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
     memory.steady()  # before jax starts its threads
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
-    import numpy as np
-    from jax.sharding import AxisType, Mesh, NamedSharding
+    from jax.sharding import NamedSharding
 
-    from k2jax import startup
+    from k2jax import sharding, startup
     from k2jax.step import build
 
     if target.chip.kind == "cpu":
         startup.prepare(target.devices)
-    devices = np.array(devices_of(target)[: run.mesh.devices], dtype=object)
-    mesh = Mesh(
-        devices.reshape(run.mesh.shape), MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES)
-    )
+    mesh = sharding.over(devices_of(target)[: run.mesh.devices], run.mesh)
     platform = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}[target.chip.kind]
     with jax.set_mesh(mesh):
         program = build(run)

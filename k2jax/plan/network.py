@@ -1,7 +1,8 @@
 """How fast mesh axes talk on a target: torus links, NVLink within a node, cards between nodes.
 
-A mesh is laid over the devices in the order of MESH_AXES, the last axis innermost. What a
-collective costs is the bytes that a device sends, over the bandwidth that its group of axes has.
+A mesh is laid over the devices in the order of MESH_AXES, the last axis innermost; over a torus as
+`torus.order` has it. What a collective costs is the bytes that a device sends, over the bandwidth
+that its group of axes has.
 """
 
 import math
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 
 from k2jax.config import MESH_AXES, MeshConfig
 from k2jax.plan.targets import Target
+from k2jax.sharding import torus
 
 # Bytes a device sends in a step: kind of collective -> mesh axes joined by "+" -> bytes.
 Wire = dict[str, dict[str, float]]
@@ -54,7 +56,7 @@ def bandwidth(axes: Iterable[str], mesh: MeshConfig, target: Target, kind: str) 
     if target.slices > 1 and crossing:
         return target.chip.network / target.chip.devices
     if target.chip.kind == "tpu":
-        return _torus(strides, mesh, target, kind)
+        return _torus(names, mesh, target, kind)
     return _nodes(strides, mesh, target, kind)
 
 
@@ -77,38 +79,11 @@ def _within(stride: int, size: int, node: int) -> int:
     return min(size, max(1, node // stride))
 
 
-def _torus(strides: dict[str, int], mesh: MeshConfig, target: Target, kind: str) -> float:
-    """TPUs: an axis takes whole dims of the torus and parts of others, from the last one on.
-
-    A part of a dim is a line (one link's worth) or, the whole of it, a ring (two); an axis that
-    skips devices shares its links with the groups between. Two devices of a chip share them too.
-    """
+def _torus(axes: set[str], mesh: MeshConfig, target: Target, kind: str) -> float:
+    """TPUs: by the links that the axes have where the mesh lies best."""
     chip = target.chip
-    together, slowest = 0.0, math.inf
-    parts = _parts(strides, mesh, target)
-    for size, stride, whole in parts:
-        links = (2.0 if whole and size > 2 else 1.0) * chip.link / stride / chip.devices
-        together += links
-        # Ring: a byte to everybody travels size/4 links on average, over both directions.
-        slowest = min(slowest, links * 4 / size if size > 2 else links)
-    if not parts:  # between the two devices of a chip; far faster than any link
-        return chip.bandwidth / chip.devices
-    return slowest if kind in ALL_TO_ALL else together
-
-
-def _parts(
-    strides: dict[str, int], mesh: MeshConfig, target: Target
-) -> list[tuple[int, int, bool]]:
-    """For each torus dim that the axes use: (steps, distance of a step, whether it is all)."""
-    taken: dict[int, tuple[int, int]] = {}
-    for axis, stride in strides.items():
-        begin, end = stride, stride * getattr(mesh, axis)
-        inner = target.chip.devices
-        for dim in range(len(target.shape) - 1, -1, -1):
-            low, high = max(begin, inner), min(end, inner * target.shape[dim])
-            if high > low:
-                steps, far = max(2, high // low), max(1, low // inner)
-                old = taken.get(dim)
-                taken[dim] = (steps * old[0], min(far, old[1])) if old else (steps, far)
-            inner *= target.shape[dim]
-    return [(steps, far, steps * far >= target.shape[dim]) for dim, (steps, far) in taken.items()]
+    dims = torus.order(target.shape, mesh, chip.devices)
+    laid = tuple(target.shape[dim] for dim in dims)
+    found = torus.links(axes, mesh, laid, chip.devices, kind in ALL_TO_ALL)
+    # Between the two devices of a chip: far faster than any link.
+    return chip.bandwidth / chip.devices if math.isinf(found) else found * chip.link

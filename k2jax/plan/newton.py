@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator
 
 from k2jax.config import MESH_AXES, MeshConfig, ModelConfig
 from k2jax.plan import network
@@ -66,12 +65,19 @@ def _shapes(cfg: ModelConfig) -> tuple[tuple[ParamSpec, ...], ...]:
     return tuple(map(tuple, found.values()))
 
 
-def groups(case: Case) -> Iterator[Group]:
+def groups(case: Case) -> tuple[Group, ...]:
     """How all matrices are shared out; leaves of more than a slice go one by one."""
-    for alike in _shapes(case.model):
-        held = width(case) * sum(size(leaf) / ways(leaf, case.mesh) for leaf in alike)
+    return _groups(case.model, case.mesh, width(case))
+
+
+@functools.lru_cache(maxsize=4)  # asked for by a mesh's work, traffic and memory, one after another
+def _groups(cfg: ModelConfig, mesh: MeshConfig, each: int) -> tuple[Group, ...]:
+    found = []
+    for alike in _shapes(cfg):
+        held = each * sum(size(leaf) / ways(leaf, mesh) for leaf in alike)
         for part in [alike] if held <= SLICE else [(leaf,) for leaf in alike]:
-            yield _group(part, case.mesh)
+            found.append(_group(part, mesh))
+    return tuple(found)
 
 
 def _group(part: tuple[ParamSpec, ...], mesh: MeshConfig) -> Group:
