@@ -23,6 +23,7 @@ def test_moments_come_in_turn_and_are_those_of_the_seed(faults):
     assert sorted(moment for moment, _, _ in draw(1)) == sorted(faults.MOMENTS * 2)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bit_for_bit_as_another_process_that_nobody_killed(faults, tmp_path):
     """MuonClip on 8 devices, from scratch in processes of their own: losses and every number."""
     found = faults.compare(kills=2, seed=0, folder=tmp_path, steps=24)

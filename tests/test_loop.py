@@ -603,6 +603,7 @@ def test_a_spike_is_skipped_and_a_run_stopped_after_it_goes_on_alike(longer, tmp
     assert meta["data"] == {"step": 44, "left_out": []}
 
 
+@pytest.mark.slow
 def test_a_rewound_run_is_the_one_that_never_had_those_batches(longer, tmp_path, monkeypatch):
     rewinding = changed(longer, "health", on_spike="rewind")
     found, before, after, right = (

@@ -103,6 +103,7 @@ def test_the_page_needs_nothing_from_outside(page):
     assert all(uri.startswith("data:image/png") for uri in re.findall(r'href="(.*?)"', text))
 
 
+@pytest.mark.slow
 def test_a_page_of_a_long_run_is_small_and_keeps_every_peak(tmp_path):
     lines = [line(step, loss=2.0, expert_load=[[1, 2]]) for step in range(1, 100_001)]
     lines[54_320]["loss"] = 17.5

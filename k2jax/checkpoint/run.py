@@ -181,7 +181,7 @@ class Checkpoints:
             self._writer = engine.writer(parts)
 
     def wait(self) -> None:
-        """Finish the save in progress, then delete old steps.
+        """Finish the save in progress, then delete old steps and what a failed save left late.
 
         Raises:
             ConfigError: it failed, and older checkpoints are as they were; or it did not, and these
@@ -197,6 +197,7 @@ class Checkpoints:
         memory.release()
         if jax.process_index() == 0:
             try:
+                steps.sweep(self.root)
                 steps.prune(self.root, self.keep, self.keep_every)
             except OSError as error:
                 raise ConfigError(

@@ -247,6 +247,13 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_as_it_was(tmp_path):
     assert_same(Checkpoints(tmp_path).restore(3, like(state())), state(3))
 
 
+def test_what_threads_of_a_failed_save_wrote_late_goes_with_the_next_save(tmp_path):
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(3, state(3), META)
+        (tmp_path / "checkpoints/2.orbax-checkpoint-tmp/params").mkdir(parents=True)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"3"}
+
+
 def test_a_save_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, 1) as checkpoints:
         checkpoints.save(1, state(1), META)

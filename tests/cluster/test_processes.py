@@ -93,6 +93,7 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(out)]
 
 
+@pytest.mark.slow
 def test_a_run_in_two_processes_loses_one_and_goes_on_as_if_nothing_had_happened(place, tmp_path):
     out = tmp_path / "out"
     job = Job(place, out, 2, steps=1_000_000)
