@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import tempfile
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -92,10 +93,7 @@ class _Training:
             words = (self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
             self._check(words, init, latest)
             # Compiling takes longest, so it starts before the rest and the data is read beside it.
-            programs = _Programs(
-                pool.submit(compile_step, self.program, jax.sharding.get_mesh()),
-                pool.submit(_compile_evaluate, self.program, jax.sharding.get_mesh()),
-            )
+            programs = _Programs(self.program, pool)
             warm()
             data = _open_alike(*words, progress=self.say)
             self._describe(data)
@@ -186,10 +184,14 @@ class _Training:
             for batch, waited in timed(ready):
                 profile(step + 1)
                 began = time.perf_counter()
-                on_devices = to_devices(batch, run.train.accumulate)
-                state, found = step_fn(state, on_devices, np.float32(watch.health.ceiling))
+                state, found = step_fn(
+                    state,
+                    to_devices(batch, run.train.accumulate),
+                    np.float32(watch.health.ceiling),
+                )
                 step += 1
                 values = numbers(found)
+                programs.evaluate()  # compiles from here on; it would have slowed the first step
                 values |= speed.of(time.perf_counter() - began, waited) | saves.told()
                 verdict = watch.judge(step, values)
                 if watch.goes_back(step, verdict, saves):
@@ -224,7 +226,7 @@ class _Training:
         self, state: State, data: Data, programs: "_Programs", limit: int
     ) -> dict[str, float]:
         """Nats per token and bits per byte of held-out rows; `limit` 0 takes all of them."""
-        evaluate = _together(programs.evaluate, "compiled evaluation")
+        evaluate = _together(programs.evaluate(), "compiled evaluation")
         rows, context = _eval_shape(self.run)
         lengths = data.tokenizer.byte_lengths()
         nll = tokens = size = 0.0
@@ -267,11 +269,15 @@ class _Training:
         )
 
 
-class _Programs(NamedTuple):
-    """Compiled in a thread, the step first."""
+class _Programs:
+    """Compiled in a thread: the step from the start, the evaluation from when it is asked for."""
 
-    step: Future[Callable[..., Any]]
-    evaluate: Future[Callable[..., Any]]
+    def __init__(self, program: Program, pool: ThreadPoolExecutor):
+        mesh = jax.sharding.get_mesh()
+        self.step: Future[Callable[..., Any]] = pool.submit(compile_step, program, mesh)
+        self.evaluate: Callable[[], Future[Callable[..., Any]]] = functools.cache(
+            lambda: pool.submit(_compile_evaluate, program, mesh)
+        )
 
 
 def _together(program: Future[Callable[..., Any]], topic: str) -> Callable[..., Any]:
