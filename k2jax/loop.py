@@ -191,7 +191,6 @@ class _Training:
                 )
                 step += 1
                 values = numbers(found)
-                programs.evaluate()  # compiles from here on; it would have slowed the first step
                 values |= speed.of(time.perf_counter() - began, waited) | saves.told()
                 verdict = watch.judge(step, values)
                 if watch.goes_back(step, verdict, saves):
@@ -210,6 +209,7 @@ class _Training:
                     saves.save(step, state._asdict(), meta)
                 if stopping:
                     break
+                programs.evaluate()  # compiles from here on; it would have slowed the first step
         saves.finish(state._asdict())
         return state, step
 

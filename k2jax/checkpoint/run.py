@@ -5,6 +5,7 @@ arrays, so that weights are read without the optimizer's state, and `meta`, a JS
 writes into a temporary folder and renames it when every process has finished.
 """
 
+import contextlib
 import errno
 import shutil
 import time
@@ -197,12 +198,13 @@ class Checkpoints:
         memory.release()
         if jax.process_index() == 0:
             try:
-                steps.sweep(self.root)
                 steps.prune(self.root, self.keep, self.keep_every)
             except OSError as error:
                 raise ConfigError(
                     f"old checkpoints in {self.root} cannot be deleted: {engine.cause(error)}"
                 ) from error
+            with contextlib.suppress(OSError):  # still being written to; the next save tries again
+                steps.sweep(self.root)
 
     def drop_after(self, step: int) -> None:
         """Delete the checkpoints of later steps: the run goes another way from `step` on."""
