@@ -22,16 +22,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-from k2jax.configs import load
 
-from k2jax.checkpoint import quant
-from k2jax.checkpoint.folder import INDEX
-from k2jax.checkpoint.releases import RELEASES, published_tensors
-from k2jax.checkpoint.safetensors import NAMES, stream
-from k2jax.config import ModelConfig, to_published
-from k2jax.conversion.hf import FP8_CONFIG, LAYER
+from k2jax.config import ModelConfig
+from k2jax.configs import load
+from k2jax.conversion.hf_files import FP8_CONFIG, LAYER
 from k2jax.model import Kimi
-from k2jax.params import specs
+from k2jax.params.declare import specs
+from k2jax.weights import quant
+from k2jax.weights.hf_config import to_published
+from k2jax.weights.hf_folder import INDEX
+from k2jax.weights.releases import RELEASES, published_tensors
+from k2jax.weights.safetensors import NAMES, stream
 
 GB = 10**9
 POOL = 2**28

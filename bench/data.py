@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from k2jax.configs import load
 
 from k2jax.config import RunConfig
+from k2jax.configs import load
 from k2jax.data import Batches, open_data
 from k2jax.data.shards import Shards
 from k2jax.data.sources import find

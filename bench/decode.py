@@ -19,12 +19,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
-from k2jax.configs import load
 
 import k2jax
-from k2jax.config import PUBLISHED, ModelConfig
+from k2jax.config import ModelConfig
+from k2jax.configs import load
 from k2jax.model import Kimi, Model
-from k2jax.params import initial, specs
+from k2jax.params.declare import initial, specs
+from k2jax.weights.hf_config import PUBLISHED
 
 PROMPT, NEW, BATCHES, CORES, VOCAB = 128, 128, (1, 8), 2, 4_096
 

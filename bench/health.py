@@ -23,12 +23,13 @@ import numpy as np
 import optax
 
 from k2jax import configs, sharding
-from k2jax.loop import numbers
-from k2jax.metrics import Metrics
+from k2jax.model.batch import to_devices
 from k2jax.optim import balance
-from k2jax.params import initial
-from k2jax.step import Program, State, _split, build, to_devices
-from k2jax.watch import Watch, speed_of
+from k2jax.params.declare import initial
+from k2jax.training.loop import numbers
+from k2jax.training.metrics import Metrics
+from k2jax.training.recovery import Watch, speed_of
+from k2jax.training.step import Program, State, _split, build
 
 STEPS = 2
 
@@ -66,7 +67,7 @@ def main(rounds: int) -> None:
         params = initial(program.specs, 0, run.model.init_std)
         plain = jax.jit(lambda s, b: bare(program, s, b), donate_argnums=0)
         guarded = jax.jit(program.step, donate_argnums=0)
-        watch, speed = Watch(run, Path(folder), lambda line: None), speed_of(run)
+        watch, speed = Watch(run, Path(folder), lambda line: None), speed_of(run, program.specs)
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0, program.schedule, print)
         ceiling, host = np.float32(np.inf), []
         # Copies: each step donates its own state.

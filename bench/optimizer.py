@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from k2jax.configs import load
 
+from k2jax.configs import load
 from k2jax.model import Kimi
 from k2jax.optim import Matrices, muonclip
 from k2jax.optim.newton_schulz import RESTARTS
-from k2jax.params import initial, specs
+from k2jax.params.declare import initial, specs
 
 RATE, DECAY = 1e-2, 0.1
 STACK = (32, 512, 2048)

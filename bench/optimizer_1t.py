@@ -19,14 +19,14 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 import jax
 import optax
 from jax.sharding import PartitionSpec as P
-from k2jax.configs import load
-from k2jax.sharding import over, pretend
 
 from k2jax.config import MESH_AXES, RunConfig
+from k2jax.configs import load
 from k2jax.model import Kimi
 from k2jax.optim import muonclip
 from k2jax.optim.newton_schulz import RESTARTS, flops
-from k2jax.params import abstract, specs
+from k2jax.params.declare import abstract, specs
+from k2jax.sharding import over, pretend
 
 TOPOLOGY = "v5p:8x8x16"
 

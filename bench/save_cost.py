@@ -14,13 +14,14 @@ import time
 
 import jax
 import numpy as np
-from k2jax.configs import load
-from k2jax.sharding import make
 
 from k2jax.checkpoint import Checkpoints, warm
-from k2jax.params import initial
-from k2jax.startup import prepare
-from k2jax.step import build, to_devices
+from k2jax.configs import load
+from k2jax.model.batch import to_devices
+from k2jax.params.declare import initial
+from k2jax.runtime.backend import prepare
+from k2jax.sharding import make
+from k2jax.training.step import build
 
 STEPS, EVERY = 4, 50
 

@@ -16,14 +16,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
-from k2jax.configs import load
-from k2jax.sharding import make
 
-from k2jax import startup
 from k2jax.checkpoint import Checkpoints, warm
-from k2jax.memory import resident
+from k2jax.configs import load
 from k2jax.model import Kimi
-from k2jax.params import initial, specs
+from k2jax.params.declare import initial, specs
+from k2jax.runtime import backend as startup
+from k2jax.runtime.memory import resident
+from k2jax.sharding import make
 
 EARLY = 5
 

@@ -28,8 +28,9 @@ def ours(steps: int, devices: int) -> list[float]:
     jax.config.update("jax_num_cpu_devices", devices)
     from k2jax import configs, sharding
     from k2jax.config import MeshConfig, override
-    from k2jax.params import initial
-    from k2jax.step import build, to_devices
+    from k2jax.model.batch import to_devices
+    from k2jax.params.declare import initial
+    from k2jax.training.step import build
 
     run = override(configs.load("tiny"), {"optim.name": "adamw", "optim.learning_rate": "1e-3"})
     run = override(run, {"data.rows": str(ROWS), "data.context": str(CONTEXT)})

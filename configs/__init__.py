@@ -9,15 +9,8 @@ from pathlib import Path
 if __name__ != "k2jax.configs":
     raise ImportError("import k2jax.configs, not configs; run `pip install -e .` once")
 
-from k2jax.config import (
-    ConfigError,
-    DataConfig,
-    RunConfig,
-    from_json,
-    from_published,
-    nearest,
-    published_fields,
-)
+from k2jax.config import ConfigError, DataConfig, RunConfig, from_json, nearest
+from k2jax.weights.hf_config import from_published, published_fields
 
 NAMES = {
     "tiny": "tiny",

@@ -10,12 +10,12 @@ _HOMES = {
     "ConfigError": "k2jax.config",
     "ModelConfig": "k2jax.config",
     "RunConfig": "k2jax.config",
-    "ParamSpec": "k2jax.spec",
+    "ParamSpec": "k2jax.params.spec",
     "Model": "k2jax.model",
     "convert": "k2jax.conversion",
     "forward": "k2jax.model",
-    "generate": "k2jax.sampling",
-    "load": "k2jax.loading",
+    "generate": "k2jax.inference.generate",
+    "load": "k2jax.weights.source",
     "muonclip": "k2jax.optim",
 }
 

@@ -9,14 +9,17 @@ from k2jax.config import ConfigError, nearest
 
 # Each verb's module has `add_arguments(parser)` and `main(args) -> exit code`.
 VERBS = {
-    "train": ("k2jax.train", "train a model, or go on training it"),
-    "data": ("k2jax.data.command", "tokenise once, in parallel, what training then reads fast"),
-    "evaluate": ("k2jax.evaluate", "perplexity and bits per byte of text"),
-    "generate": ("k2jax.sampling", "continue a prompt"),
-    "convert": ("k2jax.conversion", "published weights into our checkpoints, and back"),
-    "plan": ("k2jax.plan.command", "what a run takes on machines that are not here"),
-    "report": ("k2jax.report", "one HTML page with the plots of a run"),
-    "describe": ("k2jax.describe", "every parameter: shape, layout, optimizer, published name"),
+    "train": ("k2jax.commands.train", "train a model, or go on training it"),
+    "data": ("k2jax.commands.data", "tokenise once, in parallel, what training then reads fast"),
+    "evaluate": ("k2jax.commands.evaluate", "perplexity and bits per byte of text"),
+    "generate": ("k2jax.commands.generate", "continue a prompt"),
+    "convert": ("k2jax.commands.convert", "published weights into our checkpoints, and back"),
+    "plan": ("k2jax.commands.plan", "what a run takes on machines that are not here"),
+    "report": ("k2jax.commands.report", "one HTML page with the plots of a run"),
+    "describe": (
+        "k2jax.commands.describe",
+        "every parameter: shape, layout, optimizer, published name",
+    ),
 }
 
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
-from k2jax.sharding import torus
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig
+from k2jax.sharding import torus
 
 _TYPES = (AxisType.Explicit,) * len(MESH_AXES)
 

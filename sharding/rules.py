@@ -3,15 +3,26 @@
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from k2jax.sharding.table import BATCH, STORAGE, split
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig
-from k2jax.spec import ParamSpec
+from k2jax.sharding.table import BATCH, STORAGE, split
+
+
+class Declared(Protocol):
+    """A parameter as laying it out needs it."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Logical name of each dim."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each dim."""
 
 
 def meshless() -> bool:
@@ -80,7 +91,7 @@ def share(devices: np.ndarray, process: int) -> Share:
     return Share(parts, len(holders), [min(holders[part]) == process for part in parts])
 
 
-def check(specs: Mapping[str, ParamSpec], mesh: MeshConfig, context: int) -> None:
+def check(specs: Mapping[str, Declared], mesh: MeshConfig, context: int) -> None:
     """Refuse a mesh that does not divide the model.
 
     Args:

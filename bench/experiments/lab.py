@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from results import NEVER, Row, Table, Trial, short
 
-from k2jax import startup
 from k2jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from k2jax.data import Batches, Data, eval_batches, open_data
+from k2jax.model.batch import to_devices
 from k2jax.optim import warmup_stable_decay
-from k2jax.params import initial
-from k2jax.step import build, to_devices
+from k2jax.params.declare import initial
+from k2jax.runtime import backend as startup
+from k2jax.training.step import build
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

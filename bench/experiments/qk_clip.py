@@ -13,11 +13,11 @@ from pathlib import Path
 
 import lab
 import results
-from k2jax.configs import load
 from lab import Cell
 from results import Row, Trial
 
 from k2jax.config import MeshConfig, override
+from k2jax.configs import load
 
 # Rate, steps and tau; tau is about 0.4 of the largest logit of the same run unclipped.
 SMALL, TINY = (0.04, 400, 10.0), (0.01, 120, 10.0)

@@ -1,7 +1,6 @@
-"""Checkpoints of our own, and published ones. Orbax is imported by the first save or restore."""
+"""Save and resume a run. Orbax is imported by the first save or restore."""
 
-from k2jax.checkpoint.engine import warm
-from k2jax.checkpoint.published import load_published, to_published
-from k2jax.checkpoint.run import Checkpoints
+from k2jax.checkpoint.checkpoints import Checkpoints
+from k2jax.checkpoint.orbax_io import warm
 
-__all__ = ["Checkpoints", "load_published", "to_published", "warm"]
+__all__ = ["Checkpoints", "warm"]

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from k2jax.cluster.meet import AGAIN, Lost, call, welcome
-from k2jax.cluster.place import Place
+from k2jax.cluster.detect import Place
+from k2jax.cluster.rendezvous import AGAIN, Lost, call, welcome
 from k2jax.cluster.wire import Message, Wire
 from k2jax.config import ConfigError
 

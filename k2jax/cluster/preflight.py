@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from k2jax.cluster.group import Group
-from k2jax.cluster.meet import AGAIN
+from k2jax.cluster.rendezvous import AGAIN
 from k2jax.config import ConfigError, MeshConfig, RunConfig, to_json
-from k2jax.source import source_hash, versions
+from k2jax.runtime.versions import source_hash, versions
 
 PACKAGES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 SIGHT = (

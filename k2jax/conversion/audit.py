@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from k2jax.checkpoint import manifest, steps
-from k2jax.checkpoint.chunks import check_files, tree_metadata
-from k2jax.checkpoint.encodings import Tensors
-from k2jax.checkpoint.engine import line
-from k2jax.checkpoint.folder import Folder
-from k2jax.checkpoint.stored import Stored
+from k2jax.checkpoint import steps
+from k2jax.checkpoint.orbax_io import line
 from k2jax.config import ConfigError
-from k2jax.conversion.plan import COPIES, GB, Plan
-from k2jax.conversion.work import Budget, Progress, each
+from k2jax.conversion.prepare import COPIES, GB, Plan
+from k2jax.conversion.threads import Budget, Progress, each
 from k2jax.conversion.write import STEP, THREADS, metadata, pieces
+from k2jax.weights import manifest
+from k2jax.weights.converted_read import Stored
+from k2jax.weights.converted_write import check_files, tree_metadata
+from k2jax.weights.encodings import Tensors
+from k2jax.weights.hf_folder import Folder
 
 
 def audit(plan: Plan, folder: Path, say: Any) -> dict[str, Any]:

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from k2jax.checkpoint import steps
-from k2jax.checkpoint.chunks import WHOLE, Leaf, tree_metadata, write_tensor
-from k2jax.checkpoint.encodings import Recoded
-from k2jax.checkpoint.folder import INDEX
-from k2jax.checkpoint.published import Where, published_name, slots
-from k2jax.checkpoint.safetensors import stream
-from k2jax.checkpoint.stored import EXTRA
 from k2jax.config import RunConfig, to_json
-from k2jax.conversion.hf import exported_config, file_names
-from k2jax.conversion.plan import COPIES, Plan
-from k2jax.conversion.work import Budget, Progress, each
+from k2jax.conversion.hf_files import exported_config, file_names
+from k2jax.conversion.prepare import COPIES, Plan
+from k2jax.conversion.threads import Budget, Progress, each
+from k2jax.weights.converted_read import EXTRA
+from k2jax.weights.converted_write import WHOLE, Leaf, tree_metadata, write_tensor
+from k2jax.weights.encodings import Recoded
+from k2jax.weights.hf_folder import INDEX
+from k2jax.weights.mapping import Where, published_name, slots
+from k2jax.weights.safetensors import stream
 
 STEP = Path(steps.CHECKPOINTS) / "0"
 THREADS = 4

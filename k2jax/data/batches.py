@@ -11,7 +11,7 @@ import numpy as np
 from k2jax.data.mixture import PERIOD, Mixture, quotas
 from k2jax.data.rows import Batch, Rows, empty_batch, make_windows, plan_windows
 from k2jax.data.store import Store
-from k2jax.data.words import Stream
+from k2jax.data.stream import Stream
 
 AHEAD = 2  # batches made before they are asked for
 ROUNDS = 6  # of the Feistel network; four already pass for random, two more cost nothing

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from k2jax.config import ConfigError
-from k2jax.data.words import Stream
+from k2jax.data.stream import Stream
 
 PERIOD = 16_384  # rows over which the shares hold exactly; a batch of K2
 _WEIGHTED = re.compile(r"(.+):([0-9.eE+-]+)")

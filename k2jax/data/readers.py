@@ -26,7 +26,7 @@ STRETCH = 64  # records in a row that one process takes of what every process re
 
 
 class Chat(NamedTuple):
-    """A conversation, as `k2jax.chat.messages` describes it."""
+    """A conversation, as `k2jax.text.messages` describes it."""
 
     messages: Any
     tools: Any

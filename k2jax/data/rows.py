@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from k2jax.data.words import BEGIN, ID, PADDING, UNSCORED, Stream
+from k2jax.data.stream import BEGIN, ID, PADDING, UNSCORED, Stream
 
 Batch = dict[str, np.ndarray]
 NAMES = ("tokens", "targets", "segments", "positions", "weights")

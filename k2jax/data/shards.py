@@ -1,6 +1,6 @@
 """Streams of documents in ArrayRecord files, written once and read anywhere.
 
-A record is RECORD words of the stream (`k2jax.data.words`, uint32, little-endian), the last one of
+A record is RECORD words of the stream (`k2jax.data.stream`, uint32, little-endian), the last one of
 a file fewer; a file begins with a document. So a row costs the same wherever it lies, in documents
 of ten tokens or of a million, and a host reads no more than the records of its rows. The lengths of
 a file's documents are beside it (`.lengths.npy`, uint32), for those who need whole documents.
@@ -18,7 +18,7 @@ import numpy as np
 from k2jax.config import ConfigError
 from k2jax.data.readers import first_line, module
 from k2jax.data.store import Store
-from k2jax.data.words import ID, PADDING, UNSCORED
+from k2jax.data.stream import ID, PADDING, UNSCORED
 
 RECORD = 4_096
 SUFFIX = ".arrayrecord"
@@ -127,7 +127,7 @@ class Shards:
         return np.cumsum(np.concatenate(found))
 
     def cut(self, begin: np.ndarray, length: int) -> np.ndarray:
-        """Stretches of the stream; see `k2jax.data.words.Stream`.
+        """Stretches of the stream; see `k2jax.data.stream.Stream`.
 
         Raises:
             ConfigError: a file is damaged.

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.chat.tokenizer import Tokenizer
 from k2jax.config import ConfigError
-from k2jax.data.words import BEGIN, PADDING, UNSCORED
+from k2jax.data.stream import BEGIN, PADDING, UNSCORED
+from k2jax.text.kimi_tokenizer import Tokenizer
 
 FORMAT = 1  # part of every cache key: raise it when what is stored changes
 BATCH = 128  # documents tokenised at once
@@ -71,7 +71,7 @@ class Store:
             yield tokenizer.decode(ids[kept])
 
     def cut(self, begin: np.ndarray, length: int) -> np.ndarray:
-        """Stretches of the stream of documents; see `k2jax.data.words.Stream`."""
+        """Stretches of the stream of documents; see `k2jax.data.stream.Stream`."""
         words = np.full((len(begin), length), PADDING)
         for row, first in zip(words, begin.tolist(), strict=True):
             low, high = max(first, 0), max(min(first + length, self.size), 0)
@@ -120,14 +120,6 @@ def read(path: Path) -> Store:
         raise ValueError(f"{file} has {file.stat().st_size} bytes; {size} were written")
     tokens = np.memmap(file, facts["dtype"], "r") if size else np.zeros(0, facts["dtype"])
     return Store(tokens, offsets, facts["bytes"])
-
-
-def default_cache() -> Path:
-    """$K2JAX_CACHE, else $XDG_CACHE_HOME/k2jax, else ~/.cache/k2jax."""
-    if chosen := os.environ.get("K2JAX_CACHE"):
-        return Path(chosen)
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "k2jax"
 
 
 def cached(

@@ -19,20 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from k2jax.chat import folder as chat_folder
-from k2jax.chat.supervised import encode_supervised
-from k2jax.chat.tokenizer import CONFIG, FILE, Tokenizer
-from k2jax.chat.training import train_tokenizer
 from k2jax.config import ConfigError
 from k2jax.data import parts, pool
-from k2jax.data.load import TRAIN_CHARACTERS
+from k2jax.data.open_data import TRAIN_CHARACTERS
 from k2jax.data.parts import Part
 from k2jax.data.pool import Counters
 from k2jax.data.readers import Chat, Value, kind
 from k2jax.data.shards import SUFFIX, ShardWriter, array_record, publish
 from k2jax.data.sources import HELD_OUT_ONE_IN, TOKENS, WORK, Source, find, held_out
-from k2jax.data.tokens import Manifest, Split
-from k2jax.data.words import ID, UNSCORED, document
+from k2jax.data.stream import ID, UNSCORED, document
+from k2jax.data.token_folder import Manifest, Split
+from k2jax.text import jinja_template as chat_folder
+from k2jax.text.kimi_tokenizer import CONFIG, FILE, Tokenizer
+from k2jax.text.supervised import encode_supervised
+from k2jax.text.train_bpe import train_tokenizer
 
 HELD_OUT_BYTES = 2_000_000  # of a large source no more is held out: enough to score
 SAMPLES = 64  # parts that a tokenizer is trained on a little of each

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from k2jax.config import ModelConfig
-from k2jax.model.dispatch import Dispatch
-from k2jax.model.kimi import Aux, Batch, Kimi, hidden, plain
+from k2jax.model.batch import Batch, plain
+from k2jax.model.kimi import Aux, Kimi, hidden
 from k2jax.model.logits import head, losses
-from k2jax.params import bind
+from k2jax.ops.moe.dispatch import Dispatch
+from k2jax.params.declare import bind
 
 __all__ = [
     "Aux",
@@ -40,7 +41,7 @@ class Model:
     Attributes:
         config: sizes.
         params: flat dict of arrays with dotted names.
-        tokenizer: a `k2jax.chat.interface.TokenizerLike`, or None where the source had none.
+        tokenizer: a `k2jax.text.interface.TokenizerLike`, or None where the source had none.
     """
 
     config: ModelConfig

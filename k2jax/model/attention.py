@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.config import ModelConfig
-from k2jax.model.layout import project
 from k2jax.model.norm import rms_norm
+from k2jax.model.projection import project
 from k2jax.model.rope import Rotation, rotate
-from k2jax.ops.attention import mix
-from k2jax.ops.exchange import all_to_all
-from k2jax.params import Declare
+from k2jax.ops.attention.blockwise import mix
+from k2jax.ops.collectives import all_to_all
+from k2jax.params.declare import Declare
 from k2jax.sharding import meshless, place, storage_spec
 
 INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE modeling 665, 675]

@@ -11,14 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from k2jax.config import ModelConfig
 from k2jax.model.attention import Attention, attend
-from k2jax.model.dispatch import Dispatch
-from k2jax.model.layout import PROJECTION, look_up
+from k2jax.model.batch import Batch
 from k2jax.model.mlp import Mlp, gated
 from k2jax.model.moe import Balance, Moe, mixture
 from k2jax.model.norm import rms_norm
+from k2jax.model.projection import PROJECTION, look_up
 from k2jax.model.rope import Rotation, rotation
-from k2jax.params import Declare
-from k2jax.sharding import place
+from k2jax.ops.moe.dispatch import Dispatch
+from k2jax.params.declare import Declare
 
 INPUT = "layer input"  # name of what a layer is given, for rematerialisation policies
 POLICIES = {
@@ -92,16 +92,6 @@ class Kimi(nnx.Module):
         self.head = declare("embed vocab", 1, "lm_head", copies=copies("shared_head.head"))
 
 
-class Batch(NamedTuple):
-    """Rows of tokens; all int32 [batch, length] but `weight`, float32."""
-
-    token: jax.Array
-    target: jax.Array  # next token
-    weight: jax.Array  # 1 where the target counts, else 0
-    segment: jax.Array  # document within the row from 1; 0 is padding
-    position: jax.Array  # within the document
-
-
 def hidden(
     w: Kimi,
     batch: Batch,
@@ -165,11 +155,3 @@ def _attended(layer: Layer, x_BTD, turn, segment_BT, cfg):
     normed = rms_norm(x_BTD, layer.attention_norm[...], cfg.norm_eps)
     y_BTD, top_H = attend(layer.attention, normed, turn, segment_BT, cfg)
     return x_BTD + y_BTD, top_H
-
-
-def plain(token_BT: jax.Array) -> Batch:
-    """Rows that are one document each, without padding; the targets are left out."""
-    length = token_BT.shape[1]
-    ones = place(jnp.ones_like(token_BT), "batch", "length")
-    position = place(jnp.broadcast_to(jnp.arange(length), token_BT.shape), "batch", "length")
-    return Batch(token_BT, token_BT, jnp.zeros(token_BT.shape), ones, position)

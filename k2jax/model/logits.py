@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from k2jax.loss import cross_entropy
-from k2jax.model.layout import contract, project
-from k2jax.ops.exchange import gather_over
+from k2jax.model.cross_entropy import cross_entropy
+from k2jax.model.projection import contract, project
+from k2jax.ops.collectives import gather_over
 from k2jax.sharding import meshless, storage_spec
 
 LOGITS = 2**29  # bytes of float32 logits that a device may hold

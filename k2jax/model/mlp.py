@@ -4,8 +4,8 @@ import jax
 from flax import nnx
 
 from k2jax.config import ModelConfig
-from k2jax.model.layout import project
-from k2jax.params import Declare
+from k2jax.model.projection import project
+from k2jax.params.declare import Declare
 
 
 class Mlp(nnx.Module):

@@ -12,13 +12,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ModelConfig
-from k2jax.model.dispatch import Dispatch, exchanged, gathered
-from k2jax.model.layout import contract, used_spec
 from k2jax.model.mlp import Mlp, gated
+from k2jax.model.projection import contract, used_spec
 from k2jax.model.router import Routing, count, route
-from k2jax.ops.exchange import gather_over
-from k2jax.ops.experts import expert_mlp, side_by_side
-from k2jax.params import Declare
+from k2jax.ops.collectives import gather_over
+from k2jax.ops.moe.dispatch import Dispatch, exchanged, gathered
+from k2jax.ops.moe.expert_mlp import expert_mlp, side_by_side
+from k2jax.params.declare import Declare
 from k2jax.sharding import BATCH, meshless, place, spec, storage_spec
 
 # Rows up to which every chosen expert may see all of them (`mixture_of_few`).

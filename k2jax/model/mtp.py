@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.config import ModelConfig
-from k2jax.model.dispatch import Dispatch
-from k2jax.model.kimi import Aux, Batch, Kimi, Mtp, embedded, hidden, mixed, plain, recomputed
-from k2jax.model.layout import project
+from k2jax.model.batch import Batch, plain
+from k2jax.model.kimi import Aux, Kimi, Mtp, embedded, hidden, mixed, recomputed
 from k2jax.model.logits import head
 from k2jax.model.norm import rms_norm
+from k2jax.model.projection import project
 from k2jax.model.rope import rotation
-from k2jax.params import Params, bind
+from k2jax.ops.moe.dispatch import Dispatch
+from k2jax.params.declare import Params, bind
 from k2jax.sharding import place
 
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from k2jax.model.layout import gained
+from k2jax.model.projection import gained
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:

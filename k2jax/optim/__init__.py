@@ -25,7 +25,7 @@ from k2jax.optim.newton_schulz import POLYNOMIALS, RESTARTS, newton_schulz
 from k2jax.optim.qk_clip import qk_clip, shrink
 from k2jax.optim.schedule import warmup_stable_decay
 from k2jax.optim.views import Matrices
-from k2jax.spec import ParamSpec
+from k2jax.params.spec import ParamSpec
 
 __all__ = [
     "POLYNOMIALS",

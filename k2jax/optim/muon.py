@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from k2jax.optim.checks import floating, number
-from k2jax.optim.exchange import LARGE, SLICE, orthogonalise
+from k2jax.optim.distribute import LARGE, SLICE, orthogonalise
 from k2jax.optim.newton_schulz import Polynomial, newton_schulz
 from k2jax.optim.views import Matrices, assign, matrices_only, names
 

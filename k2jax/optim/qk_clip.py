@@ -9,7 +9,7 @@ import optax
 from k2jax.config import ConfigError
 from k2jax.optim.checks import number
 from k2jax.optim.views import KEYS, QUERIES, names
-from k2jax.spec import ParamSpec
+from k2jax.params.spec import ParamSpec
 
 
 def shrink(logit_max: jax.Array, tau: float) -> jax.Array:

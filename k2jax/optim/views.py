@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from k2jax.config import ConfigError, nearest
-from k2jax.spec import ParamSpec
+from k2jax.params.spec import ParamSpec
 
 # Names whose arrays may have two dims and are no matrices that Muon may move. Whole words, because
 # MultiHeadAttention_0.query holds matrices; and two that are also found within words.

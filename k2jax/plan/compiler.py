@@ -11,10 +11,10 @@ import resource
 import time
 from typing import Any
 
-from k2jax import memory
 from k2jax.config import ConfigError, RunConfig
 from k2jax.plan.hlo import Account, account
 from k2jax.plan.targets import Target
+from k2jax.runtime import memory
 
 MISSING = "compiling for {0} needs {1}: pip install 'k2jax[plan]'"
 
@@ -64,8 +64,9 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
     import jax
     from jax.sharding import NamedSharding
 
-    from k2jax import sharding, startup
-    from k2jax.step import build
+    from k2jax import sharding
+    from k2jax.runtime import backend as startup
+    from k2jax.training.step import build
 
     if target.chip.kind == "cpu":
         startup.prepare(target.devices)

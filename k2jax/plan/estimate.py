@@ -3,11 +3,13 @@
 import dataclasses
 
 from k2jax.config import MESH_AXES, MeshConfig, RunConfig
-from k2jax.plan import memory, network, newton, traffic, work
+from k2jax.plan import hbm as memory
+from k2jax.plan import network, newton, traffic
+from k2jax.plan import step_flops as work
 from k2jax.plan.network import Wire
 from k2jax.plan.roofline import Roofline
+from k2jax.plan.step_flops import Case
 from k2jax.plan.targets import Target
-from k2jax.plan.work import Case
 
 
 @dataclasses.dataclass(frozen=True)

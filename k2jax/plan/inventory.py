@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 
 from k2jax.config import MeshConfig, ModelConfig
+from k2jax.params.spec import ParamSpec
 from k2jax.sharding.table import STORAGE, TRAIN, split
-from k2jax.spec import ParamSpec
 
 STACKS = {"dense": "dense_layers", "layers": "moe_layers", "mtp": "mtp_layers"}
 # What an MTP layer has besides a mixture layer.

@@ -10,11 +10,11 @@ import itertools
 import math
 
 from k2jax.config import MESH_AXES, MeshConfig, ModelConfig
+from k2jax.params.spec import ParamSpec
 from k2jax.plan import network
 from k2jax.plan.inventory import leaves, mesh_axes, size, ways
 from k2jax.plan.network import Wire
-from k2jax.plan.work import Case
-from k2jax.spec import ParamSpec
+from k2jax.plan.step_flops import Case
 
 STEPS = 5  # [ML 2.2]
 LARGE = 1e12  # operations of a matrix above which several devices share it

@@ -1,11 +1,11 @@
 """Bytes that a device sends in a training step, by kind of collective and mesh axes."""
 
+from k2jax.params.spec import ParamSpec
 from k2jax.plan import network
 from k2jax.plan.inventory import leaves, mesh_axes, size, ways
 from k2jax.plan.network import Wire
-from k2jax.plan.work import Case
+from k2jax.plan.step_flops import Case
 from k2jax.sharding.table import BATCH
-from k2jax.spec import ParamSpec
 
 
 def step_wire(case: Case) -> Wire:

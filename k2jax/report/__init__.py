@@ -1,13 +1,11 @@
-"""`k2jax report`: one HTML page with the plots of a run. Loads no jax, so it answers at once."""
+"""One HTML page with the plots of a run. Loads no jax, so it answers at once."""
 
-import argparse
-import sys
 from pathlib import Path
 
 from k2jax.config import ConfigError
-from k2jax.files import replace
 from k2jax.report.page import page
 from k2jax.report.read import read
+from k2jax.runtime.files import replace
 
 NAME = "report.html"
 
@@ -29,16 +27,3 @@ def report(run: str | Path, out: str | Path = "") -> Path:
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}") from None
     return target
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `k2jax report`."""
-    parser.add_argument("run", metavar="RUN", help="a run's folder")
-    parser.add_argument("--out", default="", metavar="FILE", help=f"the page; default: RUN/{NAME}")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Write the page and say where; the exit code."""
-    target = report(args.run, args.out)
-    sys.stdout.write(f"{target}: {target.stat().st_size / 1e3:.0f} kB\n")
-    return 0

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from k2jax.plan.inventory import leaves, size
-from k2jax.plan.work import active
+from k2jax.plan.step_flops import active
 from k2jax.report import svg
 from k2jax.report.read import Found
 from k2jax.report.svg import Line, short

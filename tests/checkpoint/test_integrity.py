@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from etils import epath
-from test_run import META, assert_same, like, one_line, state
+from test_checkpoints import META, assert_same, like, one_line, state
 
 from k2jax.checkpoint import Checkpoints, integrity
 from k2jax.config import ConfigError

@@ -10,10 +10,11 @@ import time
 import pytest
 
 from k2jax.cluster import group as groups
-from k2jax.cluster import meet, preflight
+from k2jax.cluster import preflight
+from k2jax.cluster import rendezvous as meet
+from k2jax.cluster.detect import Place
 from k2jax.cluster.group import Group, difference
-from k2jax.cluster.meet import AGAIN, Lost
-from k2jax.cluster.place import Place
+from k2jax.cluster.rendezvous import AGAIN, Lost
 from k2jax.config import ConfigError
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from k2jax.cluster import preflight
 from k2jax.cluster.group import Group
-from k2jax.cluster.member import member
+from k2jax.cluster.join import member
 from k2jax.config import RunConfig
 
 

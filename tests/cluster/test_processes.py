@@ -13,7 +13,7 @@ import pytest
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.cluster import AGAIN
-from k2jax.loop import read_metrics
+from k2jax.training.loop import read_metrics
 
 SIZES = {
     "vocab": 576, "embed": 16, "dense_layers": 1, "moe_layers": 1, "heads": 2, "q_rank": 8,

@@ -6,7 +6,7 @@ from k2jax import configs
 from k2jax.config import validate
 from k2jax.model import Kimi
 from k2jax.optim.schedule import warmup_stable_decay
-from k2jax.params import specs
+from k2jax.params.declare import specs
 
 BATCH = 2**26
 STAGES = {  # tokens, context, first and last rate

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from k2jax.chat.tokenizer import Tokenizer
 from k2jax.data.store import Store
+from k2jax.text.kimi_tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from k2jax.chat.training import train_tokenizer
 from k2jax.config import ConfigError
-from k2jax.data import Batches, compressors, eval_batches, load, open_data
+from k2jax.data import Batches, compressors, eval_batches, open_data
+from k2jax.data import open_data as load
 from k2jax.data.sources import find
+from k2jax.text.train_bpe import train_tokenizer
 
 
 @pytest.fixture(scope="module")

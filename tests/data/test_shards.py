@@ -6,7 +6,7 @@ from k2jax.data import Batches, shards
 from k2jax.data.rows import NAMES, make_rows, row_count
 from k2jax.data.shards import Shards, ShardWriter
 from k2jax.data.store import Store
-from k2jax.data.words import document
+from k2jax.data.stream import document
 
 pytest.importorskip("array_record")
 

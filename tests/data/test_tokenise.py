@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from k2jax import cli
-from k2jax.chat.template import encode
-from k2jax.chat.tokenizer import Tokenizer
 from k2jax.config import ConfigError
-from k2jax.data import Batches, eval_batches, open_data, parts, pool, tokenise, tokens
+from k2jax.data import Batches, eval_batches, open_data, parts, pool, tokenise
+from k2jax.data import token_folder as tokens
 from k2jax.data.mixture import Mixture
 from k2jax.data.rows import NAMES
 from k2jax.data.sources import find, held_out
+from k2jax.text.kimi_template import encode
+from k2jax.text.kimi_tokenizer import Tokenizer
 
 pytest.importorskip("array_record")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from k2jax.config import ModelConfig, from_published
+from k2jax.config import ModelConfig
 from k2jax.model import Kimi
-from k2jax.params import specs
+from k2jax.params.declare import specs
+from k2jax.weights.hf_config import from_published
 
 NAMES = ("kimi", "moonlight", "deepseek")
 

@@ -14,8 +14,6 @@ from golden.read import golden
 
 import k2jax
 from k2jax import sharding
-from k2jax.checkpoint.published import to_published
-from k2jax.checkpoint.safetensors import write
 from k2jax.config import (
     ConfigError,
     DataConfig,
@@ -25,14 +23,16 @@ from k2jax.config import (
     RunConfig,
     TrainConfig,
     Yarn,
-    from_published,
     validate,
 )
 from k2jax.model import Batch, Kimi, hidden, mtp, plain
 from k2jax.model.rope import frequencies
 from k2jax.optim.qk_clip import qk_clip
-from k2jax.params import bind, initial, specs
-from k2jax.step import build
+from k2jax.params.declare import bind, initial, specs
+from k2jax.training.step import build
+from k2jax.weights.hf_config import from_published
+from k2jax.weights.mapping import to_published
+from k2jax.weights.safetensors import write
 
 CFG = ModelConfig(
     vocab=48, embed=16, dense_layers=1, moe_layers=1, mtp_layers=2, heads=4, q_rank=8, kv_rank=8,

@@ -16,9 +16,9 @@ from golden.cases import CASES, varied
 from golden.read import NAMES, Golden, golden, wrap
 
 import k2jax
-from k2jax.checkpoint.safetensors import write
 from k2jax.model import Kimi, head, hidden, kimi, moe, plain
-from k2jax.params import bind
+from k2jax.params.declare import bind
+from k2jax.weights.safetensors import write
 
 HIDDEN = 1e-5  # float32, max abs
 GRADIENT = 1e-4  # max abs difference over max abs of that tensor

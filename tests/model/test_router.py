@@ -10,7 +10,7 @@ import pytest
 from k2jax.config import ModelConfig
 from k2jax.model.moe import Moe, router_logits
 from k2jax.model.router import count, route
-from k2jax.params import bind
+from k2jax.params.declare import bind
 
 PLAIN = ModelConfig(embed=13, experts=12, experts_per_token=4, routed_scale=2.827)
 GROUPED = dataclasses.replace(PLAIN, groups=4, groups_per_token=2, routed_scale=2.5)

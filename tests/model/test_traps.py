@@ -20,8 +20,8 @@ from k2jax.model.norm import rms_norm
 from k2jax.model.rope import frequencies, rotate, rotation
 from k2jax.model.router import route
 from k2jax.optim import muonclip, newton_schulz, qk_clip, scale_by_muon, shrink
-from k2jax.params import bind, initial, specs
-from k2jax.step import build
+from k2jax.params.declare import bind, initial, specs
+from k2jax.training.step import build
 
 MODELS = {name: configs.load(name).model for name in configs.NAMES}
 

@@ -11,7 +11,7 @@ from k2jax.config import ModelConfig
 from k2jax.model import Kimi
 from k2jax.model.rope import frequencies, rotate, rotation
 from k2jax.model.router import route
-from k2jax.params import specs
+from k2jax.params.declare import specs
 
 MODELS = {name: configs.load(name).model for name in configs.NAMES}
 

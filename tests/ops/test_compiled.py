@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from k2jax.ops.attention import by_blocks
-from k2jax.ops.grouped import grouped
+from k2jax.ops.attention.blockwise import by_blocks
+from k2jax.ops.moe.grouped_matmul import grouped
 from k2jax.plan import targets
 from k2jax.plan.compiler import GPU_OPTIONS, devices_of
 from k2jax.plan.hlo import account

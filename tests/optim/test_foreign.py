@@ -21,7 +21,7 @@ from k2jax.optim import (
     warmup_stable_decay,
 )
 
-OURS = {"k2jax", "k2jax.optim", "k2jax.config", "k2jax.spec"}
+OURS = {"k2jax", "k2jax.optim", "k2jax.config", "k2jax.params.spec"}
 
 
 def shown(code: str) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from k2jax.optim import muonclip, newton_schulz, qk_clip, scale_by_muon, shrink
-from k2jax.spec import ParamSpec
+from k2jax.params.spec import ParamSpec
 
 G = jnp.asarray([[1, 2, 3], [4, 5, 6]], "float32")
 ORTHOGONAL = [[-0.56829011, 0.05774194, 0.68377400], [0.56335470, 0.40561283, 0.24787096]]

@@ -7,7 +7,7 @@ import pytest
 
 from k2jax.config import ConfigError
 from k2jax.optim import muonclip, qk_clip, shrink
-from k2jax.spec import ParamSpec
+from k2jax.params.spec import ParamSpec
 
 LAYERS, IN, HEADS, WIDTH = 3, 6, 2, 4
 TAU = 2.0

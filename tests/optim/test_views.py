@@ -8,7 +8,7 @@ import pytest
 from k2jax.config import ConfigError
 from k2jax.optim import Matrices, muon, muonclip, newton_schulz, scale_by_muon
 from k2jax.optim.views import assign
-from k2jax.spec import ParamSpec
+from k2jax.params.spec import ParamSpec
 
 AXES = ("moe_layers", "q_rank", "heads", "qk")
 QUERY = ParamSpec(AXES, (2, 6, 4, 3), 1, "muon", "q_b_proj")

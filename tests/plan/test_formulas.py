@@ -4,20 +4,24 @@ import itertools
 import math
 
 import pytest
-from k2jax.sharding import torus
 
 from k2jax import configs
+from k2jax.commands.describe import describe
 from k2jax.config import MeshConfig, override
-from k2jax.describe import describe
 from k2jax.model import Kimi
-from k2jax.optim import exchange, route
+from k2jax.optim import distribute as exchange
+from k2jax.optim import route
 from k2jax.optim.newton_schulz import flops as optimizer_flops
-from k2jax.params import specs
-from k2jax.plan import cost, memory, network, newton, targets, traffic, work
+from k2jax.params.declare import specs
+from k2jax.plan import cost, network, newton, targets, traffic
+from k2jax.plan import hbm as memory
+from k2jax.plan import step_flops as work
 from k2jax.plan.estimate import estimate
 from k2jax.plan.inventory import leaves, ways
-from k2jax.plan.work import BLOCK, LOGITS, Case
-from k2jax.step import build
+from k2jax.plan.step_flops import BLOCK, LOGITS, Case
+from k2jax.runtime import hardware
+from k2jax.sharding import torus
+from k2jax.training.step import build
 
 K2 = configs.load("kimi_k2")
 V5P = targets.parse("v5p:8x8x16")
@@ -76,7 +80,7 @@ def test_work_of_a_step_with_nothing_repeated_is_what_counts_as_useful():
 
 def test_blocks_are_those_of_the_model():
     from k2jax.model import logits
-    from k2jax.ops import attention
+    from k2jax.ops.attention import blockwise as attention
 
     assert (BLOCK, LOGITS) == (attention.BLOCK, logits.LOGITS)
 
@@ -205,10 +209,10 @@ def test_newton_schulz_is_planned_with_the_optimizers_own_numbers():
     ],
 )  # fmt: skip
 def test_the_peak_of_a_device_is_found_by_what_it_calls_itself(kind, chip):
-    entry = targets.CHIPS[chip]
-    assert targets.peak_of(kind) == entry.flops / entry.devices
+    entry = hardware.CHIPS[chip]
+    assert hardware.peak_of(kind) == entry.flops / entry.devices
 
 
 @pytest.mark.parametrize("kind", ["cpu", "TPU v5 lite", "NVIDIA A100-SXM4-40GB"])
 def test_a_device_that_is_not_in_the_table_has_no_peak(kind):
-    assert targets.peak_of(kind) == 0
+    assert hardware.peak_of(kind) == 0

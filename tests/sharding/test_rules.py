@@ -10,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 from k2jax import configs, sharding
 from k2jax.config import ConfigError, MeshConfig
 from k2jax.model import Kimi
-from k2jax.params import abstract, specs
-from k2jax.step import build, micro_spec
+from k2jax.model.batch import micro_spec
+from k2jax.params.declare import abstract, specs
+from k2jax.training.step import build
 
 K2 = configs.load("kimi_k2")
 LEAVES = specs(Kimi(K2.model))

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 from k2jax.sharding.rules import Share, share
 
 MESH = (1, 2, 2, 1, 2)  # replica, data, expert, context, model

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from k2jax.sharding.mesh import across, slices
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig
+from k2jax.sharding.mesh import across, slices
 
 
 def devices(*sizes: int, platform: str = "tpu") -> list[SimpleNamespace]:

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from k2jax.sharding import torus
-from k2jax.sharding.mesh import across
 
 from k2jax.config import MeshConfig
+from k2jax.sharding import torus
+from k2jax.sharding.mesh import across
 
 
 def chips(*shape: int, cores: int = 1) -> list[SimpleNamespace]:

@@ -1,1 +1,0 @@
-"""Tokenizer, and later chat template and tool calls."""

@@ -1,0 +1,114 @@
+"""One command as a member of a group of processes, from meeting the others to leaving them."""
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from k2jax.cluster import group as groups
+from k2jax.cluster import preflight
+from k2jax.cluster.detect import Place
+from k2jax.cluster.group import Group
+from k2jax.cluster.rendezvous import AGAIN, Lost
+from k2jax.config import ConfigError, RunConfig
+
+
+@contextlib.contextmanager
+def member(
+    place: Place | None, run: RunConfig, out: Path, init: str, say: Callable[[str], None]
+) -> Iterator[Group]:
+    """The group that runs this command: connected, compared, and known to jax.
+
+    An error inside of the block, or a lost process, ends all of them.
+
+    Args:
+        place: of this process; None: it is alone, and nothing happens.
+        run: what all must be about to do.
+        out: its folder.
+        init: weights to start from.
+        say: told one line, on process 0.
+    """
+    if place is None:
+        yield groups.current()
+        return
+    try:
+        group = Group(place)
+    except Lost as error:
+        sys.stderr.write(f"k2jax: {error}\n")
+        raise SystemExit(AGAIN) from None
+    _own_stdout(group.number == 0)
+    with groups.use(group):
+        try:
+            preflight.compare(group, run, out, init)
+            _join(place)
+            preflight.devices(group, run.mesh)
+            line = preflight.network(group)
+            if group.number == 0:
+                say(line)
+            yield group
+            group.close()
+        except BaseException as error:
+            _leave(group, error)
+            raise
+
+
+def _join(place: Place) -> None:
+    """Start jax's own service, which its collectives and checkpoints need."""
+    import jax
+
+    jax.distributed.initialize(
+        place.coordinator, place.processes, place.process, place.local_devices,
+        cluster_detection_method="deactivate",
+    )  # fmt: skip
+
+
+def _own_stdout(first: bool) -> None:
+    """Only process 0 prints; and gloo, the network of CPUs, reports on file descriptor 1."""
+    sys.stdout.flush()
+    silence = os.open(os.devnull, os.O_WRONLY)
+    shown = os.dup(1) if first else os.dup(silence)
+    os.dup2(silence, 1)
+    sys.stdout = os.fdopen(shown, "w", buffering=1)
+
+
+def _leave(group: Group, error: BaseException) -> None:
+    """Tell the others; once jax's service runs, end here, since its own end waits for all."""
+    import jax
+
+    if isinstance(error, Lost) or _network_failed(error):
+        # Another process died, most likely, and the watch is about to say which and end this one.
+        time.sleep(groups.SILENCE + 2 * groups.BEAT)
+    code, line = _said(error)
+    group.fail(f"process {group.number} ({group.host}) ended: {line}", code)
+    if jax.distributed.is_initialized():
+        if code == 1:
+            traceback.print_exception(error)
+        sys.stderr.write(f"k2jax: {line}\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _network_failed(error: BaseException | None) -> bool:
+    import jax
+
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _said(error: BaseException) -> tuple[int, str]:
+    """Exit code and line."""
+    if isinstance(error, ConfigError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code, f"exit code {error.code}"
+    text = " ".join(str(error).split())[:300]
+    return 1, f"{type(error).__name__}: {text}"

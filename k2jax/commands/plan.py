@@ -1,0 +1,277 @@
+"""`k2jax plan`: what a run takes on machines that are not here."""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import sys
+from typing import Any
+
+from k2jax import configs
+from k2jax.config import MESH_AXES, ConfigError, RunConfig, nearest, override, validate
+from k2jax.plan import cost, targets, traffic
+from k2jax.plan import decoding as decode
+from k2jax.plan import hbm as memory
+from k2jax.plan.estimate import Estimate
+from k2jax.plan.search import Search, meshes, reason, refusal, remedies, search
+from k2jax.plan.targets import Target
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `k2jax plan`; the config's fields are settings as in `k2jax train`."""
+    parser.add_argument("config", help=f"{', '.join(configs.NAMES)}, or a published config.json")
+    parser.add_argument("--target", required=True, help=f"machines, e.g. {targets.EXAMPLES}")
+    parser.add_argument(
+        "--mesh", default="", metavar="A=N,...", help="sizes of mesh axes that are given; the"
+        " others are searched",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode", metavar="BATCHxCONTEXT", help="plan decoding of so many rows with so many"
+        " tokens in the cache, instead of training",
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=float, metavar="N", help="of the run; default: its steps")
+    parser.add_argument("--dollars-per-hour", type=float, metavar="X", help="of a chip")
+    parser.add_argument("--watts", type=float, metavar="X", help="of a chip, host included")
+    parser.add_argument("--compile", action="store_true", help="ask the target's real compiler too")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the plan; the exit code: 0 where it fits, 1 where nothing does."""
+    run = override(configs.load(args.config), args.settings)
+    _check(args)
+    target = targets.parse(args.target, args.dollars_per_hour, args.watts)
+    fixed = _fixed(args.mesh)
+    if args.decode:
+        found = _decoding(run, target, fixed, args.decode)
+        text = _decode_text(found)
+    else:
+        keep = "train.accumulate" in args.settings
+        searched = search(run, target, fixed, keep)
+        found, text = _training(run, searched, args)
+    sys.stdout.write(json.dumps(found) + "\n" if args.json else text)
+    return 0 if found["fits"] else 1
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse numbers that make no sense, and options without effect."""
+    for option in ("tokens", "dollars-per-hour", "watts"):
+        value = getattr(args, option.replace("-", "_"))
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"--{option} is {value:g}; it must be a number, 0 or more")
+    if args.decode and args.compile:
+        raise ConfigError("plan --compile compiles training steps; leave out --decode")
+    if args.decode and args.tokens is not None:
+        raise ConfigError("--tokens is for training; --decode costs a million generated tokens")
+
+
+def _fixed(text: str) -> dict[str, int]:
+    """Axis sizes of `--mesh data=8,expert=4`."""
+    fixed = {}
+    for part in filter(None, text.split(",")):
+        found = re.fullmatch(r"(\w+)=([1-9]\d*)", part)
+        if not found:
+            raise ConfigError(f"--mesh takes axis=size, not {part!r}; for example data=8,expert=4")
+        if found[1] not in MESH_AXES:
+            raise ConfigError(f"no mesh axis {found[1]!r}; {nearest(found[1], MESH_AXES)}")
+        fixed[found[1]] = int(found[2])
+    return fixed
+
+
+def _training(
+    run: RunConfig, searched: Search, args: argparse.Namespace
+) -> tuple[dict[str, Any], str]:
+    best = searched.best
+    run = _planned(run, best)
+    validate(run)
+    found = as_json(best, args.tokens)
+    found["others"] = [
+        {"mesh": e.mesh.sizes, "accumulate": e.case.accumulate, "reason": reason(e, best)}
+        for e in searched.found[1:4]
+    ]
+    found["refused"] = dict(searched.refused)
+    if not best.fits:
+        found["remedies"] = {words: e.peak for words, e in remedies(run, searched)}
+    if args.compile:
+        # Imported here: it brings jax.
+        from k2jax.plan.compiler import compile_step
+
+        formulas = {key: found[key] for key in COMPILED if key in found}
+        found |= compile_step(run, best.target).as_json() | {"formulas": formulas}
+    return found, _text(found, best)
+
+
+# What the compiler is asked too.
+COMPILED = (
+    "fits", "bytes_per_device", "flops_per_device", "wire_bytes_per_device",
+)  # fmt: skip
+
+
+def _planned(run: RunConfig, best: Estimate) -> RunConfig:
+    train = dataclasses.replace(run.train, accumulate=best.case.accumulate)
+    return dataclasses.replace(run, mesh=best.case.mesh, train=train)
+
+
+def _common(run: RunConfig, best: Estimate | decode.Decode) -> dict[str, Any]:
+    """What plans of training and of decoding both say."""
+    return {
+        "config": run.name,
+        "target": best.target.name,
+        "source": "formulas",
+        "fits": best.fits,
+        "devices": best.target.devices,
+        "mesh": best.mesh.sizes,
+        "hbm_limit_bytes": best.target.hbm,
+        "wire_bytes_per_device": best.wire,
+        "roofline_seconds": best.roofline,
+        "bound": best.bound,
+    }
+
+
+def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
+    """The plan with the keys that `docs/scaling.md` lists."""
+    run, target = best.case.run, best.target
+    step_tokens = run.data.rows * run.data.context
+    tokens = step_tokens * run.train.steps if tokens is None else tokens
+    given = sum(best.arguments.values())
+    batch = best.arguments["batch"]
+    per_host = max(1, 4 * target.chip.devices if target.chip.kind == "tpu" else target.shape[-1])
+    return {
+        **_common(run, best),
+        "chips": target.chips,
+        "accumulate": best.case.accumulate,
+        "bytes_per_device": {
+            "arguments": given,
+            "temporaries": best.peak - given,
+            "outputs": given - batch,
+            "aliased": given - batch,
+            "peak": best.peak,
+        },
+        "parts_bytes": best.parts,
+        "worst_moment": best.worst,
+        "host_save_bytes": memory.saving(best.case, per_host),
+        "host_offload_bytes": memory.offloaded(best.case, per_host),
+        "flops_per_device": best.flops + best.optimizer_flops,
+        "optimizer_flops_per_device": best.optimizer_flops,
+        "step_seconds": {"overlapped": best.overlapped, "serial": best.seconds},
+        "mfu": {"overlapped": best.mfu(best.overlapped), "serial": best.mfu(best.seconds)},
+        "cost": {
+            "tokens": tokens,
+            **cost.training(target, best.seconds, step_tokens, tokens),
+        },
+    }
+
+
+def _decoding(run: RunConfig, target: Target, fixed: dict[str, int], size: str) -> dict[str, Any]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
+    if not found:
+        raise ConfigError(f"--decode takes BATCHxCONTEXT, not {size!r}; for example 256x8192")
+    batch, context = int(found[1]), int(found[2])
+    if context > run.model.context:
+        raise ConfigError(f"--decode {size}: the model's context is {run.model.context}")
+    divides = (m for m in meshes(target.devices, fixed) if not refusal(run.model, m, 1))
+    plans = decode.best(run.model, target, batch, context, divides)
+    if not plans:
+        raise ConfigError(f"no mesh of {target.devices} devices divides the model and {batch} rows")
+    best = plans[0]
+    return {
+        **_common(run, best),
+        "bytes_per_device": best.memory | {"peak": best.peak},
+        "flops_per_device": best.flops,
+        "token_seconds": best.seconds,
+        "tokens_per_second": batch / best.seconds,
+        "cost_per_million_tokens": cost.generating(target, best.seconds, batch),
+    }
+
+
+def _text(found: dict[str, Any], best: Estimate) -> str:
+    gb = lambda size: f"{_short(size / 1e9)} GB"
+    lines = [
+        f"{found['config']} on {found['target']}: {found['devices']} devices of"
+        f" {gb(found['hbm_limit_bytes'])}",
+        f"{'best mesh' if best.fits else 'NOTHING FITS; nearest'}: {best.case.mesh},"
+        f" {found['accumulate']} micro-batches",
+        f"memory      {gb(best.peak)} a device at its worst, in '{best.worst}'",
+        *(f"  {gb(size):>12} {name}" for name, size in best.parts.items() if size > 1e7),
+    ]
+    roofline = best.roofline
+    lines += [
+        f"step        {_short(best.overlapped)} s if all overlaps, {_short(best.seconds)} s if the"
+        f" network waits; MFU {best.mfu(best.overlapped):.0%} to {best.mfu(best.seconds):.0%}",
+        f"bound by    {best.bound} ("
+        + ", ".join(f"{name} {_short(value)} s" for name, value in roofline.items())
+        + ")",
+        f"FLOPs       {_short(found['flops_per_device'] / 1e12)} TFLOP a device and step,"
+        f" {_short(best.optimizer_flops / 1e12)} of them Newton-Schulz",
+        f"network     {gb(traffic.total(best.wire))} sent by a device in a step",
+        *(
+            f"  {gb(sent):>12} {kind} over {axes}"
+            for kind, row in sorted(best.wire.items())
+            for axes, sent in row.items()
+            if sent > 1e7
+        ),
+        f"host        {gb(found['host_save_bytes'])} a host for a save in the background"
+        + (f", {gb(away)} for layers' inputs" if (away := found["host_offload_bytes"]) else ""),
+        f"cost        {found['cost']['tokens']:.3g} tokens: {_cost(found['cost'])}",
+    ]
+    for other in found["others"]:
+        sizes = " ".join(f"{axis}={n}" for axis, n in other["mesh"].items() if n > 1)
+        lines.append(f"not         {sizes}: {other['reason']}")
+    if found["refused"]:
+        refused = ", ".join(f"{axis} ({n})" for axis, n in found["refused"].items())
+        lines.append(f"not         meshes that do not divide {refused}")
+    for words, peak in found.get("remedies", {}).items():
+        lines.append(f"would take  {gb(peak)} with {words}")
+    if "formulas" in found:
+        lines += _beside(found)
+    return "\n".join(lines) + "\n"
+
+
+def _beside(found: dict[str, Any]) -> list[str]:
+    """Formulas and compiler, line by line."""
+    ours, real = found["formulas"], found
+    rows = [
+        (f"{name} GB", ours["bytes_per_device"][name] / 1e9, real["bytes_per_device"][name] / 1e9)
+        for name in ("arguments", "temporaries", "peak")
+    ]
+    rows.append(("TFLOP", ours["flops_per_device"] / 1e12, real["flops_per_device"] / 1e12))
+    wires = [traffic.total(plan["wire_bytes_per_device"]) / 1e9 for plan in (ours, real)]
+    rows.append(("sent GB", wires[0], wires[1]))
+    lines = [
+        f"{'compiled in ' + format(real['compile_seconds'], '.0f') + ' s':20} formula compiler"
+    ]
+    lines += [f"  {name:18} {_short(mine):>8} {_short(its):>8}" for name, mine, its in rows]
+    return lines
+
+
+def _short(value: float) -> str:
+    """One digit behind the point, three digits of small numbers."""
+    return f"{value:.3g}" if 0 < value < 10 else f"{value:,.1f}"
+
+
+def _cost(found: dict[str, float]) -> str:
+    return (
+        f"{found['hours']:,.1f} hours, {found['chip_hours']:,.1f} chip hours,"
+        f" ${found['dollars']:,.2f}, {found['kwh']:,.1f} kWh"
+    )
+
+
+def _decode_text(found: dict[str, Any]) -> str:
+    gb = lambda size: f"{_short(size / 1e9)} GB"
+    sizes = " ".join(f"{axis}={n}" for axis, n in found["mesh"].items() if n > 1)
+    held = found["bytes_per_device"]
+    roofline = ", ".join(
+        f"{name} {1e3 * value:,.2f} ms" for name, value in found["roofline_seconds"].items()
+    )
+    lines = [
+        f"{found['config']} on {found['target']}, decoding",
+        f"{'best mesh' if found['fits'] else 'NOTHING FITS; nearest'}: {sizes or 'one device'}",
+        f"memory      {gb(held['peak'])} of {gb(found['hbm_limit_bytes'])} a device: "
+        + ", ".join(f"{name} {gb(size)}" for name, size in held.items() if name != "peak"),
+        f"speed       {found['tokens_per_second']:,.0f} tokens/s,"
+        f" {1e3 * found['token_seconds']:,.1f} ms a token",
+        f"bound by    {found['bound']} ({roofline})",
+        f"cost        a million tokens: {_cost(found['cost_per_million_tokens'])}",
+    ]
+    return "\n".join(lines) + "\n"

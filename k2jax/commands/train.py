@@ -1,0 +1,67 @@
+"""`k2jax train`: train a named or published model, or go on with what a folder holds."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from k2jax import cluster, configs
+from k2jax.config import ConfigError, RunConfig, override, validate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `k2jax train`; every field of the config is one, listed by `--help`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("config", help=f"{', '.join(configs.NAMES)}, or a published config.json")
+    parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/CONFIG")
+    parser.add_argument(
+        "--init", default="", metavar="CHECKPOINT", help="weights to start from: a run, a"
+        " checkpoint or a published folder; a checkpoint in the run folder wins over it",
+    )  # fmt: skip
+    cluster.add_arguments(parser)
+    parser.epilog = "settings (--section.field VALUE) and K2's values:\n" + "\n".join(
+        _fields(RunConfig(), "")
+    )
+
+
+def _fields(node: object, prefix: str) -> list[str]:
+    lines = []
+    for field in dataclasses.fields(node):  # type: ignore[arg-type]
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            lines += _fields(value, f"{prefix}{field.name}.")
+        elif prefix:
+            name = f"--{prefix}{field.name}"
+            lines.append(f"  {name:32} {field.metadata['help']} [{value}]")
+    return lines
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train; the exit code: 75 where one of several processes was asked to stop before the end."""
+    began = time.perf_counter()
+    run = override(configs.load(args.config), args.settings)
+    validate(run, args.settings)
+    out = Path(args.out or Path("runs") / run.name)
+    if "://" in str(args.out):
+        raise ConfigError(f"--out {args.out} is no folder; mount the bucket and name its path")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; name a folder")
+    # Imported here so that help and mistakes answer before jax loads.
+    from k2jax.runtime import backend as startup
+
+    place = cluster.find(args.coordinator, args.processes, args.process)
+    startup.prepare(run.mesh.devices, place.processes if place else 1)
+    with cluster.member(place, run, out, args.init, _say) as group:
+        from k2jax.checkpoint import Checkpoints
+        from k2jax.training.loop import train
+
+        train(run, out, init=args.init, say=_say, began=began)
+        stopped = (Checkpoints(out).latest() or 0) < run.train.steps
+    # Schedulers start a job again only where its processes fail.
+    return cluster.AGAIN if stopped and group.count > 1 else 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

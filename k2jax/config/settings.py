@@ -1,0 +1,72 @@
+"""Settings by name (`--section.field VALUE`), and configs as JSON."""
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+from k2jax.config.errors import ConfigError, nearest
+from k2jax.config.schema import RunConfig
+
+
+def override(config: Any, settings: dict[str, str]) -> Any:
+    """`config` with each `dotted.name: value` applied.
+
+    Raises:
+        ConfigError: unknown name (the closest one is given), or a value of the wrong type.
+    """
+    for name, value in settings.items():
+        config = _set(config, name, name.split("."), value)
+    return config
+
+
+def _set(node: Any, full: str, path: list[str], value: str) -> Any:
+    name, *rest = path
+    kinds = typing.get_type_hints(type(node))
+    names = [field.name for field in dataclasses.fields(node)]
+    if name not in names:
+        where = full.removesuffix("." + ".".join(rest)).rpartition(".")[0]
+        raise ConfigError(f"{where or 'the run'} has no {name!r}; {nearest(name, names)}")
+    old = getattr(node, name)
+    if dataclasses.is_dataclass(old):
+        if not rest:
+            fields = ", ".join(field.name for field in dataclasses.fields(old))
+            raise ConfigError(f"{full} is a section; set one of its fields: {fields}")
+        new = _set(old, full, rest, value)
+    elif rest:
+        raise ConfigError(f"{full.removesuffix('.' + '.'.join(rest))} has no fields")
+    else:
+        new = _parse(full, value, kinds[name])
+    return dataclasses.replace(node, **{name: new})
+
+
+def _parse(name: str, value: str, kind: type) -> Any:
+    try:
+        number = kind(value)
+    except ValueError:
+        raise ConfigError(f"{name} is {kind.__name__}, {value!r} is not") from None
+    if kind is float and not math.isfinite(number):
+        raise ConfigError(f"{name} is {value}; it must be finite")
+    return number
+
+
+def to_json(run: Any) -> dict[str, Any]:
+    """The config as plain numbers, strings and dicts; `from_json` reads it back."""
+    return dataclasses.asdict(run)
+
+
+def from_json(fields: dict[str, Any], kind: type = RunConfig) -> Any:
+    """The config that `to_json` wrote.
+
+    Raises:
+        ConfigError: a field that this version does not know.
+    """
+    kinds = typing.get_type_hints(kind)
+    for name in fields:
+        if name not in kinds:
+            raise ConfigError(f"saved config has an unknown field {name!r}; {nearest(name, kinds)}")
+    nested = {
+        name: from_json(value, kinds[name]) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+    return kind(**nested)

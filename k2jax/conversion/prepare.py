@@ -1,0 +1,295 @@
+"""What a conversion will do, known from headers alone."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from k2jax.checkpoint import Checkpoints
+from k2jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig, nearest
+from k2jax.conversion.hf_files import exported_config
+from k2jax.model import Kimi
+from k2jax.params.declare import specs
+from k2jax.params.spec import ParamSpec
+from k2jax.weights import mapping as published
+from k2jax.weights.converted_read import Stored
+from k2jax.weights.converted_write import WHOLE, Leaf, layout
+from k2jax.weights.encodings import FORMATS, PLAIN, Recoded, Tensors, encoding, weight_of
+from k2jax.weights.hf_config import published_fields
+from k2jax.weights.hf_folder import Folder
+from k2jax.weights.mapping import VISION, slots
+from k2jax.weights.object_store import REMOTE, Bucket
+from k2jax.weights.source import find
+
+TO = ("orbax", "hf")
+OURS = ("keep", "bfloat16", "float32")
+GB = 10**9
+# A tensor on its way is there as it was read, as it is written, and once between.
+COPIES = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """As in `k2jax.convert`."""
+
+    to: str = ""
+    format: str = ""
+    mesh: str = ""
+    memory: float = 2.0
+    manifest: str = ""
+    skip_mtp: bool = False
+    verify: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what is misspelt."""
+        for name, value, known in (("to", self.to, TO), ("format", self.format, FORMATS)):
+            if value and value not in known:
+                raise ConfigError(f"--{name} is {value!r}; {nearest(value, known)}")
+        if not (math.isfinite(self.memory) and self.memory > 0):
+            raise ConfigError(f"--memory is {self.memory}; it must be more than 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """An opened source.
+
+    Attributes:
+        folder: of the published files, or of the run.
+        tensors: in it.
+        model: their sizes.
+        fields: of its published `config.json`; empty for runs.
+        ours: whether it is one of our checkpoints.
+        copied: files to take along, by name.
+        step: of our checkpoint; the folder itself for published ones.
+        identity: text that changes when the source does.
+        name: of the source, for reports.
+    """
+
+    folder: Path
+    tensors: Tensors
+    model: ModelConfig
+    fields: dict[str, Any]
+    ours: bool
+    copied: tuple[str, ...]
+    step: Path
+    identity: str
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a conversion will do.
+
+    Attributes:
+        origin: the source.
+        target: the folder to make.
+        to: "orbax" or "hf".
+        options: as given, `format` filled in.
+        view: the source's tensors as they will be written.
+        specs: the model's parameters.
+        leaves: arrays to write, where `to` is "orbax".
+        mtp: starts of the names of layers past the model's last.
+        notes: what is odd, but does no harm.
+    """
+
+    origin: Origin
+    target: Path
+    to: str
+    options: Options
+    view: Recoded
+    specs: Mapping[str, ParamSpec]
+    leaves: list[Leaf]
+    mtp: tuple[str, ...]
+    notes: list[str]
+
+    @property
+    def work(self) -> Path:
+        """Where the target is made."""
+        return self.target.with_name(self.target.name + ".unfinished")
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the source's headers and with what is to be made of it."""
+        asked = [self.to, self.options.format, self.options.mesh, self.options.skip_mtp]
+        text = json.dumps([self.origin.identity, asked])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def extras(self) -> list[str]:
+        """Tensors that are kept beside the parameters: prediction layers, and junk."""
+        taken = {weight for leaf in self.specs.values() for _, weight in slots(leaf)}
+        return [name for name in self.view if weight_of(name) not in taken]
+
+    def sizes(self) -> Iterator[int]:
+        """Bytes of each tensor to write."""
+        for name in self.view:
+            dtype, shape = self.view.kind(name)
+            yield math.prod(shape) * dtype.itemsize
+
+    def bytes_in(self) -> int:
+        """Bytes of the source's tensors."""
+        tensors = self.origin.tensors
+        return sum(math.prod(tensors.shape(n)) * tensors.dtype(n).itemsize for n in tensors)
+
+    def largest(self) -> int:
+        """Bytes that the largest tensor takes on its way."""
+        return COPIES * min(WHOLE, max(self.sizes()))
+
+    def skipped(self) -> dict[str, int]:
+        """How many tensors of each kind are left out, and kept though no parameter has them."""
+        names = list(self.origin.tensors)
+        counts = {
+            "vision": sum(name.startswith(VISION) for name in names),
+            "mtp": sum(name.startswith(self.mtp) for name in names) if self.mtp else 0,
+        }
+        if not self.options.skip_mtp:
+            counts["mtp"] = 0
+        return {kind: n for kind, n in counts.items() if n}
+
+
+def make_plan(
+    source: Path, target: str | Path, options: Options, bucket: Bucket | None = None
+) -> Plan:
+    """Read every header of the source, and say what will be done.
+
+    Args:
+        source: a folder of this machine.
+        target: the folder to make.
+        options: as given.
+        bucket: where the source's weights are, if not in its folder.
+
+    Raises:
+        ConfigError: anything that can be known to be wrong before data is read.
+    """
+    if str(target).startswith(REMOTE):
+        raise ConfigError(
+            f"the target {target} is not on this machine; convert into a folder here and copy that"
+        )
+    target = Path(target).absolute()
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"the target {target} cannot be made: {path} is a file")
+    origin = _open(source, bucket)
+    to = options.to or ("hf" if origin.ours else "orbax")
+    if to == "orbax" and origin.ours:
+        raise ConfigError(f"{source} is one of our checkpoints already; --to hf writes safetensors")
+    if target == origin.folder or origin.folder in target.parents:
+        raise ConfigError(f"the target {target} is the source or inside of it")
+    leaves = specs(Kimi(_bare(origin.model)))
+    published.check(origin.tensors, leaves, str(origin.folder))
+    mtp = published.beyond(origin.tensors, leaves)
+    options = dataclasses.replace(options, format=_format(options, to, origin))
+    view = Recoded(origin.tensors, options.format, VISION + (mtp if options.skip_mtp else ()))
+    _check_options(options, to, mtp)
+    arrays = layout(leaves, view, _mesh(options.mesh)) if to == "orbax" else []
+    notes = origin.tensors.notes() if isinstance(origin.tensors, Folder) else []
+    plan = Plan(origin, target, to, options, view, leaves, arrays, mtp, notes)
+    if plan.largest() > options.memory * GB:
+        raise ConfigError(
+            f"--memory is {options.memory:g} GB; the largest tensor takes"
+            f" {plan.largest() / GB:.2f} GB on its way"
+        )
+    if to == "hf":
+        exported_config(plan.origin.fields, plan.origin.model, options.format, ())
+    return plan
+
+
+def _check_options(options: Options, to: str, mtp: tuple[str, ...]) -> None:
+    if to == "orbax" and options.format not in OURS:
+        raise ConfigError(
+            f"--format {options.format} is for --to hf; our checkpoints have {', '.join(OURS)}"
+        )
+    if to == "hf" and options.mesh:
+        raise ConfigError("--mesh has no effect with --to hf")
+    if options.skip_mtp and not mtp:
+        raise ConfigError("--skip-mtp has no effect: the source has no such layers")
+
+
+def _format(options: Options, to: str, origin: Origin) -> str:
+    if options.format:
+        return options.format
+    tensors = origin.tensors
+    plain = {tensors.dtype(n) for n in tensors if encoding(tensors, n) == "plain"}
+    quantised = any(encoding(tensors, weight_of(n)) != "plain" for n in tensors)
+    if to == "hf":
+        return "keep" if quantised and origin.ours else "bfloat16"
+    wide = not quantised and all(kind in PLAIN[1:] for kind in plain)
+    return "float32" if wide else "bfloat16"
+
+
+def _open(path: Path, bucket: Bucket | None) -> Origin:
+    found = find(path)
+    name = bucket.url if bucket else str(found.folder)
+    if found.step is None:
+        folder = Folder(found.folder, bucket)
+        folder.inspect()
+        model = _bare(found.config())
+        fields = published_fields(found.folder)
+        text = json.dumps(fields, sort_keys=True)
+        identity = hashlib.sha256("\n".join([text, *folder.headers()]).encode()).hexdigest()
+        copied = companions(found.folder)
+        return Origin(
+            found.folder, folder, model, json.loads(text), False, copied, found.folder, identity,
+            name,
+        )  # fmt: skip
+    checkpoints = Checkpoints(found.folder)
+    meta = checkpoints.meta(found.step)
+    model = found.config()
+    step = Path(checkpoints.root) / str(found.step)
+    tensors = Stored(step, meta, specs(Kimi(model)))
+    copied = tuple(meta.get("copied", companions(found.folder)))
+    identity = hashlib.sha256(json.dumps([str(step), meta], sort_keys=True).encode()).hexdigest()
+    fields = meta.get("published", {})
+    return Origin(found.folder, tensors, model, fields, True, copied, step, identity, name)
+
+
+def _bare(model: ModelConfig) -> ModelConfig:
+    """Without the layers that predict further: they are carried by name, as `extras`."""
+    return dataclasses.replace(model, mtp_layers=0)
+
+
+# What may stand beside weights and is no code of ours to write. Weights of other kinds and what
+# could be a pickle stay behind.
+LEFT = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".ot", ".gguf", ".onnx")
+OWN = ("config.json", "manifest.sha256", "conversion.json", "model.safetensors.index.json")
+RUN = ("metrics.jsonl", "events.jsonl", "run.json", "loss.png", "report.html")
+LARGEST = 64 * 2**20
+
+
+def companions(folder: Path) -> tuple[str, ...]:
+    """Small files beside the weights: tokenizer, LICENSE, model card, chat template."""
+    return tuple(
+        sorted(
+            p.name
+            for p in folder.iterdir()
+            if p.is_file()
+            and beside(p.name)
+            and p.name not in (*OWN, *RUN)
+            and p.stat().st_size <= LARGEST
+        )
+    )
+
+
+def beside(name: str) -> bool:
+    """Whether a file is none of weights."""
+    return not name.startswith(".") and Path(name).suffix not in LEFT
+
+
+def _mesh(text: str) -> jax.sharding.AbstractMesh | None:
+    """`data=16,expert=32` as a mesh without devices."""
+    if not text:
+        return None
+    sizes = {}
+    for word in text.split(","):
+        axis, _, size = word.partition("=")
+        if axis not in MESH_AXES:
+            raise ConfigError(f"--mesh has no axis {axis!r}; {nearest(axis, MESH_AXES)}")
+        if not size.isdecimal() or int(size) < 1:
+            raise ConfigError(f"--mesh {word!r}: an axis takes a number of devices, as in data=16")
+        sizes[axis] = int(size)
+    return jax.sharding.AbstractMesh(MeshConfig(**sizes).shape, MESH_AXES)

@@ -1,0 +1,1 @@
+"""New tokens from a model: decoding from cached latents, choosing, and the batch call."""

@@ -1,0 +1,135 @@
+"""The loop over new tokens: pick one in every row, step, until all rows have stopped.
+
+It runs as one program on the device. Whatever differs from call to call is an array, so that
+only a new size, or another kind of choice, compiles anew.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from k2jax.config import MESH_AXES, ModelConfig
+from k2jax.inference.decode import prefill, stacks, step
+from k2jax.model.kimi import Kimi
+from k2jax.params.declare import Params, bind
+from k2jax.sharding import BATCH, meshless, place
+
+GREEDY, PLAIN, NUCLEUS = "greedy", "plain", "nucleus"
+STOPPED = -1  # in the place of a row's stop token and of everything behind it
+
+
+class Request(NamedTuple):
+    """What one call asks for."""
+
+    token_BT: jax.Array | np.ndarray  # int32 prompts, each from the start of its row
+    length_B: jax.Array | np.ndarray  # int32 tokens of each prompt
+    limit: int  # new tokens a row, at most `room`
+    stop: np.ndarray  # int32 ids that end a row
+    allowed: int  # ids below it may be chosen
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: np.uint32 = np.uint32(0)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "room", "kind"))
+def extend(
+    params: Params, request: Request, *, cfg: ModelConfig, dtype: str, room: int, kind: str
+) -> jax.Array:
+    """New tokens, int32 [batch, room]; STOPPED from where a row ended.
+
+    Args:
+        params: weights.
+        request: what to extend and how.
+        cfg: sizes.
+        dtype: to compute in.
+        room: new tokens there is room for.
+        kind: GREEDY, PLAIN (temperature) or NUCLEUS (temperature and top-p).
+    """
+    w = bind(Kimi(cfg), params)
+    token_BT = place(jnp.asarray(request.token_BT), "batch", "length")
+    length_B = place(jnp.asarray(request.length_B), "batch")
+    rows, length = token_BT.shape
+    layers = stacks(w, cfg)
+
+    def choose(y_BX: jax.Array, i: jax.Array, done_B: jax.Array, new_BN: jax.Array):
+        token_B = pick(place(y_BX, None, None), i, request, kind)
+        done_B |= (token_B[:, None] == request.stop).any(axis=1)
+        note_B1 = jnp.where(done_B, STOPPED, token_B)[:, None]
+        return i + 1, token_B, done_B, jax.lax.dynamic_update_slice(new_BN, note_B1, (0, i))
+
+    def more(state) -> jax.Array:
+        (i, _, done_B, _), _ = state
+        return (i < request.limit) & ~done_B.all()
+
+    def one(state):
+        (i, token_B, done_B, new_BN), cache = state
+        y_BX, cache = step(w, layers, cache, place(token_B, "batch"), cfg, dtype)
+        return choose(y_BX, i, done_B, new_BN), cache
+
+    y_BX, cache = prefill(w, token_BT, length_B, cfg, length + room, dtype)
+    new_BN = jnp.full((rows, room), STOPPED, jnp.int32)
+    first = choose(y_BX, jnp.int32(0), jnp.zeros(rows, bool), new_BN)
+    return jax.lax.while_loop(more, one, (first, cache))[0][3]
+
+
+def pick(y_BX: jax.Array, i: jax.Array, request: Request, kind: str) -> jax.Array:
+    """The next token of each row, int32 [batch], from its logits.
+
+    A row's draws depend on the seed, its place in the batch and `i`, the number of new tokens.
+    """
+    y_BX = jnp.where(jnp.arange(y_BX.shape[1]) < request.allowed, y_BX, -jnp.inf)
+    if kind == GREEDY:
+        return y_BX.argmax(axis=-1).astype(jnp.int32)
+    y_BX /= request.temperature
+    if kind == NUCLEUS:
+        y_BX = nucleus(y_BX, request.top_p)
+    key = jax.random.fold_in(jax.random.key(request.seed), i)
+    draw = lambda y_X, row: jax.random.categorical(jax.random.fold_in(key, row), y_X)
+    return jax.vmap(draw)(y_BX, jnp.arange(y_BX.shape[0])).astype(jnp.int32)
+
+
+def nucleus(y_BX: jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """Logits without the tokens beyond the smallest set of most likely ones that reaches `top_p`.
+
+    The most likely token always stays; ties with the last one kept stay too.
+    """
+    sorted_BX = jnp.sort(y_BX, axis=-1, descending=True)
+    share_BX = jax.nn.softmax(sorted_BX, axis=-1)
+    before_BX = jnp.cumsum(share_BX, axis=-1) - share_BX
+    kept_BX = (before_BX < top_p).at[:, 0].set(True)
+    least_B1 = jnp.where(kept_BX, sorted_BX, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(y_BX >= least_B1, y_BX, -jnp.inf)
+
+
+def batch_ways() -> int:
+    """What must divide the rows of a batch on the mesh in use."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return 1 if meshless() else math.prod(shape[axis] for axis in BATCH)
+
+
+@contextlib.contextmanager
+def decoding(params: Params) -> Iterator[Params]:
+    """The weights on a mesh that can decode: one token a row leaves `context` nothing to split.
+
+    Devices along `context` become replicas. They hold the same weights, so nothing moves.
+    """
+    mesh = None if meshless() else jax.sharding.get_mesh()
+    if mesh is None or mesh.shape["context"] == 1:
+        yield params
+        return
+    shape = dict(mesh.shape)
+    shape["replica"] *= shape.pop("context")
+    devices = np.moveaxis(mesh.devices, MESH_AXES.index("context"), 1)
+    devices = devices.reshape([shape.get(axis, 1) for axis in MESH_AXES])
+    wide = jax.sharding.Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
+    with jax.set_mesh(wide):
+        yield {
+            name: jax.device_put(leaf, jax.NamedSharding(wide, jax.typeof(leaf).sharding.spec))
+            for name, leaf in params.items()
+        }

@@ -1,0 +1,165 @@
+"""Before training on an accelerator: do its kernels compute what their references do?
+
+A kernel may compile and still be wrong on a chip, a driver or a version that nobody tried; a run
+would then learn something else without a sign of it.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from k2jax.config import ConfigError, ModelConfig
+from k2jax.ops.attention.blockwise import BLOCK, by_blocks
+from k2jax.ops.moe.dispatch import AXIS, Dispatch, exchanged, gathered
+from k2jax.ops.moe.expert_mlp import side_by_side
+from k2jax.ops.moe.grouped_matmul import grouped
+from k2jax.sharding import BATCH, meshless
+
+# Of the largest right value. bfloat16 rounds by 2^-9; what is wrong is off by far more.
+LIMIT = 0.02
+PARTS = ("values", "gradients of the rows", "gradients of the matrices")
+MIXED = (
+    "values",
+    "largest logits",
+    *(f"gradients of the {of}" for of in ("queries", "keys", "values")),
+)
+ROWS, WIDTH, HIDDEN = 1_024, 256, 512
+TOKENS, NARROW = 24, 128  # of the exchange, a device
+SIZES = (300, 0, 514, 130)  # a group may be empty, and the last rows are nobody's
+LENGTH, ENDS = 1_100, (1_030, 1_080)  # of a row, and of its documents; the rest is padding
+HEADS, SHARP = 2, 3.0  # the usual size of a logit
+
+
+def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
+    """Run each kernel that the mesh in use would train with beside its reference.
+
+    Args:
+        dispatch: how tokens reach their experts.
+        cfg: widths of a head.
+        context: tokens of a row.
+
+    Raises:
+        ConfigError: values or gradients differ.
+    """
+    _agree("grouped products", PARTS, *_products())
+    if context > BLOCK:
+        _agree("attention", MIXED, *_attention(cfg))
+    if not meshless() and dispatch.kind != "gather" and jax.sharding.get_mesh().shape[AXIS] > 1:
+        _agree("the exchange of tokens", PARTS, *_layer(dispatch))
+
+
+def _agree(
+    name: str, parts: Sequence[str], fast: Callable, slow: Callable, args: Sequence[jax.Array]
+) -> None:
+    """Compare values and gradients."""
+
+    @jax.jit
+    def errors(*args):
+        found, right = (_differentiated(run, args) for run in (fast, slow))
+        far = lambda a, b: jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-6)
+        wide = lambda a: a.astype(jnp.float32)
+        return jnp.stack([far(wide(a), wide(b)) for a, b in zip(found, right, strict=True)])
+
+    for part, error in zip(parts, jax.device_get(errors(*args)), strict=True):
+        if not error <= LIMIT:  # not a number is wrong too
+            raise ConfigError(
+                f"{name}: wrong {part} on {jax.devices()[0].device_kind}, off by {error:.1%};"
+                " another version of jax or of the driver may be right, this one must not train"
+            )
+
+
+def _differentiated(run: Callable, args: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Values, and gradients by all arguments for output gradients that are not constant."""
+    found, back = jax.vjp(run, *args)
+    return *jax.tree.leaves(found), *back(jax.tree.map(jnp.cos, found))
+
+
+def _drawn(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [
+        jax.random.normal(key, shape, jnp.bfloat16) / shape[-2] ** 0.5
+        for key, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+def _products():
+    """Products of groups, and the same by masks."""
+    ends = [sum(SIZES[: i + 1]) for i in range(len(SIZES))]
+    row_M1 = np.arange(ROWS)[:, None]
+
+    def masked(x_MK, w_EKN):
+        own = [(row_M1 >= e - n) & (row_M1 < e) for e, n in zip(ends, SIZES, strict=True)]
+        parts = [jnp.where(mine, x_MK @ w_KN, 0) for mine, w_KN in zip(own, w_EKN, strict=True)]
+        return sum(parts[1:], parts[0])
+
+    def by_groups(x_MK, w_EKN):
+        y_MN = grouped(x_MK, w_EKN, jnp.array(SIZES, jnp.int32))
+        return jnp.where(row_M1 < ends[-1], y_MN, 0)
+
+    args = _drawn((ROWS, WIDTH), (len(SIZES), WIDTH, HIDDEN))
+    return _alone(by_groups), _alone(masked), args
+
+
+def _alone(run: Callable) -> Callable:
+    """On each device the same."""
+    if meshless():
+        return run
+    return jax.shard_map(run, in_specs=P(), out_specs=P(), check_vma=False)
+
+
+def _attention(cfg: ModelConfig):
+    """By blocks, of several documents, and by scores."""
+    order_T = np.arange(LENGTH)
+    segment_BT = np.searchsorted(ENDS, order_T, side="right")[None] + 1
+    segment_BT = np.where(order_T < ENDS[-1], segment_BT, 0).astype(np.int32)
+    seen_BTS = segment_BT[:, :, None] == segment_BT[:, None]
+    seen_BTS &= order_T[:, None] >= order_T
+    wide, narrow = ((1, HEADS, LENGTH, width) for width in (cfg.size("qk"), cfg.value))
+    q_BHTC, k_BHSC, v_BHSV = _drawn(wide, wide, narrow)
+    # Entries were drawn smaller by the square roots of the lengths.
+    scale = SHARP * LENGTH / cfg.size("qk") ** 0.5
+
+    def by_kernel(q_BHTC, k_BHSC, v_BHSV):
+        return by_blocks(q_BHTC, k_BHSC, v_BHSV, jnp.array(segment_BT), scale)
+
+    def by_scores(q_BHTC, k_BHSC, v_BHSV):
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        logit_BHTS = product("bhtc,bhsc->bhts", q_BHTC, k_BHSC) * scale
+        logit_BHTS = jnp.where(seen_BTS[:, None], logit_BHTS, -jnp.inf)
+        weight_BHTS = jax.nn.softmax(logit_BHTS).astype(v_BHSV.dtype)
+        y_BHTV = product("bhts,bhsv->bhtv", weight_BHTS, v_BHSV).astype(v_BHSV.dtype)
+        return y_BHTV, jax.lax.stop_gradient(logit_BHTS.max(axis=-1))
+
+    return _alone(by_kernel), _alone(by_scores), (q_BHTC, k_BHSC, v_BHSV)
+
+
+def _layer(dispatch: Dispatch):
+    """Tokens exchanged, and gathered; two experts a device, one of which gets a third."""
+    mesh = jax.sharding.get_mesh()
+    experts = 2 * mesh.shape[AXIS]
+
+    def on_mesh(run):
+        def one(x_ND, w_EDF):
+            row_N = jnp.arange(x_ND.shape[0]) + jax.lax.axis_index(AXIS)
+            first_N = jnp.where(row_N % 3 == 0, 0, row_N % experts)
+            expert_NK = jnp.stack([first_N, (first_N + 1 + row_N % (experts - 1)) % experts], 1)
+            weight_NK = jnp.stack([jnp.sin(row_N), jnp.cos(row_N)], 1).astype(jnp.float32)
+            weights = side_by_side(w_EDF, 2 * w_EDF, w_EDF.swapaxes(1, 2))
+            return run(x_ND, expert_NK.astype(jnp.int32), weight_NK, weights)
+
+        return jax.shard_map(one, in_specs=(spread, held), out_specs=spread, check_vma=False)
+
+    spread, held = P((*BATCH, "context", "model")), P(AXIS)
+    x_ND, w_EDF = _drawn((TOKENS * mesh.size, NARROW), (experts, NARROW, NARROW))
+    placed = jax.reshard(x_ND, spread), jax.reshard(w_EDF, held)
+    # Nothing may be dropped here, so that both are the same.
+    dropless = dispatch._replace(kind="exchange")
+
+    def by_exchange(x_ND, expert_NK, weight_NK, weights):
+        return exchanged(x_ND, expert_NK, weight_NK, weights, dropless)[0]
+
+    return on_mesh(by_exchange), on_mesh(gathered), placed

@@ -1,0 +1,1 @@
+"""Causal attention of one device: the reference by blocks, and kernels for GPUs and TPUs."""

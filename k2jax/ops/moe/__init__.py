@@ -1,0 +1,1 @@
+"""Routed experts of one device: sorting, grouped products, and bringing tokens to their experts."""

@@ -1,0 +1,153 @@
+"""Grouped products on NVIDIA GPUs: Pallas kernels that Triton compiles (Ampere and later).
+
+Rows are cut into tiles that belong to one group each, so that a group costs what it has rows. What
+a tile is for is a small table, made by ordinary operations and read by the kernel.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from k2jax.ops.moe.tiles import tiles_of
+
+# The most rows and columns of a tile, and bytes of the contraction in fast memory at a time: three
+# stages of it are 144 KiB, which Ampere, Hopper and Blackwell grant a kernel.
+ROWS, COLUMNS, DEPTH = 128, 256, 128
+LEAST = 16  # what tensor cores multiply
+PARAMS = triton.CompilerParams(num_warps=8, num_stages=3)
+
+
+class Cut(NamedTuple):
+    """How much of each dim a program holds."""
+
+    rows: int
+    columns: int
+    depth: int  # of the contraction
+
+
+def usable(*widths: int) -> bool:
+    """Whether tiles divide the widths, and the GPU, if there is one, knows the kernels."""
+    if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8:
+        return False
+    return all(width % LEAST == 0 for width in widths)
+
+
+def _divisor(width: int, most: int) -> int:
+    """The largest power of two up to `most` that divides the width."""
+    return min(width & -width, most)
+
+
+def grouped_by_tiles(
+    x_MK: jax.Array, w: jax.Array, size_E: jax.Array, *, transposed: bool = False,
+    rows: int = ROWS, interpret: bool = False,
+) -> jax.Array:  # fmt: skip
+    """Each row times the matrix of its group; 0 for rows of no group.
+
+    Args:
+        x_MK: rows, those of group 0 first.
+        w: [E, K, N]; with `transposed` [E, N, K], read as it lies.
+        size_E: int32, rows of each group.
+        transposed: the last dim of `w` is contracted.
+        rows: of a tile.
+        interpret: run it without a GPU.
+    """
+    length, width = x_MK.shape
+    wide = w.shape[1 if transposed else 2]
+    columns, depth = _divisor(wide, COLUMNS), _divisor(width, DEPTH // x_MK.dtype.itemsize)
+    tiles = pl.cdiv(length, rows) + w.shape[0] + 1
+    of_tile = pl.BlockSpec((None,), lambda column, tile: (tile,))
+    # Columns vary fastest: the programs that run at a time share their rows in the L2 cache.
+    return pl.pallas_call(
+        functools.partial(_tile, Cut(rows, columns, depth), transposed),
+        out_shape=jax.ShapeDtypeStruct((length, wide), x_MK.dtype),
+        grid=(wide // columns, tiles),
+        in_specs=[of_tile] * 3 + [pl.no_block_spec] * 2,
+        out_specs=pl.no_block_spec,
+        compiler_params=PARAMS,
+        interpret=interpret,
+    )(*_tiles(size_E, length, rows, tiles), x_MK, w)
+
+
+def _tiles(size_E: jax.Array, length: int, rows: int, tiles: int) -> tuple[jax.Array, ...]:
+    """`tiles_of` the groups; rows of no group are one group more."""
+    size_G = jnp.append(size_E, length - size_E.sum()).astype(jnp.int32)
+    return tiles_of(size_G, rows, tiles)
+
+
+def _tile(cut: Cut, transposed: bool, *refs):
+    *tile_refs, x_ref, w_ref, y_ref = refs
+    group, first, end = (ref[...] for ref in tile_refs)
+    rows, columns, depth = cut
+    steps = x_ref.shape[1] // depth * (group < w_ref.shape[0]).astype(jnp.int32)
+    at, own = pl.ds(first, rows), (first + jnp.arange(rows) < end)[:, None]
+    across = pl.ds(pl.program_id(0) * columns, columns)
+
+    def more(i, acc):
+        along = pl.ds(i * depth, depth)
+        x = triton.load(x_ref.at[at, along], mask=own, other=0.0)
+        if transposed:
+            w = triton.load(w_ref.at[group, across, along]).T
+        else:
+            w = triton.load(w_ref.at[group, along, across])
+        return acc + _dot(x, w)
+
+    @pl.when(first < end)  # tiles are as many as there can be; the last ones are often empty
+    def _():
+        acc = jax.lax.fori_loop(0, steps, more, jnp.zeros((rows, columns), jnp.float32))
+        triton.store(y_ref.at[at, across], acc.astype(y_ref.dtype), mask=own)
+
+
+def summed_by_tiles(
+    x_MK: jax.Array, dy_MN: jax.Array, size_E: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """`x^T dy` of each group, [E, K, N]; 0 for an empty one.
+
+    Args:
+        x_MK: rows, those of group 0 first.
+        dy_MN: rows in the same order.
+        size_E: int32, rows of each group.
+        interpret: run it without a GPU.
+    """
+    width, wide = x_MK.shape[1], dy_MN.shape[1]
+    rows, columns, depth = _divisor(width, ROWS), _divisor(wide, COLUMNS), DEPTH // x_MK.itemsize
+    end_E = jnp.cumsum(size_E, dtype=jnp.int32)
+    of_group = pl.BlockSpec((None,), lambda column, row, group: (group,))
+    tile = pl.BlockSpec((None, rows, columns), lambda column, row, group: (group, row, column))
+    return pl.pallas_call(
+        functools.partial(_sum, Cut(rows, columns, depth)),
+        out_shape=jax.ShapeDtypeStruct((size_E.shape[0], width, wide), x_MK.dtype),
+        grid=(wide // columns, width // rows, size_E.shape[0]),
+        in_specs=[of_group] * 2 + [pl.no_block_spec] * 2,
+        out_specs=tile,
+        compiler_params=PARAMS,
+        interpret=interpret,
+    )(end_E - size_E, end_E, x_MK, dy_MN)
+
+
+def _sum(cut: Cut, *refs):
+    first_ref, end_ref, x_ref, dy_ref, dw_ref = refs
+    first, end = first_ref[...], end_ref[...]
+    rows, columns, depth = cut
+    across = pl.ds(pl.program_id(0) * columns, columns)
+    down = pl.ds(pl.program_id(1) * rows, rows)
+
+    def more(i, acc):
+        begin = first + i * depth
+        at, own = pl.ds(begin, depth), (begin + jnp.arange(depth) < end)[:, None]
+        x = triton.load(x_ref.at[at, down], mask=own, other=0.0)
+        dy = triton.load(dy_ref.at[at, across], mask=own, other=0.0)
+        return acc + _dot(x.T, dy)
+
+    steps = pl.cdiv(end - first, depth)
+    acc = jax.lax.fori_loop(0, steps, more, jnp.zeros((rows, columns), jnp.float32))
+    dw_ref[...] = acc.astype(dw_ref.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """In float32; float32 operands are not shortened to TF32."""
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.dot(a, b, precision=highest, preferred_element_type=jnp.float32)

@@ -1,0 +1,1 @@
+"""Parameters: a declaration gives shape, layout, optimizer group and published name."""

@@ -1,0 +1,27 @@
+"""What has to be set before jax starts its backends."""
+
+import os
+
+import jax
+
+from k2jax.runtime import memory
+from k2jax.runtime.files import default_cache
+
+
+def prepare(devices: int = 1, processes: int = 1) -> None:
+    """Emulate `devices` devices where there is only a CPU, keep compiled programs and memory flat.
+
+    Call it before anything is computed. Where a GPU or TPU is found, only the program cache is
+    set. `JAX_COMPILATION_CACHE_DIR` overrides the place of the cache.
+
+    Args:
+        devices: of all processes.
+        processes: that emulate an equal share each.
+    """
+    memory.steady()  # heaps that threads have made already would stay
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", -(-devices // processes))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(default_cache() / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's notes on layouts are for its authors

@@ -1,0 +1,231 @@
+"""What a model answered: thought, text and tool calls, taken from token ids as they come.
+
+Control tokens are told apart by their ids, so text that spells them stays text.
+Source: [K2-TOOL] (spec 5.3), without its weak points (trap 27); `deepseek.py` for DeepSeek's.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from k2jax.text import deepseek
+from k2jax.text import kimi_template as marks
+from k2jax.text.incremental_decode import TextStream
+from k2jax.text.interface import TokenizerLike
+
+# Control tokens by what they do, Kimi's and DeepSeek's.
+CALLS, END_CALLS = (marks.CALLS.text, deepseek.CALLS), (marks.END_CALLS.text, deepseek.END_CALLS)
+CALL, END_CALL = (marks.CALL.text, deepseek.CALL), (marks.END_CALL.text, deepseek.END_CALL)
+TAIL = 16  # tokens of a prompt that are looked at for an open thought
+
+
+class Call(NamedTuple):
+    """One tool call."""
+
+    id: str  # as the model wrote it; DeepSeek's write none, theirs count on from the prompt
+    name: str
+    arguments: str  # should be a JSON object; what the model wrote
+    complete: bool  # the model ended it
+
+    def message(self) -> dict[str, Any]:
+        """As the OpenAI API has it."""
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+class Reply(NamedTuple):
+    """A whole answer."""
+
+    content: str
+    reasoning: str
+    calls: tuple[Call, ...]
+
+    def message(self) -> dict[str, Any]:
+        """The assistant's message for a conversation; calls that were not ended are left out."""
+        found: dict[str, Any] = {"role": "assistant", "content": self.content}
+        if self.reasoning:
+            found["reasoning_content"] = self.reasoning
+        if calls := [call.message() for call in self.calls if call.complete]:
+            found["tool_calls"] = calls
+        return found
+
+
+class Delta(NamedTuple):
+    """A bit of an answer."""
+
+    kind: str  # "reasoning", "content", "call" (one begins; its id) or "arguments"
+    text: str
+    call: int = -1  # number of the call in this answer, from 0
+
+
+def parse(tokenizer: TokenizerLike, ids: Iterable[int], prompt: Sequence[int] = ()) -> Reply:
+    """What generated ids say.
+
+    Args:
+        tokenizer: of the model.
+        ids: generated ones; what follows an id that ends the reply is ignored.
+        prompt: what the model read before; some templates begin its thought there.
+    """
+    stream = ReplyStream(tokenizer, prompt)
+    stream.feed(ids)
+    stream.close()
+    return stream.reply()
+
+
+@dataclasses.dataclass
+class _Open:
+    """A call that is being read."""
+
+    id: str = ""
+    arguments: str = ""
+    complete: bool = False
+    written: deepseek.Written | None = None
+
+
+class ReplyStream:
+    """Reads an answer in any portions of ids; nothing it gives is ever taken back."""
+
+    def __init__(self, tokenizer: TokenizerLike, prompt: Sequence[int] = ()):
+        """Start before the first generated id; `prompt` as for `parse`."""
+        self._tokenizer = tokenizer
+        self._names = {id_: name for name, id_ in tokenizer.specials.items()}
+        self._text = TextStream(tokenizer)
+        opened = tokenizer.decode(prompt[-TAIL:]).rstrip().endswith(marks.THINK.text)
+        past = tokenizer.specials.get(deepseek.CALL)
+        self._before = sum(id_ == past for id_ in prompt)  # calls of DeepSeek's in the prompt
+        # "start" (a thought may begin), "reasoning", "content", "section", "id", "arguments"
+        self._state = "reasoning" if opened else "start"
+        self._held = ""  # may become the mark that ends or begins a thought
+        self._said = {"reasoning": "", "content": ""}
+        self._calls: list[_Open] = []
+        self.ended = False
+
+    def feed(self, ids: Iterable[int]) -> list[Delta]:
+        """What these ids add to the answer."""
+        out: list[Delta] = []
+        for id_ in map(int, ids):
+            if self.ended:
+                break
+            name = self._names.get(id_)
+            if name is None:
+                out += self._add(self._text.feed([id_]))
+                continue
+            out += self._add(self._text.close())
+            self._text = TextStream(self._tokenizer)
+            self.ended = id_ in self._tokenizer.stops
+            out += self._mark(name)
+        return out
+
+    def close(self) -> list[Delta]:
+        """What was held back."""
+        self.ended = True
+        return [*self._add(self._text.close()), *self._release()]
+
+    def reply(self) -> Reply:
+        """The answer so far; complete after `close`."""
+        calls = tuple(
+            Call(call.id.strip(), _name(call.id), call.arguments.strip(), call.complete)
+            for call in self._calls
+        )
+        return Reply(self._said["content"], self._said["reasoning"], calls)
+
+    def _mark(self, name: str) -> list[Delta]:
+        """A control token."""
+        if name in marks.SPELLED_OUT:
+            return self._add(name)
+        out = self._release()
+        in_calls = self._state in ("section", "id", "arguments")
+        if name in CALLS:
+            self._state = "section"
+        elif name in CALL and in_calls:
+            self._calls.append(_Open())
+            self._state = "id"
+        elif name == marks.ARGUMENTS.text and self._state == "id":
+            out.append(Delta("call", self._calls[-1].id.strip(), len(self._calls) - 1))
+            self._state = "arguments"
+        elif name == deepseek.SEPARATOR and self._state == "id":
+            self._calls[-1].written = deepseek.Written(self._calls[-1].id)
+            self._calls[-1].id = ""
+            self._state = "arguments"
+            out += self._argue("")
+        elif name in END_CALL and self._state == "arguments":
+            out += self._end_call()
+            self._state = "section"
+        elif name in END_CALLS and in_calls:
+            self._state = "content"
+        return out
+
+    def _add(self, text: str) -> list[Delta]:
+        """Text, to where the answer is."""
+        if not text or self._state == "section":
+            return []
+        if self._state == "id":
+            self._calls[-1].id += text
+            return []
+        if self._state == "arguments":
+            return self._argue(text)
+        return self._think(text)
+
+    def _argue(self, text: str) -> list[Delta]:
+        """Text inside of a call."""
+        call, number, out = self._calls[-1], len(self._calls) - 1, []
+        if call.written is not None:
+            text = call.written.feed(text)
+            if call.written.name and not call.id:
+                call.id = f"functions.{call.written.name}:{self._before + number}"
+                out.append(Delta("call", call.id, number))
+        call.arguments += text
+        return [*out, Delta("arguments", text, number)] if text else out
+
+    def _end_call(self) -> list[Delta]:
+        """The model ended a call."""
+        call, number = self._calls[-1], len(self._calls) - 1
+        call.complete = call.written is None or bool(call.id)
+        text = call.written.close() if call.written is not None and call.id else ""
+        call.arguments += text
+        return [Delta("arguments", text, number)] if text else []
+
+    def _think(self, text: str) -> list[Delta]:
+        """Text outside of calls: a thought, in its marks, may come first."""
+        text, self._held = self._held + text, ""
+        if self._state == "start":
+            begun = text.lstrip()
+            if not begun or (len(begun) < len(marks.THINK.text) and _begins(begun)):
+                self._held = text
+                return []
+            thinks = begun.startswith(marks.THINK.text)
+            self._state = "reasoning" if thinks else "content"
+            text = begun.removeprefix(marks.THINK.text) if thinks else text
+        if self._state == "reasoning":
+            thought, found, rest = text.partition(marks.END_THINK.text)
+            if found:
+                self._state = "content"
+                return [*self._say("reasoning", thought), *self._say("content", rest)]
+            keep = _overlap(text, marks.END_THINK.text)
+            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        return self._say(self._state, text)
+
+    def _release(self) -> list[Delta]:
+        """What was held back was no mark."""
+        text, self._held = self._held, ""
+        if self._state == "start":
+            self._state = "content"
+        return self._say(self._state, text) if text else []
+
+    def _say(self, kind: str, text: str) -> list[Delta]:
+        self._said[kind] += text
+        return [Delta(kind, text)] if text else []
+
+
+def _begins(text: str) -> bool:
+    return marks.THINK.text.startswith(text)
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `mark`."""
+    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
+
+
+def _name(id_: str) -> str:
+    """The function of a call `functions.NAME:INDEX`; names may have dots, hyphens and colons."""
+    return id_.strip().removeprefix("functions.").rpartition(":")[0] or id_.strip()

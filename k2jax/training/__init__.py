@@ -1,0 +1,1 @@
+"""One training step, the loop that runs it, and what watches over a run."""

@@ -1,0 +1,133 @@
+"""Scores of held-out text."""
+
+import argparse
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from k2jax import sharding
+from k2jax.config import ConfigError, MeshConfig, ModelConfig
+from k2jax.data.tokenise import tokenise
+from k2jax.evals import perplexity as evaluate
+from k2jax.model import Kimi, Model, forward
+from k2jax.params.declare import initial, specs
+from k2jax.text.kimi_tokenizer import Tokenizer
+
+CFG = ModelConfig(
+    vocab=512, embed=16, dense_layers=0, moe_layers=1, heads=2, q_rank=8, kv_rank=8, nope=4,
+    rope=4, value=4, experts=4, expert_ffw=8, experts_per_token=2, context=16, init_std=0.3,
+)  # fmt: skip
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})
+TEXTS = ["abc", "hello world, this is more than one row", "x"]
+
+
+def drawn() -> Model:
+    return Model(CFG, initial(specs(Kimi(CFG)), seed=3, std=CFG.init_std), BYTES)
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return drawn()
+
+
+@pytest.fixture(scope="module")
+def scored(model) -> dict[str, float]:
+    return evaluate.score(model, TEXTS, rows=2, stride=8)
+
+
+def nll_by_hand(model: Model, text: str, context: int, stride: int) -> float:
+    """Every token of [BOS] text [EOS] predicted from a window of at most `context` before it."""
+    ids = [BYTES.bos, *BYTES.encode(text), BYTES.eos]
+    total, scored = 0.0, 1
+    while scored < len(ids):
+        begin = 0 if scored == 1 else max(0, scored - 1 + stride - context)
+        window = ids[begin : begin + context + 1]
+        padded = np.pad(window[:-1], (0, context + 1 - len(window)))[None]  # one shape, one compile
+        y_TX = np.asarray(forward(model, padded))[0].astype(np.float64)
+        log_TX = y_TX - np.log(np.exp(y_TX).sum(axis=-1, keepdims=True))
+        for place in range(scored - begin, len(window)):
+            total -= log_TX[place - 1, window[place]]
+        scored = begin + len(window)
+    return total
+
+
+def test_every_byte_and_eos_is_scored_once(model, scored):
+    nll = sum(nll_by_hand(model, text, CFG.context, 8) for text in TEXTS)
+    tokens = sum(len(text) + 1 for text in TEXTS)
+    assert scored["tokens"] == tokens and scored["bytes"] == sum(map(len, TEXTS))
+    assert scored["nats_per_token"] == pytest.approx(nll / tokens, abs=1e-5)
+    assert scored["bits_per_byte"] == pytest.approx(nll / math.log(2) / scored["bytes"], abs=1e-5)
+    assert scored["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+
+
+def test_a_mesh_scores_the_same(scored):
+    with jax.set_mesh(sharding.make(MeshConfig(data=2, expert=2, model=2))):
+        found = evaluate.score(drawn(), TEXTS, rows=3, stride=8)  # 3 rows become 4
+    assert found["nats_per_token"] == pytest.approx(scored["nats_per_token"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rows": 0}, "rows is 0"),
+        ({"context": 17}, "context is 17; the model takes 1..16"),
+        ({"stride": 17}, "stride is 17; it must be in 1..16"),
+        ({"source": []}, "no text to score"),
+    ],
+)
+def test_mistakes_get_one_line(model, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate.score(model, **{"source": TEXTS, **settings})
+
+
+def test_texts_need_a_tokenizer(model):
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        evaluate.score(dataclasses.replace(model, tokenizer=None), TEXTS)
+
+
+def test_all_of_a_file_is_scored_and_an_unknown_one_names_the_nearest(tmp_path):
+    (tmp_path / "notes.txt").write_text("one\ntwo\n" * 4_000)
+    assert "".join(evaluate.texts(str(tmp_path / "notes.txt"))) == "one\ntwo\n" * 4_000
+    with pytest.raises(ConfigError, match=r"no data at .*did you mean 'notes.txt'"):
+        evaluate.texts(str(tmp_path / "note.txt"))
+
+
+def test_the_command_prints_text_or_json(model, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    given = ["folder", "--data", str(tmp_path / "a.txt"), "--rows", "2"]
+    assert evaluate.main(parser.parse_args([*given, "--json"])) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result) == [
+        "nats_per_token", "bits_per_byte", "perplexity", "tokens", "bytes", "seconds",
+        "gzip_bits_per_byte", "xz_bits_per_byte",
+    ]  # fmt: skip
+    assert evaluate.main(parser.parse_args(given)) == 0
+    assert f"{result['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
+
+
+def test_a_folder_of_tokens_is_scored_on_what_it_holds_out(model, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("array_record")
+    BYTES.save(tmp_path / "tiktoken.model")
+    (tmp_path / "a.jsonl").write_text('{"text": "held out"}\n{"text": "learned"}\n')
+    words = (str(tmp_path / "a.jsonl"), tmp_path / "tokens")
+    tokenise(*words, tokenizer=str(tmp_path / "tiktoken.model"), workers=1)
+    monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    given = parser.parse_args(["run", "--data", str(tmp_path / "tokens"), "--rows", "2", "--json"])
+    assert evaluate.main(given) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["bytes"], found["tokens"]) == (len("held out"), len("held out") + 1)
+    other = Tokenizer({bytes([255 - i]): i for i in range(256)})
+    monkeypatch.setattr(
+        "k2jax.weights.source.load", lambda path: dataclasses.replace(model, tokenizer=other)
+    )
+    with pytest.raises(ConfigError, match="made with another tokenizer than the model's"):
+        evaluate.main(given)

@@ -1,0 +1,62 @@
+"""What is planned to be kept for the backward pass against what tracing says is kept."""
+
+import math
+
+import jax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from k2jax import configs, sharding
+from k2jax.config import MeshConfig, override
+from k2jax.plan import hbm as memory
+from k2jax.plan.inventory import leaves, size, ways
+from k2jax.plan.step_flops import LOGITS, Case
+from k2jax.training.step import build
+
+
+def kept(run, mesh):
+    """Bytes on a device of all that the backward pass is given."""
+    with sharding.pretend(mesh):
+        program = build(run)
+        params, batch = program.abstract_state().params, program.abstract_batch()
+        place = lambda a: NamedSharding(
+            jax.sharding.get_abstract_mesh(), PartitionSpec(*a.sharding.spec[1:])
+        )
+        micro = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=place(a)), batch
+        )
+        biases = {name for name in params if program.specs[name].group == "bias"}
+        fixed = {name: params.pop(name) for name in biases}
+        loss = lambda params, fixed, micro: program._loss(params, fixed, micro, 1.0)[0]
+        backward = lambda *args: jax.vjp(lambda p: loss(p, *args[1:]), args[0])[1]
+        arrays = jax.tree.leaves(jax.eval_shape(backward, params, fixed, micro))
+        here = lambda a: a.sharding.shard_shape(a.shape) if a.sharding else a.shape
+        return sum(math.prod(here(a)) * a.dtype.itemsize for a in arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "more"),
+    [
+        ("tiny", MeshConfig(expert=8), {}),
+        ("tiny", MeshConfig(expert=8), {"train.dispatch": "exchange"}),
+        ("small", MeshConfig(data=2, context=4), {}),
+        ("small", MeshConfig(data=2, expert=4), {"train.dtype": "bfloat16"}),
+        ("small", MeshConfig(context=2, model=4), {}),
+        ("moonlight_16b_a3b", MeshConfig(expert=32), {"train.remat": "none"}),
+    ],
+)
+def test_what_is_kept_where_nothing_is_made_again(name, mesh, more):
+    rows = str(mesh.data * mesh.expert)
+    run = override(configs.load(name), {"data.rows": rows, "train.accumulate": "1"} | more)
+    case = Case(run, mesh, 1)
+    planned = memory.activations(case)
+    for leaf in leaves(run.model).values():  # the rest of the weights is kept as it rests
+        used = ways(leaf, mesh, gathered=True) == ways(leaf, mesh) and run.train.dtype == "float32"
+        if leaf.contracted and ("experts" not in leaf.axes or used):
+            planned += 4 * size(leaf) / ways(leaf, mesh)
+    if not case.exchanges:  # tracing counts what a CPU's way keeps too: what gate and up gave
+        planned += 2 * case.width * case.mixtures * case.pairs * case.hidden
+    if case.logits <= LOGITS:  # planned as the head's
+        planned += 2.25 * case.logits
+    # Norms, masks and padding are not planned.
+    assert planned == pytest.approx(kept(run, mesh), rel=0.07)

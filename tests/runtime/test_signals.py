@@ -1,0 +1,32 @@
+"""Which signals stop a run between two steps, and which still interrupt."""
+
+import os
+import signal
+
+import pytest
+
+from k2jax.runtime.signals import Stop
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_notice_is_a_wish_and_afterwards_all_is_as_before(name):
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with Stop() as stop:
+        assert not stop.asked
+        send(number)
+        assert stop.asked
+    assert signal.getsignal(number) == before
+
+
+def test_schedulers_may_repeat_themselves_but_a_second_ctrl_c_interrupts():
+    with pytest.raises(KeyboardInterrupt), Stop() as stop:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            send(number)
+        assert stop.asked
+        send(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,0 +1,91 @@
+import pytest
+
+from k2jax.config import ConfigError
+from k2jax.text.jinja_template import FolderTemplate
+from k2jax.text.kimi_template import TEMPLATES, encode
+from k2jax.text.kimi_tokenizer import Tokenizer
+from k2jax.text.supervised import encode_supervised
+
+CALL = {
+    "id": "functions.add:0", "type": "function",
+    "function": {"name": "add", "arguments": {"a": 1}},
+}  # fmt: skip
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "functions.add:0", "content": "2"},
+    {"role": "assistant", "content": "Two."},
+    {"role": "user", "content": "Sure <|im_end|>?"},
+    {"role": "assistant", "content": "Yes."},
+]
+LEARNED = (
+    "Let me see.<|tool_calls_section_begin|><|tool_call_begin|>functions.add:0"
+    '<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|><|tool_calls_section_end|><|im_end|>'
+    "Two.<|im_end|>Yes.<|im_end|>"
+)
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return Tokenizer({bytes([i]): i for i in range(256)})
+
+
+def learned(tokenizer, talk) -> str:
+    ids, mask = encode_supervised(tokenizer, talk)
+    assert ids == encode(tokenizer, talk, prompt=False) and len(ids) == len(mask)
+    return tokenizer.decode([i for i, kept in zip(ids, mask, strict=True) if kept])
+
+
+def test_only_what_the_assistant_says_is_learned_and_its_end(tokenizer):
+    assert learned(tokenizer, TALK) == LEARNED
+
+
+def test_declared_tools_are_not_learned(tokenizer):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    ids, mask = encode_supervised(tokenizer, TALK, tools)
+    assert ids == encode(tokenizer, TALK, tools, prompt=False)
+    assert tokenizer.decode([i for i, kept in zip(ids, mask, strict=True) if kept]) == LEARNED
+
+
+def test_a_folders_own_template_gives_the_same(tokenizer):
+    source = (
+        "{% for m in messages %}<|im_{{ m.role }}|>{{ m.role }}<|im_middle|>{{ m.content }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_assistant|>{% endif %}"
+    )
+    tokenizer.template = FolderTemplate({"default": source}, tokenizer.specials, "t")
+    talk = [m for m in TALK if m["role"] in ("user", "assistant") and "tool_calls" not in m]
+    assert learned(tokenizer, talk) == "Two.<|im_end|>Yes.<|im_end|>"
+
+
+def test_a_turn_without_its_thought_is_not_learned(tokenizer):
+    """K2-Thinking writes empty marks for thoughts of turns before the last answer."""
+    tokenizer.template = TEMPLATES["kimi_k2_thinking"]
+    running = [
+        TALK[1], {**TALK[4], "reasoning_content": "easy"}, TALK[5],
+        {**TALK[2], "reasoning_content": "hmm"}, TALK[3],
+    ]  # fmt: skip
+    assert learned(tokenizer, running).startswith("<think>hmm</think>Let me see.")
+    with pytest.raises(ConfigError, match="leaves out what the assistant thought"):
+        encode_supervised(tokenizer, running[:2])
+
+
+@pytest.mark.parametrize(
+    ("talk", "says"),
+    [
+        (TALK[:2], "no assistant's turn"), ([], "no assistant's turn"), ("hi", "must be a list"),
+        ([{"role": "robot", "content": ""}], "has the role 'robot'"),
+    ],
+)  # fmt: skip
+def test_a_conversation_that_teaches_nothing_is_refused(tokenizer, talk, says):
+    with pytest.raises(ConfigError, match=says):
+        encode_supervised(tokenizer, talk)
+
+
+def test_other_templates_are_refused(tokenizer):
+    tokenizer.template = FolderTemplate({"default": "{{ messages[0].content }}"}, ["[EOS]"], "t")
+    with pytest.raises(ConfigError, match="not one of Kimi's"):
+        encode_supervised(tokenizer, TALK[4:])
+    tokenizer.template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        encode_supervised(tokenizer, TALK)
