@@ -62,7 +62,7 @@ def main(rounds: int) -> None:
     """Measure and print the line."""
     run = configs.load("tiny")
     jax.config.update("jax_num_cpu_devices", run.mesh.devices)
-    with jax.set_mesh(sharding.make(run.mesh)), tempfile.TemporaryDirectory() as folder:
+    with jax.set_mesh(sharding.make_mesh(run.mesh)), tempfile.TemporaryDirectory() as folder:
         program, batch = build(run), to_devices(rows(run), 1)
         params = initial(program.specs, 0, run.model.init_std)
         plain = jax.jit(lambda s, b: bare(program, s, b), donate_argnums=0)

@@ -26,7 +26,7 @@ from k2jax.model import Kimi
 from k2jax.optim import muonclip
 from k2jax.optim.newton_schulz import RESTARTS, flops
 from k2jax.params.declare import abstract, specs
-from k2jax.sharding import over, pretend
+from k2jax.sharding import mesh_over, use_abstract_mesh
 
 TOPOLOGY = "v5p:8x8x16"
 
@@ -91,7 +91,7 @@ def compiled(run: RunConfig, gram: bool) -> dict[str, float]:
     from jax.experimental import topologies
 
     chips = topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices
-    mesh = over(chips, run.mesh)
+    mesh = mesh_over(chips, run.mesh)
     with jax.set_mesh(mesh):
         step, args, _ = program(run, gram)
         began = time.perf_counter()
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--gram", action="store_true")
     args = parser.parse_args()
     run = load(args.config)
-    with pretend(run.mesh):
+    with use_abstract_mesh(run.mesh):
         step, shapes, leaves = program(run, args.gram)
         sizes = dict(zip(MESH_AXES, run.mesh.shape, strict=True))
         work, wire = count(step.trace(*shapes).jaxpr.jaxpr, sizes)

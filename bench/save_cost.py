@@ -15,12 +15,12 @@ import time
 import jax
 import numpy as np
 
-from k2jax.checkpoint import Checkpoints, warm
+from k2jax.checkpoint import Checkpoints, preload_orbax
 from k2jax.configs import load
 from k2jax.model.batch import to_devices
 from k2jax.params.declare import initial
 from k2jax.runtime.backend import prepare
-from k2jax.sharding import make
+from k2jax.sharding import make_mesh
 from k2jax.training.step import build
 
 STEPS, EVERY = 4, 50
@@ -66,8 +66,8 @@ class Run:
 def main(pairs: int) -> None:
     """Blocks in turn; which of a pair comes first changes."""
     prepare(load("tiny").mesh.devices)
-    warm().join()
-    with jax.set_mesh(make(load("tiny").mesh)), tempfile.TemporaryDirectory() as folder:
+    preload_orbax().join()
+    with jax.set_mesh(make_mesh(load("tiny").mesh)), tempfile.TemporaryDirectory() as folder:
         run = Run(folder)
         run.block(save=True)  # compiles; the first save makes its threads
         run.blocked.clear()

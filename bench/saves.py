@@ -17,13 +17,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 
-from k2jax.checkpoint import Checkpoints, warm
+from k2jax.checkpoint import Checkpoints, preload_orbax
 from k2jax.configs import load
 from k2jax.model import Kimi
 from k2jax.params.declare import initial, specs
 from k2jax.runtime import backend as startup
 from k2jax.runtime.memory import resident
-from k2jax.sharding import make
+from k2jax.sharding import make_mesh
 
 EARLY = 5
 
@@ -38,9 +38,9 @@ def main(saves: int) -> None:
     """Save `saves` times and print what it took."""
     run = load("tiny")
     startup.prepare(run.mesh.devices)
-    warm().join()
+    preload_orbax().join()
     blocked, whole, memory = [], [], {}
-    with jax.set_mesh(make(run.mesh)), tempfile.TemporaryDirectory() as folder:
+    with jax.set_mesh(make_mesh(run.mesh)), tempfile.TemporaryDirectory() as folder:
         params = initial(specs(Kimi(run.model)), 0, run.model.init_std)
         state = {"params": params, "opt": {"momentum": jax.tree.map(jnp.zeros_like, params)}}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))

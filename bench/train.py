@@ -44,7 +44,7 @@ def ours(steps: int, devices: int) -> list[float]:
         "positions": np.cumsum(ones, axis=1, dtype=np.int32) - 1,
         "weights": ones.astype(np.float32),
     }  # fmt: skip
-    with jax.set_mesh(sharding.make(run.mesh)):
+    with jax.set_mesh(sharding.make_mesh(run.mesh)):
         program = build(run)
         state = program.init(initial(program.specs, 0, run.model.init_std))
         step = jax.jit(program.step, donate_argnums=0)

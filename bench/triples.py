@@ -18,7 +18,7 @@ from k2jax import configs
 from k2jax.config import MeshConfig, RunConfig, override
 from k2jax.plan import targets
 from k2jax.plan.estimate import estimate
-from k2jax.plan.inventory import refusal
+from k2jax.plan.inventory import indivisible_axis
 from k2jax.plan.search import meshes
 from k2jax.plan.traffic import total
 
@@ -43,7 +43,7 @@ def valid(run: RunConfig, target: targets.Target) -> list[MeshConfig]:
     """Meshes that divide the run, and fit by the formulas."""
     found = []
     for mesh in meshes(target.devices, {}):
-        if refusal(run.model, mesh, run.data.context) or mesh.replica > 1:
+        if indivisible_axis(run.model, mesh, run.data.context) or mesh.replica > 1:
             continue
         if estimate(override(run, settings(mesh)), mesh, 1, target).fits:
             found.append(mesh)

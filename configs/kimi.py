@@ -36,7 +36,7 @@ def kimi_k2() -> RunConfig:
         data=DataConfig(rows=16_384),
         optim=OptimConfig(),
         train=TrainConfig(
-            steps=231_000, accumulate=16, dispatch="exchange", eval_every=1_000, save_every=1_000
+            steps=231_000, accumulate=16, dispatch="alltoall", eval_every=1_000, save_every=1_000
         ),
         mesh=MeshConfig(data=8, expert=128),
     )

@@ -10,32 +10,32 @@ if __name__ != "k2jax.sharding":
     raise ImportError("import k2jax.sharding, not sharding; run `pip install -e .` once")
 
 if TYPE_CHECKING:
-    from k2jax.sharding.mesh import make, over, pretend
+    from k2jax.sharding.mesh import make_mesh, mesh_over, use_abstract_mesh
     from k2jax.sharding.rules import (
         batch_share,
-        check,
+        check_divisible,
         compute_spec,
         meshless,
-        place,
+        reshard,
         spec,
         storage_spec,
     )
     from k2jax.sharding.table import BATCH
 
-_HOMES = {"make": "mesh", "over": "mesh", "pretend": "mesh", "BATCH": "table"}
+_HOMES = dict.fromkeys(("make_mesh", "mesh_over", "use_abstract_mesh"), "mesh") | {"BATCH": "table"}
 
 __all__ = [
     "BATCH",
     "batch_share",
-    "check",
+    "check_divisible",
     "compute_spec",
-    "make",
+    "make_mesh",
+    "mesh_over",
     "meshless",
-    "over",
-    "place",
-    "pretend",
+    "reshard",
     "spec",
     "storage_spec",
+    "use_abstract_mesh",
 ]
 
 

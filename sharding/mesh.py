@@ -17,7 +17,7 @@ from k2jax.sharding import torus
 _TYPES = (AxisType.Explicit,) * len(MESH_AXES)
 
 
-def make(config: MeshConfig) -> Mesh:
+def make_mesh(config: MeshConfig) -> Mesh:
     """A mesh over the first devices of this process group; use it with `jax.set_mesh`.
 
     Across TPU slices only `replica` runs: their network is the slow one.
@@ -31,10 +31,10 @@ def make(config: MeshConfig) -> Mesh:
             f"mesh {config} takes {config.devices} devices, there are {len(devices)};"
             " set --mesh.AXIS sizes whose product fits"
         )
-    return over(devices[: config.devices], config)
+    return mesh_over(devices[: config.devices], config)
 
 
-def over(devices: Sequence[Any], config: MeshConfig) -> Mesh:
+def mesh_over(devices: Sequence[Any], config: MeshConfig) -> Mesh:
     """A mesh over these devices, as near to each other as what they send asks for.
 
     Raises:
@@ -82,13 +82,13 @@ def _laid(devices: list[Any], config: MeshConfig) -> np.ndarray:
     cores = 1 + max(device.core_on_chip for device in devices)
     if math.prod(shape) * cores == len(devices):
         dims = torus.order(shape, config, cores)
-        place = lambda device: (*(device.coords[dim] for dim in dims), device.core_on_chip)
-        devices = sorted(devices, key=place)
+        placed = lambda device: (*(device.coords[dim] for dim in dims), device.core_on_chip)
+        devices = sorted(devices, key=placed)
     return np.array(devices, dtype=object).reshape(config.shape)
 
 
 @contextlib.contextmanager
-def pretend(config: MeshConfig) -> Iterator[AbstractMesh]:
+def use_abstract_mesh(config: MeshConfig) -> Iterator[AbstractMesh]:
     """Trace as if on the mesh's devices; none is needed and nothing can be computed."""
     mesh = AbstractMesh(config.shape, MESH_AXES, axis_types=_TYPES)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -50,7 +50,7 @@ def _entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes
 
 
-def place(x: jax.Array, *axes: str | None) -> jax.Array:
+def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` moved to the layout of an activation with these logical axes."""
     return x if meshless() else jax.reshard(x, storage_spec(axes))
 
@@ -91,7 +91,7 @@ def share(devices: np.ndarray, process: int) -> Share:
     return Share(parts, len(holders), [min(holders[part]) == process for part in parts])
 
 
-def check(specs: Mapping[str, Declared], mesh: MeshConfig, context: int) -> None:
+def check_divisible(specs: Mapping[str, Declared], mesh: MeshConfig, context: int) -> None:
     """Refuse a mesh that does not divide the model.
 
     Args:

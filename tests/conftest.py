@@ -27,7 +27,7 @@ def mesh():
     stack = []
 
     def use(**axes):
-        context = jax.set_mesh(sharding.make(MeshConfig(**axes)))
+        context = jax.set_mesh(sharding.make_mesh(MeshConfig(**axes)))
         context.__enter__()
         stack.append(context)
 

@@ -196,7 +196,7 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
         self._saving = None
-        memory.release()
+        memory.trim_malloc()
         if jax.process_index() == 0:
             try:
                 steps.prune(self.root, self.keep, self.keep_every)

@@ -1,4 +1,4 @@
-"""Orbax, set up for our arrays. It is imported by the first save or restore, or by `warm`."""
+"""Orbax, set up for our arrays; imported by the first save or restore, or by `preload_orbax`."""
 
 import errno
 import logging
@@ -21,7 +21,7 @@ FULL_TEXT = ("No space left on device", "Disk quota exceeded", "File too large")
 _tamed = False
 
 
-def warm() -> threading.Thread:
+def preload_orbax() -> threading.Thread:
     """Import orbax in the background (half a second), so that the first save need not."""
     thread = threading.Thread(target=orbax, name="import orbax", daemon=True)
     thread.start()

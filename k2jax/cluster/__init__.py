@@ -9,6 +9,6 @@ jax's own service would end the others by a crash, a minute or more later.
 from k2jax.cluster.detect import Place, add_arguments, find
 from k2jax.cluster.group import Group, current
 from k2jax.cluster.join import member
-from k2jax.cluster.rendezvous import AGAIN, Lost
+from k2jax.cluster.rendezvous import EXIT_RETRY, Lost
 
-__all__ = ["AGAIN", "Group", "Lost", "Place", "add_arguments", "current", "find", "member"]
+__all__ = ["EXIT_RETRY", "Group", "Lost", "Place", "add_arguments", "current", "find", "member"]

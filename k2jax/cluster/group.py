@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from k2jax.cluster.detect import Place
-from k2jax.cluster.rendezvous import AGAIN, Lost, call, welcome
+from k2jax.cluster.rendezvous import EXIT_RETRY, Lost, accept_workers, connect_to_coordinator
 from k2jax.cluster.wire import Message, Wire
 from k2jax.config import ConfigError
 
@@ -50,7 +50,7 @@ class Group:
         self._ended = threading.Event()
         if place is None:
             return
-        (welcome if self.number == 0 else call)(self, place.coordinator)
+        (accept_workers if self.number == 0 else connect_to_coordinator)(self, place.coordinator)
         self._watch = threading.Thread(target=self._listen, name="k2jax-watch", daemon=True)
         self._watch.start()
 
@@ -183,7 +183,7 @@ class Group:
             f"process {wire.number} ({wire.host}) {how}; the run ends here, and the same"
             " command on all hosts goes on from the newest checkpoint"
         )
-        self.stop(line, AGAIN)
+        self.stop(line, EXIT_RETRY)
 
     def stop(self, line: str, code: int) -> None:
         """End the run from any thread: on all processes, if this is process 0."""

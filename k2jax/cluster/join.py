@@ -12,7 +12,7 @@ from k2jax.cluster import group as groups
 from k2jax.cluster import preflight
 from k2jax.cluster.detect import Place
 from k2jax.cluster.group import Group
-from k2jax.cluster.rendezvous import AGAIN, Lost
+from k2jax.cluster.rendezvous import EXIT_RETRY, Lost
 from k2jax.config import ConfigError, RunConfig
 
 
@@ -38,7 +38,7 @@ def member(
         group = Group(place)
     except Lost as error:
         sys.stderr.write(f"k2jax: {error}\n")
-        raise SystemExit(AGAIN) from None
+        raise SystemExit(EXIT_RETRY) from None
     _own_stdout(group.number == 0)
     with groups.use(group):
         try:

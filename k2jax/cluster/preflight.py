@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k2jax.cluster.group import Group
-from k2jax.cluster.rendezvous import AGAIN
+from k2jax.cluster.rendezvous import EXIT_RETRY
 from k2jax.config import ConfigError, MeshConfig, RunConfig, to_json
 from k2jax.runtime.versions import source_hash, versions
 
@@ -153,7 +153,7 @@ def deadline(group: Group, seconds: float, line: str) -> Iterator[None]:
     timer = threading.Timer(
         seconds,
         group.stop,
-        (f"{line} within {seconds:.0f} s; see the network between hosts", AGAIN),
+        (f"{line} within {seconds:.0f} s; see the network between hosts", EXIT_RETRY),
     )
     timer.daemon = True
     timer.start()

@@ -12,14 +12,14 @@ from k2jax.config import ConfigError
 if TYPE_CHECKING:
     from k2jax.cluster.group import Group
 
-AGAIN = 75  # exit code: not finished, and the same command goes on (EX_TEMPFAIL of sysexits.h)
+EXIT_RETRY = 75  # exit code: not finished, and the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 
 class Lost(RuntimeError):
     """Other processes did not come, or are gone; the same command may work the next time."""
 
 
-def welcome(group: "Group", coordinator: str) -> None:
+def accept_workers(group: "Group", coordinator: str) -> None:
     """Process 0: wait until all others have come."""
     until = time.monotonic() + ARRIVAL
     with _listener(coordinator) as door, selectors.DefaultSelector() as ready:
@@ -32,7 +32,7 @@ def welcome(group: "Group", coordinator: str) -> None:
                     f"{noun} {', '.join(missing)} of {group.count} did not come to {coordinator}"
                     f" within {ARRIVAL:.0f} s; see whether they run and can reach that address"
                 )
-                group.fail(line, AGAIN)
+                group.fail(line, EXIT_RETRY)
                 raise Lost(line)
             for key, _ in ready.select(0.2):
                 if key.fileobj is door:
@@ -95,7 +95,7 @@ def _listener(coordinator: str) -> socket.socket:
         ) from None
 
 
-def call(group: "Group", coordinator: str) -> None:
+def connect_to_coordinator(group: "Group", coordinator: str) -> None:
     """Any other process: reach process 0, and be welcome."""
     host, _, port = coordinator.rpartition(":")
     until, why = time.monotonic() + ARRIVAL, "no answer"

@@ -14,7 +14,7 @@ from k2jax.plan import cost, targets, traffic
 from k2jax.plan import decoding as decode
 from k2jax.plan import hbm as memory
 from k2jax.plan.estimate import Estimate
-from k2jax.plan.search import Search, meshes, reason, refusal, remedies, search
+from k2jax.plan.search import Search, indivisible_axis, meshes, reason, remedies, search
 from k2jax.plan.targets import Target
 
 
@@ -170,7 +170,7 @@ def _decoding(run: RunConfig, target: Target, fixed: dict[str, int], size: str) 
     batch, context = int(found[1]), int(found[2])
     if context > run.model.context:
         raise ConfigError(f"--decode {size}: the model's context is {run.model.context}")
-    divides = (m for m in meshes(target.devices, fixed) if not refusal(run.model, m, 1))
+    divides = (m for m in meshes(target.devices, fixed) if not indivisible_axis(run.model, m, 1))
     plans = decode.best(run.model, target, batch, context, divides)
     if not plans:
         raise ConfigError(f"no mesh of {target.devices} devices divides the model and {batch} rows")

@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
         train(run, out, init=args.init, say=_say, began=began)
         stopped = (Checkpoints(out).latest() or 0) < run.train.steps
     # Schedulers start a job again only where its processes fail.
-    return cluster.AGAIN if stopped and group.count > 1 else 0
+    return cluster.EXIT_RETRY if stopped and group.count > 1 else 0
 
 
 def _say(line: str) -> None:

@@ -26,7 +26,11 @@ MESH_AXES = ("replica", "data", "expert", "context", "model")
 DTYPES = ("float32", "bfloat16")
 REMAT = ("none", "full", "dots", "offload")
 OPTIMIZERS = ("muonclip", "adamw")
-DISPATCH = ("gather", "exchange", "bounded")
+DISPATCH = ("allgather", "alltoall", "alltoall_capacity")
+# What values were called before, in saved configs and in scripts.
+RENAMED = {
+    "dispatch": {"gather": "allgather", "exchange": "alltoall", "bounded": "alltoall_capacity"},
+}
 NS_METHODS = ("standard", "gram")
 NS_POLYNOMIALS = ("moonlight", "polar_express")  # those of optim.newton_schulz.POLYNOMIALS
 MATRIX_VIEWS = ("whole", "per_head")
@@ -199,7 +203,7 @@ class TrainConfig:
     grad_dtype: str = knob("float32", f"that gradients travel in: {', '.join(DTYPES)}")
     remat: str = knob("full", f"what is recomputed in the backward pass: {', '.join(REMAT)}")
     accumulate: int = knob(1, "micro-batches a step")
-    dispatch: str = knob("gather", f"how tokens meet their experts: {', '.join(DISPATCH)}")
+    dispatch: str = knob("allgather", f"how tokens meet their experts: {', '.join(DISPATCH)}")
     buffer: float = knob(2.0, "rows a device takes in one exchange, over its even share")
     eval_every: int = knob(100, "steps between held-out losses; 0: only at the end")
     eval_rows: int = knob(64, "held-out rows in each of them; the last one reads all")

@@ -6,7 +6,7 @@ import typing
 from typing import Any
 
 from k2jax.config.errors import ConfigError, nearest
-from k2jax.config.schema import RunConfig
+from k2jax.config.schema import RENAMED, RunConfig
 
 
 def override(config: Any, settings: dict[str, str]) -> Any:
@@ -47,7 +47,7 @@ def _parse(name: str, value: str, kind: type) -> Any:
         raise ConfigError(f"{name} is {kind.__name__}, {value!r} is not") from None
     if kind is float and not math.isfinite(number):
         raise ConfigError(f"{name} is {value}; it must be finite")
-    return number
+    return RENAMED.get(name.rpartition(".")[2], {}).get(number, number)
 
 
 def to_json(run: Any) -> dict[str, Any]:
@@ -66,7 +66,9 @@ def from_json(fields: dict[str, Any], kind: type = RunConfig) -> Any:
         if name not in kinds:
             raise ConfigError(f"saved config has an unknown field {name!r}; {nearest(name, kinds)}")
     nested = {
-        name: from_json(value, kinds[name]) if isinstance(value, dict) else value
+        name: from_json(value, kinds[name])
+        if isinstance(value, dict)
+        else RENAMED.get(name, {}).get(value, value)
         for name, value in fields.items()
     }
     return kind(**nested)

@@ -151,8 +151,8 @@ def _idle_between_devices(run: RunConfig) -> dict[str, str]:
     idle: dict[str, str] = {}
     if run.mesh.expert == 1:
         idle = dict.fromkeys(("train.dispatch", "train.buffer"), "mesh.expert 1")
-    elif run.train.dispatch == "gather":
-        idle = {"train.buffer": "train.dispatch gather"}
+    elif run.train.dispatch == "allgather":
+        idle = {"train.buffer": "train.dispatch allgather"}
     if run.mesh.devices == 1:
         idle["train.grad_dtype"] = "one device"
     return idle

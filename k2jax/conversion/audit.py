@@ -14,7 +14,7 @@ from k2jax.conversion.prepare import COPIES, GB, Plan
 from k2jax.conversion.threads import Budget, Progress, each
 from k2jax.conversion.write import STEP, THREADS, metadata, pieces
 from k2jax.weights import manifest
-from k2jax.weights.converted_read import Stored
+from k2jax.weights.converted_read import ConvertedCheckpoint
 from k2jax.weights.converted_write import check_files, tree_metadata
 from k2jax.weights.encodings import Tensors
 from k2jax.weights.hf_folder import Folder
@@ -64,7 +64,7 @@ def _open_target(plan: Plan, folder: Path) -> Tensors:
         if (step / "params" / name).read_bytes() != text.encode():
             raise ConfigError(f"{step / 'params' / name} is damaged")
     check_files(step / "params", [leaf.name for leaf in plan.leaves])
-    return Stored(step, meta, plan.specs)
+    return ConvertedCheckpoint(step, meta, plan.specs)
 
 
 def _check_meta(plan: Plan, path: Path) -> dict[str, Any]:

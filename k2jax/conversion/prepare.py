@@ -17,12 +17,12 @@ from k2jax.model import Kimi
 from k2jax.params.declare import specs
 from k2jax.params.spec import ParamSpec
 from k2jax.weights import mapping as published
-from k2jax.weights.converted_read import Stored
+from k2jax.weights.converted_read import ConvertedCheckpoint
 from k2jax.weights.converted_write import WHOLE, Leaf, layout
-from k2jax.weights.encodings import FORMATS, PLAIN, Recoded, Tensors, encoding, weight_of
+from k2jax.weights.encodings import FORMATS, PLAIN, ReencodedTensors, Tensors, encoding, weight_of
 from k2jax.weights.hf_config import published_fields
 from k2jax.weights.hf_folder import Folder
-from k2jax.weights.mapping import VISION, slots
+from k2jax.weights.mapping import VISION, stack_slots
 from k2jax.weights.object_store import REMOTE, Bucket
 from k2jax.weights.source import find
 
@@ -102,7 +102,7 @@ class Plan:
     target: Path
     to: str
     options: Options
-    view: Recoded
+    view: ReencodedTensors
     specs: Mapping[str, ParamSpec]
     leaves: list[Leaf]
     mtp: tuple[str, ...]
@@ -122,7 +122,7 @@ class Plan:
 
     def extras(self) -> list[str]:
         """Tensors that are kept beside the parameters: prediction layers, and junk."""
-        taken = {weight for leaf in self.specs.values() for _, weight in slots(leaf)}
+        taken = {weight for leaf in self.specs.values() for _, weight in stack_slots(leaf)}
         return [name for name in self.view if weight_of(name) not in taken]
 
     def sizes(self) -> Iterator[int]:
@@ -182,9 +182,11 @@ def make_plan(
         raise ConfigError(f"the target {target} is the source or inside of it")
     leaves = specs(Kimi(_bare(origin.model)))
     published.check(origin.tensors, leaves, str(origin.folder))
-    mtp = published.beyond(origin.tensors, leaves)
+    mtp = published.extra_mtp_prefixes(origin.tensors, leaves)
     options = dataclasses.replace(options, format=_format(options, to, origin))
-    view = Recoded(origin.tensors, options.format, VISION + (mtp if options.skip_mtp else ()))
+    view = ReencodedTensors(
+        origin.tensors, options.format, VISION + (mtp if options.skip_mtp else ())
+    )
     _check_options(options, to, mtp)
     arrays = layout(leaves, view, _mesh(options.mesh)) if to == "orbax" else []
     notes = origin.tensors.notes() if isinstance(origin.tensors, Folder) else []
@@ -241,7 +243,7 @@ def _open(path: Path, bucket: Bucket | None) -> Origin:
     meta = checkpoints.meta(found.step)
     model = found.config()
     step = Path(checkpoints.root) / str(found.step)
-    tensors = Stored(step, meta, specs(Kimi(model)))
+    tensors = ConvertedCheckpoint(step, meta, specs(Kimi(model)))
     copied = tuple(meta.get("copied", companions(found.folder)))
     identity = hashlib.sha256(json.dumps([str(step), meta], sort_keys=True).encode()).hexdigest()
     fields = meta.get("published", {})

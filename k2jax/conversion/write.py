@@ -17,9 +17,9 @@ from k2jax.conversion.prepare import COPIES, Plan
 from k2jax.conversion.threads import Budget, Progress, each
 from k2jax.weights.converted_read import EXTRA
 from k2jax.weights.converted_write import WHOLE, Leaf, tree_metadata, write_tensor
-from k2jax.weights.encodings import Recoded
+from k2jax.weights.encodings import ReencodedTensors
 from k2jax.weights.hf_folder import INDEX
-from k2jax.weights.mapping import Where, published_name, slots
+from k2jax.weights.mapping import StackIndex, published_name, stack_slots
 from k2jax.weights.safetensors import stream
 
 STEP = Path(steps.CHECKPOINTS) / "0"
@@ -38,13 +38,13 @@ def write_chunks(plan: Plan, work: Path, budget: Budget, progress: Progress) -> 
     jobs = [
         (leaf, where, published_name(leaf.spec, where) + leaf.part)
         for leaf in plan.leaves
-        for where, _ in slots(leaf.spec)
+        for where, _ in stack_slots(leaf.spec)
     ]
     # File after file, and each from its beginning.
     place = {name: n for n, name in enumerate(plan.origin.tensors)}
     jobs.sort(key=lambda job: (str(plan.view.file(job[2])), place.get(job[2], 0)))
 
-    def write(job: tuple[Leaf, Where, str]) -> None:
+    def write(job: tuple[Leaf, StackIndex, str]) -> None:
         leaf, where, name = job
         size = math.prod(plan.view.shape(name)) * leaf.dtype.itemsize
         with budget.take(COPIES * min(size, WHOLE)):
@@ -63,7 +63,9 @@ def write_chunks(plan: Plan, work: Path, budget: Budget, progress: Progress) -> 
 
 def metadata(plan: Plan) -> dict[str, Any]:
     """As `Checkpoints.save` writes it, and what an export needs."""
-    kept = {ours: plan.view.encoded[next(slots(leaf))[1]] for ours, leaf in plan.specs.items()}
+    kept = {
+        ours: plan.view.encoded[next(stack_slots(leaf))[1]] for ours, leaf in plan.specs.items()
+    }
     shapes = [plan.view.dtype(name) for name in plan.view if name.endswith(".weight_shape")]
     return {
         "config": to_json(RunConfig(name=plan.target.name, model=plan.origin.model)),
@@ -106,7 +108,7 @@ def write_files(plan: Plan, work: Path, budget: Budget, progress: Progress) -> N
 
 
 def _stream(
-    path: Path, view: Recoded, names: list[str], budget: Budget, progress: Progress
+    path: Path, view: ReencodedTensors, names: list[str], budget: Budget, progress: Progress
 ) -> None:
     with contextlib.ExitStack() as held:
 
@@ -121,7 +123,7 @@ def _stream(
         stream(path, {name: view.kind(name) for name in names}, read, {"format": "pt"})
 
 
-def pieces(view: Recoded, name: str) -> Iterator[tuple[slice, int]]:
+def pieces(view: ReencodedTensors, name: str) -> Iterator[tuple[slice, int]]:
     """Rows of a tensor to read at a time, and their bytes."""
     dtype, shape = view.kind(name)
     size = math.prod(shape) * dtype.itemsize

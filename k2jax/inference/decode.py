@@ -20,11 +20,11 @@ from k2jax.model.attention import Attention, attend, latents, queries
 from k2jax.model.kimi import Kimi, Layer, embedded
 from k2jax.model.logits import head
 from k2jax.model.mlp import gated
-from k2jax.model.moe import mixture, mixture_of_few
+from k2jax.model.moe import mixture, moe_small_batch
 from k2jax.model.norm import rms_norm
-from k2jax.model.projection import project, used
+from k2jax.model.projection import gather_weight, project
 from k2jax.model.rope import Rotation, rotation
-from k2jax.sharding import place, spec
+from k2jax.sharding import reshard, spec
 
 # Stacks up to this deep are taken apart before the loop over tokens, experts excepted; XLA would
 # otherwise copy each layer's weights out of the stack at every token. Deeper ones would compile
@@ -75,7 +75,7 @@ def prefill(
         dtype: to compute in.
     """
     length = token_BT.shape[1]
-    order_BT = place(jnp.broadcast_to(jnp.arange(length), token_BT.shape), "batch", "length")
+    order_BT = reshard(jnp.broadcast_to(jnp.arange(length), token_BT.shape), "batch", "length")
     segment_BT = (order_BT < length_B[:, None]).astype(jnp.int32)
     turn = rotation(order_BT, cfg)
 
@@ -92,11 +92,11 @@ def prefill(
     room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
     for stack, depth in _whole(w, cfg):
         x_BTD, left_LBTM = jax.lax.scan(layer, x_BTD, stack)
-        left_LBSM = place(jnp.pad(left_LBTM, room), None, "batch", None, None)
+        left_LBSM = reshard(jnp.pad(left_LBTM, room), None, "batch", None, None)
         left.append(_apart(left_LBSM, depth))
     cache = Cache(
         tuple(left),
-        place(jnp.arange(slots) < length_B[:, None], "batch", None),
+        reshard(jnp.arange(slots) < length_B[:, None], "batch", None),
         length_B,
         jnp.int32(length),
     )
@@ -129,12 +129,12 @@ def step(
         index, w, latent_BSM = at
         u_BTD = rms_norm(x_BTD, w.attention_norm[...], cfg.norm_eps)
         left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg), axis=-1)
-        left_BTM = place(left_BTM, "batch", None, None)
+        left_BTM = reshard(left_BTM, "batch", None, None)
         latent_BSM = jax.lax.dynamic_update_slice(latent_BSM, left_BTM, (0, cache.slot, 0))
         x_BTD += absorbed(w.attention, u_BTD, turn, latent_BSM, seen_BS, cfg)
         u_BTD = rms_norm(x_BTD, w.mlp_norm[...], cfg.norm_eps)
         if hasattr(w, "moe"):
-            x_BTD += mixture_of_few(w.moe, experts, jnp.asarray(index), u_BTD, cfg)
+            x_BTD += moe_small_batch(w.moe, experts, jnp.asarray(index), u_BTD, cfg)
         else:
             x_BTD += gated(w.mlp, u_BTD)
         return x_BTD, latent_BSM
@@ -165,7 +165,7 @@ def absorbed(
     """Attention output of tokens that see every slot in `seen_BS`, from latents alone."""
     heads = spec("batch", "heads", "length", None)
     q_BHTU, q_BHTP = queries(w, x_BTD, turn, cfg)
-    up_RHW = used(w.kv_up, x_BTD.dtype)
+    up_RHW = gather_weight(w.kv_up, x_BTD.dtype)
     q_BHTR = jnp.einsum("bhtu,rhu->bhtr", q_BHTU, up_RHW[..., : cfg.nope], out_sharding=heads)
     q_BHTM = jnp.concatenate([q_BHTR, q_BHTP], axis=-1)
     # The cache first: its rows are then read as they lie, by a CPU too.

@@ -18,7 +18,7 @@ from k2jax.config import MESH_AXES, ModelConfig
 from k2jax.inference.decode import prefill, stacks, step
 from k2jax.model.kimi import Kimi
 from k2jax.params.declare import Params, bind
-from k2jax.sharding import BATCH, meshless, place
+from k2jax.sharding import BATCH, meshless, reshard
 
 GREEDY, PLAIN, NUCLEUS = "greedy", "plain", "nucleus"
 STOPPED = -1  # in the place of a row's stop token and of everything behind it
@@ -52,13 +52,13 @@ def extend(
         kind: GREEDY, PLAIN (temperature) or NUCLEUS (temperature and top-p).
     """
     w = bind(Kimi(cfg), params)
-    token_BT = place(jnp.asarray(request.token_BT), "batch", "length")
-    length_B = place(jnp.asarray(request.length_B), "batch")
+    token_BT = reshard(jnp.asarray(request.token_BT), "batch", "length")
+    length_B = reshard(jnp.asarray(request.length_B), "batch")
     rows, length = token_BT.shape
     layers = stacks(w, cfg)
 
     def choose(y_BX: jax.Array, i: jax.Array, done_B: jax.Array, new_BN: jax.Array):
-        token_B = pick(place(y_BX, None, None), i, request, kind)
+        token_B = pick(reshard(y_BX, None, None), i, request, kind)
         done_B |= (token_B[:, None] == request.stop).any(axis=1)
         note_B1 = jnp.where(done_B, STOPPED, token_B)[:, None]
         return i + 1, token_B, done_B, jax.lax.dynamic_update_slice(new_BN, note_B1, (0, i))
@@ -69,7 +69,7 @@ def extend(
 
     def one(state):
         (i, token_B, done_B, new_BN), cache = state
-        y_BX, cache = step(w, layers, cache, place(token_B, "batch"), cfg, dtype)
+        y_BX, cache = step(w, layers, cache, reshard(token_B, "batch"), cfg, dtype)
         return choose(y_BX, i, done_B, new_BN), cache
 
     y_BX, cache = prefill(w, token_BT, length_B, cfg, length + room, dtype)

@@ -8,10 +8,10 @@ from k2jax.config import ModelConfig
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import project
 from k2jax.model.rope import Rotation, rotate
-from k2jax.ops.attention.blockwise import mix
+from k2jax.ops.attention.blockwise import causal_attention
 from k2jax.ops.collectives import all_to_all
 from k2jax.params.declare import Declare
-from k2jax.sharding import meshless, place, storage_spec
+from k2jax.sharding import meshless, reshard, storage_spec
 
 INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE modeling 665, 675]
 
@@ -78,14 +78,14 @@ def attend(
     q_BHTC = jnp.concatenate(queries(w, x_BTD, turn, cfg), axis=-1)
     c_BTR, k_BTP = latents(w, x_BTD, turn, cfg)
     kv_BHTW = project("btr,rhw->bhtw", c_BTR, w.kv_up, heads)
-    shared_BHTP = place(jnp.broadcast_to(k_BTP[:, None], (*kv_BHTW.shape[:3], cfg.rope)), *heads)
+    shared_BHTP = reshard(jnp.broadcast_to(k_BTP[:, None], (*kv_BHTW.shape[:3], cfg.rope)), *heads)
     k_BHTC = jnp.concatenate([kv_BHTW[..., : cfg.nope], shared_BHTP], axis=-1)
     v_BHTV = kv_BHTW[..., cfg.nope :]
-    y_BHTV, top_H = softmax_mix(q_BHTC, k_BHTC, v_BHTV, segment_BT, cfg.softmax_scale)
+    y_BHTV, top_H = sharded_attention(q_BHTC, k_BHTC, v_BHTV, segment_BT, cfg.softmax_scale)
     return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None)), top_H
 
 
-def softmax_mix(
+def sharded_attention(
     q_BHTC: jax.Array, k_BHTC: jax.Array, v_BHTV: jax.Array, segment_BT: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Values mixed by causal softmax weights `y_BHTV`, and each head's largest logit `top_H`.
@@ -95,12 +95,12 @@ def softmax_mix(
     end, each has the same work.
     """
     if meshless():
-        y_BHTV, top_BH = _of_heads(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
+        y_BHTV, top_BH = _attention_with_max_logit(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
         return y_BHTV, top_BH.max(axis=0)
 
     def own(q_BHTC, k_BHTC, v_BHTV, segment_BT):
         rows = (all_to_all(a, "context", 1, 2) for a in (q_BHTC, k_BHTC, v_BHTV))
-        y_BHTV, top_BH = _of_heads(*rows, segment_BT, scale)
+        y_BHTV, top_BH = _attention_with_max_logit(*rows, segment_BT, scale)
         return all_to_all(y_BHTV, "context", 2, 1), top_BH
 
     parts = storage_spec(("batch", "heads", "length", None))
@@ -109,12 +109,12 @@ def softmax_mix(
         in_specs=(parts, parts, parts, storage_spec(("batch", None))),
         out_specs=(parts, storage_spec(("batch", "heads_of_row"))),
         check_vma=False,  # loops and custom gradients inside; tests compare with one device
-    )(q_BHTC, k_BHTC, v_BHTV, place(segment_BT, "batch", None))
-    return y_BHTV, place(top_BH.max(axis=0), None)
+    )(q_BHTC, k_BHTC, v_BHTV, reshard(segment_BT, "batch", None))
+    return y_BHTV, reshard(top_BH.max(axis=0), None)
 
 
-def _of_heads(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale):
+def _attention_with_max_logit(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale):
     """The mixture; the largest logit of each head and row, where it is not padding."""
-    y_BHTV, top_BHT = mix(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
+    y_BHTV, top_BHT = causal_attention(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
     top_BHT = jnp.where((segment_BT > 0)[:, None], jax.lax.stop_gradient(top_BHT), -jnp.inf)
     return y_BHTV, top_BHT.max(axis=2)

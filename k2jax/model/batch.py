@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from k2jax import sharding
-from k2jax.sharding import place
+from k2jax.sharding import reshard
 
 
 class Batch(NamedTuple):
@@ -25,8 +25,8 @@ class Batch(NamedTuple):
 def plain(token_BT: jax.Array) -> Batch:
     """Rows that are one document each, without padding; the targets are left out."""
     length = token_BT.shape[1]
-    ones = place(jnp.ones_like(token_BT), "batch", "length")
-    position = place(jnp.broadcast_to(jnp.arange(length), token_BT.shape), "batch", "length")
+    ones = reshard(jnp.ones_like(token_BT), "batch", "length")
+    position = reshard(jnp.broadcast_to(jnp.arange(length), token_BT.shape), "batch", "length")
     return Batch(token_BT, token_BT, jnp.zeros(token_BT.shape), ones, position)
 
 
@@ -66,8 +66,8 @@ def to_devices(rows: Mapping[str, np.ndarray], accumulate: int = 0) -> Batch:
             return array[*lead, at : at + part, length]
 
         shape = (*array.shape[:-2], part * share.of, array.shape[-1])
-        place = jax.NamedSharding(jax.sharding.get_mesh(), spec)
-        return jax.make_array_from_callback(shape, place, local)
+        layout = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+        return jax.make_array_from_callback(shape, layout, local)
 
     fields = ("tokens", "targets", "weights", "segments", "positions")
     return Batch(*(put(rows[field]) for field in fields))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ConfigError, ModelConfig
 from k2jax.ops.attention.blockwise import BLOCK, by_blocks
-from k2jax.ops.moe.dispatch import AXIS, Dispatch, exchanged, gathered
+from k2jax.ops.moe.dispatch import AXIS, Dispatch, dispatch_allgather, dispatch_alltoall
 from k2jax.ops.moe.expert_mlp import side_by_side
 from k2jax.ops.moe.grouped_matmul import grouped
 from k2jax.sharding import BATCH, meshless
@@ -48,7 +48,7 @@ def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
     _agree("grouped products", PARTS, *_products())
     if context > BLOCK:
         _agree("attention", MIXED, *_attention(cfg))
-    if not meshless() and dispatch.kind != "gather" and jax.sharding.get_mesh().shape[AXIS] > 1:
+    if not meshless() and dispatch.kind != "allgather" and jax.sharding.get_mesh().shape[AXIS] > 1:
         _agree("the exchange of tokens", PARTS, *_layer(dispatch))
 
 
@@ -157,9 +157,9 @@ def _layer(dispatch: Dispatch):
     x_ND, w_EDF = _drawn((TOKENS * mesh.size, NARROW), (experts, NARROW, NARROW))
     placed = jax.reshard(x_ND, spread), jax.reshard(w_EDF, held)
     # Nothing may be dropped here, so that both are the same.
-    dropless = dispatch._replace(kind="exchange")
+    dropless = dispatch._replace(kind="alltoall")
 
     def by_exchange(x_ND, expert_NK, weight_NK, weights):
-        return exchanged(x_ND, expert_NK, weight_NK, weights, dropless)[0]
+        return dispatch_alltoall(x_ND, expert_NK, weight_NK, weights, dropless)[0]
 
-    return on_mesh(by_exchange), on_mesh(gathered), placed
+    return on_mesh(by_exchange), on_mesh(dispatch_allgather), placed

@@ -13,7 +13,7 @@ from k2jax.config import ModelConfig
 from k2jax.model.attention import Attention, attend
 from k2jax.model.batch import Batch
 from k2jax.model.mlp import Mlp, gated
-from k2jax.model.moe import Balance, Moe, mixture
+from k2jax.model.moe import Moe, RouterStats, mixture
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import PROJECTION, look_up
 from k2jax.model.rope import Rotation, rotation
@@ -135,7 +135,7 @@ def mixed(
     segment_BT: jax.Array,
     cfg: ModelConfig,
     dispatch: Dispatch,
-) -> tuple[jax.Array, tuple[jax.Array, Balance]]:
+) -> tuple[jax.Array, tuple[jax.Array, RouterStats]]:
     """One layer with routed experts: `x_BTD`, each head's largest logit, and the balance."""
     x_BTD, top_H = _attended(layer, x_BTD, turn, segment_BT, cfg)
     u_BTD = rms_norm(x_BTD, layer.mlp_norm[...], cfg.norm_eps)

@@ -16,13 +16,13 @@ from k2jax.model.mlp import Mlp, gated
 from k2jax.model.projection import contract, used_spec
 from k2jax.model.router import Routing, count, route
 from k2jax.ops.collectives import gather_over
-from k2jax.ops.moe.dispatch import Dispatch, exchanged, gathered
+from k2jax.ops.moe.dispatch import Dispatch, dispatch_allgather, dispatch_alltoall
 from k2jax.ops.moe.expert_mlp import expert_mlp, side_by_side
 from k2jax.params.declare import Declare
-from k2jax.sharding import BATCH, meshless, place, spec, storage_spec
+from k2jax.sharding import BATCH, meshless, reshard, spec, storage_spec
 
-# Rows up to which every chosen expert may see all of them (`mixture_of_few`).
-FEW = 16
+# Rows up to which every chosen expert may see all of them (`moe_small_batch`).
+SMALL_BATCH_TOKENS = 16
 
 
 class Experts(nnx.Module):
@@ -47,7 +47,7 @@ class Moe(nnx.Module):
             self.shared = Mlp(cfg, stack, "shared_ffw", "model.layers.{l}.mlp.shared_experts.")
 
 
-class Balance(NamedTuple):
+class RouterStats(NamedTuple):
     """How evenly one layer's experts were used."""
 
     load_E: jax.Array  # float32, tokens sent to each expert, over the whole batch
@@ -65,7 +65,7 @@ def router_logits(w: Moe, x_BTD: jax.Array) -> jax.Array:
 def mixture(
     w: Moe, x_BTD: jax.Array, segment_BT: jax.Array, cfg: ModelConfig,
     dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
-) -> tuple[jax.Array, Balance]:  # fmt: skip
+) -> tuple[jax.Array, RouterStats]:  # fmt: skip
     """Weighted sum of each token's experts plus the shared ones; rows with segment 0 count nowhere.
 
     Source: [JLE] modeling_deepseek.py 520-560.
@@ -89,7 +89,7 @@ def mixture(
     return y_BTD, balance
 
 
-def mixture_of_few(
+def moe_small_batch(
     w: Moe, experts: Experts, layer: jax.Array, x_BTD: jax.Array, cfg: ModelConfig
 ) -> jax.Array:
     """`mixture` without its balance, for decoding: weights of experts nobody chose are not read.
@@ -103,8 +103,8 @@ def mixture_of_few(
         cfg: sizes.
     """
     rows = x_BTD.shape[0] * x_BTD.shape[1]
-    if not meshless() or rows > FEW:
-        segment_BT = place(jnp.ones(x_BTD.shape[:2], jnp.int32), "batch", "length")
+    if not meshless() or rows > SMALL_BATCH_TOKENS:
+        segment_BT = reshard(jnp.ones(x_BTD.shape[:2], jnp.int32), "batch", "length")
         return mixture(w, x_BTD, segment_BT, cfg)[0]
     x_ND = x_BTD.reshape(rows, -1)
     logit_NE = router_logits(w, x_BTD).reshape(rows, -1)
@@ -147,10 +147,10 @@ def _on_device(
         axes = storage_spec(("expert_embed",))[0]
         whole = lambda a, dim: gather_over(a, axes, dim, travels)
         weights = tuple(map(whole, weights, (1, 2)))
-        if dispatch.kind == "gather" or jax.lax.axis_size("expert") == 1:
-            y_ND = gathered(*chosen, weights)
+        if dispatch.kind == "allgather" or jax.lax.axis_size("expert") == 1:
+            y_ND = dispatch_allgather(*chosen, weights)
         else:
-            y_ND, dropped = exchanged(*chosen, weights, dispatch)
+            y_ND, dropped = dispatch_alltoall(*chosen, weights, dispatch)
             dropped = jax.lax.pmean(dropped, (*BATCH, "context"))
         y_ND = jax.lax.psum(y_ND, "model")  # each device has a share of the hidden width
     return y_ND.reshape(x_BTD.shape), _balance(
@@ -160,7 +160,7 @@ def _on_device(
 
 def _balance(
     routing: Routing, segment_BT: jax.Array, dropped: jax.Array, cfg: ModelConfig, mesh: bool
-) -> Balance:
+) -> RouterStats:
     """Load over the whole batch, and the sequence-wise loss [DSV3-TR 2.1.2].
 
     For each row: sum over experts of f P, f the expert's share of choices times experts, P its
@@ -181,4 +181,4 @@ def _balance(
     aux_B = (jax.lax.stop_gradient(f_BE) * p_BE * scale_B1).sum(axis=1)
     some_B = (length_B1[:, 0] > 0).astype(jnp.float32)
     aux = total((aux_B * some_B).sum(), BATCH) / jnp.maximum(total(some_B.sum(), BATCH), 1.0)
-    return Balance(total(load_E, (*BATCH, "context")), aux, dropped)
+    return RouterStats(total(load_E, (*BATCH, "context")), aux, dropped)

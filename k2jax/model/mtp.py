@@ -26,10 +26,10 @@ from k2jax.model.projection import project
 from k2jax.model.rope import rotation
 from k2jax.ops.moe.dispatch import Dispatch
 from k2jax.params.declare import Params, bind
-from k2jax.sharding import place
+from k2jax.sharding import reshard
 
 
-class Further(NamedTuple):
+class MtpOutput(NamedTuple):
     """What one MTP layer gives."""
 
     x_BTD: jax.Array  # normed activations before the head
@@ -37,10 +37,10 @@ class Further(NamedTuple):
     weight: jax.Array  # float32 [batch, length], 1 where there is one in the document, else 0
 
 
-def further(  # noqa: PLR0913, PLR0917, as `hidden` and what it gave
+def mtp_forward(  # noqa: PLR0913, PLR0917, as `hidden` and what it gave
     w: Kimi, x_BTD: jax.Array, batch: Batch, aux: Aux, cfg: ModelConfig, dtype: str,
     remat: str = "none", dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
-) -> tuple[list[Further], Aux]:  # fmt: skip
+) -> tuple[list[MtpOutput], Aux]:  # fmt: skip
     """What every MTP layer gives, and `aux` with these layers added.
 
     Args:
@@ -73,7 +73,7 @@ def further(  # noqa: PLR0913, PLR0917, as `hidden` and what it gave
         x_BTD = rms_norm(x_BTD, layer.norm[...], cfg.norm_eps)
         token_BT = shifted(token_BT)
         weight_BT = jnp.where(same_BT, weight_BT * shifted(weight_BT), 0)
-        found.append(Further(x_BTD, token_BT, weight_BT))
+        found.append(MtpOutput(x_BTD, token_BT, weight_BT))
         tops.append(top_H)
         balances.append(balance)
     total = aux.aux_loss * cfg.moe_layers + sum(balance.aux for balance in balances)
@@ -86,8 +86,8 @@ def further(  # noqa: PLR0913, PLR0917, as `hidden` and what it gave
 
 def shifted(a_BT: jax.Array) -> jax.Array:
     """Every row moved one place to the front; 0 comes in behind."""
-    whole_BT = place(a_BT, "batch", None)  # small; a device needs its neighbour's first token
-    return place(jnp.pad(whole_BT[:, 1:], ((0, 0), (0, 1))), "batch", "length")
+    whole_BT = reshard(a_BT, "batch", None)  # small; a device needs its neighbour's first token
+    return reshard(jnp.pad(whole_BT[:, 1:], ((0, 0), (0, 1))), "batch", "length")
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
@@ -106,5 +106,5 @@ def logits(params: Params, token_BT: jax.Array, *, cfg: ModelConfig, dtype: str)
     ones = plain(token_BT)
     batch = ones._replace(target=shifted(token_BT), weight=shifted(ones.segment).astype("float32"))
     x_BTD, aux = hidden(w, batch, cfg, dtype)
-    found, _ = further(w, x_BTD, batch, aux, cfg, dtype)
+    found, _ = mtp_forward(w, x_BTD, batch, aux, cfg, dtype)
     return [head(w.head, f.x_BTD)[:, :-k] for k, f in enumerate(found, 1)]

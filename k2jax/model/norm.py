@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from k2jax.model.projection import gained
+from k2jax.model.projection import apply_norm_scale
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
@@ -14,4 +14,4 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     """
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return gained(wide.astype(x.dtype), gain)
+    return apply_norm_scale(wide.astype(x.dtype), gain)

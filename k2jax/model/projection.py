@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax.ops.collectives import all_to_all, scatter_sum
 from k2jax.params.spec import LAYER_AXES
-from k2jax.sharding import compute_spec, meshless, place, spec
+from k2jax.sharding import compute_spec, meshless, reshard, spec
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -20,7 +20,7 @@ Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 PROJECTION = "projection"  # name of every product with a weight, for rematerialisation policies
 
 
-def used(w: "nnx.Variable", dtype: jnp.dtype) -> jax.Array:
+def gather_weight(w: "nnx.Variable", dtype: jnp.dtype) -> jax.Array:
     """The parameter of one layer in the compute dtype, gathered over what only stores it.
 
     It is cast before it travels; its gradient travels back in the compute dtype too.
@@ -110,7 +110,7 @@ def _summed(einsum: str, x: jax.Array, dy: jax.Array, rests: P, travels: Any) ->
 
 
 @jax.custom_vjp
-def gained(x: jax.Array, gain: jax.Array) -> jax.Array:
+def apply_norm_scale(x: jax.Array, gain: jax.Array) -> jax.Array:
     """`x` times a gain along its last dim, in `x`'s dtype; each device has the whole gain.
 
     The gain's gradient is summed as `contract`'s are, in float32.
@@ -132,7 +132,7 @@ def _gained_backward(saved, dy: jax.Array):
     return dy * gain.astype(dy.dtype), dgain.astype(gain.dtype)
 
 
-gained.defvjp(lambda x, gain: (gained(x, gain), (x, gain)), _gained_backward)
+apply_norm_scale.defvjp(lambda x, gain: (apply_norm_scale(x, gain), (x, gain)), _gained_backward)
 
 
 def _sum_over(dw: jax.Array, over: Iterable[Entry], rests: P) -> jax.Array:
@@ -160,10 +160,10 @@ contract.defvjp(_forward, _backward)
 
 def look_up(w: "nnx.Variable", token: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of a table [vocab, embed], in `dtype`: [batch, length, embed]."""
-    table, token = w[...].astype(dtype), place(token, "batch", "length")
+    table, token = w[...].astype(dtype), reshard(token, "batch", "length")
     if meshless():
         return table[token]
-    table = place(table, *w.get_metadata("spec").axes)
+    table = reshard(table, *w.get_metadata("spec").axes)
     return _rows(w.get_metadata("grad_dtype", None), token, table)
 
 

@@ -22,7 +22,7 @@ from k2jax.optim.balance import balance
 from k2jax.optim.muon import muon, scale_by_muon
 from k2jax.optim.muonclip import adamw, muonclip
 from k2jax.optim.newton_schulz import POLYNOMIALS, RESTARTS, newton_schulz
-from k2jax.optim.qk_clip import qk_clip, shrink
+from k2jax.optim.qk_clip import clip_factor, qk_clip
 from k2jax.optim.schedule import warmup_stable_decay
 from k2jax.optim.views import Matrices
 from k2jax.params.spec import ParamSpec
@@ -34,11 +34,11 @@ __all__ = [
     "ParamSpec",
     "adamw",
     "balance",
+    "clip_factor",
     "muon",
     "muonclip",
     "newton_schulz",
     "qk_clip",
     "scale_by_muon",
-    "shrink",
     "warmup_stable_decay",
 ]

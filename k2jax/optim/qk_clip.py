@@ -12,7 +12,7 @@ from k2jax.optim.views import KEYS, QUERIES, names
 from k2jax.params.spec import ParamSpec
 
 
-def shrink(logit_max: jax.Array, tau: float) -> jax.Array:
+def clip_factor(logit_max: jax.Array, tau: float) -> jax.Array:
     """What a head's logits are scaled by: tau / logit_max, or 1 at or under tau."""
     return jnp.where(logit_max > tau, tau / jnp.maximum(logit_max, tau), 1.0)
 
@@ -67,7 +67,11 @@ def qk_clip(
     def update(updates, state, params=None, *, logit_max=None, **_):
         if params is None or logit_max is None:
             raise ValueError("qk_clip needs tx.update(grads, state, params, logit_max=...)")
-        gamma_LH, weights, spec = shrink(jnp.asarray(logit_max), tau), names(params), names(specs)
+        gamma_LH, weights, spec = (
+            clip_factor(jnp.asarray(logit_max), tau),
+            names(params),
+            names(specs),
+        )
 
         def rescale(name: str, u: jax.Array) -> jax.Array:
             if name not in kinds:

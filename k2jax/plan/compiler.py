@@ -59,7 +59,7 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
     Raises:
         ConfigError: the compiler is not installed, or knows no such topology.
     """
-    memory.steady()  # before jax starts its threads
+    memory.limit_malloc_arenas()  # before jax starts its threads
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     from jax.sharding import NamedSharding
@@ -70,7 +70,7 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
 
     if target.chip.kind == "cpu":
         startup.prepare(target.devices)
-    mesh = sharding.over(devices_of(target)[: run.mesh.devices], run.mesh)
+    mesh = sharding.mesh_over(devices_of(target)[: run.mesh.devices], run.mesh)
     platform = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}[target.chip.kind]
     with jax.set_mesh(mesh):
         program = build(run)

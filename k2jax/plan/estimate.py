@@ -69,7 +69,7 @@ class Estimate(Roofline):
         """Share of peak that a step of so many seconds would use for what spec 1.10 counts."""
         run = self.case.run
         tokens = run.data.rows * run.data.context / self.target.devices
-        return work.useful(run) * tokens / seconds / self.target.flops
+        return work.model_flops_per_token(run) * tokens / seconds / self.target.flops
 
 
 def estimate(run: RunConfig, mesh: MeshConfig, accumulate: int, target: Target) -> Estimate:

@@ -104,7 +104,7 @@ def size(leaf: ParamSpec) -> int:
     return math.prod(leaf.shape)
 
 
-def refusal(cfg: ModelConfig, mesh: MeshConfig, context: int) -> str:
+def indivisible_axis(cfg: ModelConfig, mesh: MeshConfig, context: int) -> str:
     """Why the mesh does not divide the model: the logical axis; empty where it does."""
     sizes = mesh.sizes
     for axis in TRAIN:

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig, RunConfig, override
 from k2jax.plan.estimate import Estimate, as_mesh, estimate
-from k2jax.plan.inventory import refusal
+from k2jax.plan.inventory import indivisible_axis
 from k2jax.plan.targets import Target
 
 # What a step can be changed to, one thing at a time, and in words.
 REMEDIES = {
-    "tokens exchanged instead of gathered": {"train.dispatch": "exchange"},
+    "tokens exchanged instead of gathered": {"train.dispatch": "alltoall"},
     "full rematerialisation": {"train.remat": "full"},
     "layers' inputs kept by the host": {"train.remat": "offload"},
     "bf16 compute": {"train.dtype": "bfloat16"},
@@ -47,7 +47,7 @@ def search(run: RunConfig, target: Target, fixed: dict[str, int], keep: bool) ->
     refused: Counter[str] = Counter()
     found: list[Estimate] = []
     for mesh in meshes(target.devices, fixed, target.slices):
-        axis = refusal(run.model, mesh, run.data.context) or _spread(run, mesh)
+        axis = indivisible_axis(run.model, mesh, run.data.context) or _spread(run, mesh)
         if axis:
             refused[axis] += 1
         else:

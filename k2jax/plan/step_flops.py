@@ -57,7 +57,7 @@ class Case:
     @property
     def exchanges(self) -> bool:
         """Whether tokens travel to their experts, instead of all to all devices of `expert`."""
-        return self.run.train.dispatch != "gather" and self.mesh.expert > 1
+        return self.run.train.dispatch != "allgather" and self.mesh.expert > 1
 
     @property
     def blocks(self) -> bool:
@@ -100,7 +100,7 @@ def active(cfg: ModelConfig, specs: dict[str, ParamSpec]) -> int:
     )
 
 
-def useful(run: RunConfig) -> float:
+def model_flops_per_token(run: RunConfig) -> float:
     """Operations of a token in training that MFU counts: three forward passes, causal average.
 
     Source: spec 1.10.
@@ -111,7 +111,7 @@ def useful(run: RunConfig) -> float:
     return 3 * (matmul + attention * (run.data.context + 1) / 2)
 
 
-def _again(case: Case, layers: float) -> float:
+def _recompute_flops(case: Case, layers: float) -> float:
     """Products with weights that the backward pass repeats, for a token; `layers` are all of them.
 
     Nothing waits for the last product of an MLP. Experts' first two are repeated wherever tokens
@@ -140,5 +140,5 @@ def step_flops(case: Case) -> float:
     scores = 2 * case.layers * cfg.heads * (cfg.nope + cfg.rope) * seen
     mixing = attention * seen * (3 if run.train.remat == "none" else 4) + scores
     heads = (4 if case.logits > LOGITS else 3) * case.predictions * head
-    token = 3 * layers + _again(case, layers) + heads + mixing
+    token = 3 * layers + _recompute_flops(case, layers) + heads + mixing
     return token * case.tokens * case.accumulate / case.mesh.model

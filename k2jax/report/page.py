@@ -8,7 +8,7 @@ from typing import Any
 from k2jax.plan.inventory import leaves, size
 from k2jax.plan.step_flops import active
 from k2jax.report import svg
-from k2jax.report.read import Found
+from k2jax.report.read import RunRecord
 from k2jax.report.svg import Line, short
 
 # Title, (key, label) of each curve, options: log, zero, dots for the second curve.
@@ -81,7 +81,7 @@ overflow:auto;font-size:12.5px}
 """
 
 
-def page(found: Found) -> str:
+def page(found: RunRecord) -> str:
     """The HTML."""
     name = escape(found.name)
     state, kind = _state(found)
@@ -103,7 +103,7 @@ def page(found: Found) -> str:
     )
 
 
-def _state(found: Found) -> tuple[str, str]:
+def _state(found: RunRecord) -> tuple[str, str]:
     """Words and CSS class for how the run stands."""
     last = found.steps[1]
     if found.config and last >= found.config.train.steps:
@@ -123,7 +123,7 @@ def _ago(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def _summary(found: Found) -> str:
+def _summary(found: RunRecord) -> str:
     run = found.config
     if run is None:
         return f"{found.folder}"
@@ -137,7 +137,7 @@ def _summary(found: Found) -> str:
     )
 
 
-def _facts(found: Found) -> str:
+def _facts(found: RunRecord) -> str:
     run, last = found.config, found.last
     facts: list[tuple[str, str]] = [("steps", f"{found.steps[1]:,}")]
     if run:
@@ -168,7 +168,7 @@ def _value(key: str, value: float) -> str:
     return f"{value / 1e9:.2f} GB" if key == "host_bytes" else short(value)
 
 
-def _curves(found: Found) -> list[str]:
+def _curves(found: RunRecord) -> list[str]:
     figures = []
     for title, curves, options in CURVES:
         if REPLACED.get(title) in found.series:
@@ -205,7 +205,7 @@ def _key(labels: list[str]) -> str:
     return f"<div class='key'>{''.join(spans)}</div>"
 
 
-def _marks(found: Found) -> list[tuple[float, str, str]]:
+def _marks(found: RunRecord) -> list[tuple[float, str, str]]:
     """Steps at which something happened, at most one mark for each step."""
     marks = {
         e["step"]: (e["step"], e["event"], f"step {e['step']}: {e['event']}")
@@ -215,7 +215,7 @@ def _marks(found: Found) -> list[tuple[float, str, str]]:
     return list(marks.values())[-SHOWN_EVENTS:]
 
 
-def _heats(found: Found) -> list[str]:
+def _heats(found: RunRecord) -> list[str]:
     figures = []
     for title, key in HEATS:
         rows = found.layers.get(key)
@@ -243,7 +243,7 @@ def _heats(found: Found) -> list[str]:
     return ["<h2>By layer</h2><div class='grid'>", *figures, "</div>"]
 
 
-def _events(found: Found) -> str:
+def _events(found: RunRecord) -> str:
     shown = [e for e in found.events if isinstance(e.get("event"), str)]
     if not shown:
         return ""
@@ -271,7 +271,7 @@ def _plain(value: Any) -> str:
     return "not finite" if value is None else str(value)
 
 
-def _table(found: Found) -> str:
+def _table(found: RunRecord) -> str:
     rows = []
     for key, points in sorted(found.series.items()):
         if key == "step":
@@ -286,7 +286,7 @@ def _table(found: Found) -> str:
     )
 
 
-def _versions(found: Found) -> str:
+def _versions(found: RunRecord) -> str:
     parts = []
     if found.versions:
         text = "\n".join(f"{name} {version}" for name, version in found.versions.items())

@@ -15,7 +15,7 @@ Point = tuple[float, float]
 
 
 @dataclasses.dataclass
-class Found:
+class RunRecord:
     """A run as it is recorded."""
 
     name: str
@@ -45,7 +45,7 @@ class _Stretch:
             self.high = (step, value)
 
 
-def read(folder: Path) -> Found:
+def read(folder: Path) -> RunRecord:
     """Everything that the page of a run needs.
 
     Raises:
@@ -67,7 +67,7 @@ def read(folder: Path) -> Found:
     config = _config(saved)
     series = {name: _points(stretches) for name, stretches in thin.series.items()}
     _fill_in(series, thin.last, config)
-    return Found(
+    return RunRecord(
         name=str(saved.get("name") or folder.resolve().name),
         folder=folder,
         config=config,

@@ -18,7 +18,7 @@ def prepare(devices: int = 1, processes: int = 1) -> None:
         devices: of all processes.
         processes: that emulate an equal share each.
     """
-    memory.steady()  # heaps that threads have made already would stay
+    memory.limit_malloc_arenas()  # heaps that threads have made already would stay
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", -(-devices // processes))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -18,7 +18,7 @@ def resident() -> int:
         return 0
 
 
-def steady() -> None:
+def limit_malloc_arenas() -> None:
     """Let arrays go back to the system when freed; nothing happens where libc is not glibc's.
 
     By itself glibc raises the size from which it does so to 32 MiB, and smaller arrays then leave
@@ -29,7 +29,7 @@ def steady() -> None:
     _glibc("mallopt", M_ARENA_MAX, ARENAS)
 
 
-def release() -> None:
+def trim_malloc() -> None:
     """Give back what was freed in small pieces.
 
     It is 0.75 GB of what compiling `tiny` takes, and 100 MB after a save of 160 MB.

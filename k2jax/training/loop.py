@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from k2jax import cluster, sharding
-from k2jax.checkpoint import Checkpoints, warm
+from k2jax.checkpoint import Checkpoints, preload_orbax
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
 from k2jax.inference.generate import generate
@@ -62,7 +62,7 @@ def train(
     """
     out = Path(out)
     began = time.perf_counter() if began is None else began
-    with jax.set_mesh(sharding.make(run.mesh)):
+    with jax.set_mesh(sharding.make_mesh(run.mesh)):
         try:
             return _Training(run, out, say, began).go(init)
         except OSError as error:
@@ -79,7 +79,7 @@ class _Training:
         self.first = jax.process_index() == 0  # the others print and write nothing but checkpoints
         self.say = say if self.first else lambda line: None
         self.program: Program = build(run)
-        sharding.check(self.program.specs, run.mesh, run.data.context)
+        sharding.check_divisible(self.program.specs, run.mesh, run.data.context)
         trackers.check(run)
         self.watch = Watch(run, out, self.say)
 
@@ -97,7 +97,7 @@ class _Training:
             self._check(words, init, latest)
             # Compiling takes longest, so it starts before the rest and the data is read beside it.
             programs = _Programs(self.program, pool)
-            warm()
+            preload_orbax()
             data = _open_alike(*words, progress=self.say)
             self._describe(data)
             state, step = self._start(saved, latest, init)
@@ -310,7 +310,7 @@ def _compiled(lowered: jax.stages.Lowered) -> Callable[..., Any]:
     """On a CPU by LLVM's first level: a fifth less time to compile, and steps are as fast."""
     cpu = jax.default_backend() == "cpu"
     compiled = lowered.compile({"xla_backend_optimization_level": "1"} if cpu else {})
-    memory.release()
+    memory.trim_malloc()
     return compiled
 
 

@@ -37,7 +37,7 @@ def replay(run: str | Path, step: int) -> dict[str, Any]:
         there = sorted(path.name for path in (folder / REPLAY).glob("*.npz"))
         raise ConfigError(f"no file {file}; there are: {', '.join(there) or 'none'}")
     config = from_json(json.loads((folder / "config.json").read_text()))
-    with jax.set_mesh(sharding.make(config.mesh)) as _, Checkpoints(folder) as saved:
+    with jax.set_mesh(sharding.make_mesh(config.mesh)) as _, Checkpoints(folder) as saved:
         program = build(config)
         before = max((done for done in saved.steps() if done < step), default=None)
         if before is None:

@@ -150,7 +150,9 @@ class Program:
     def _further(self, w: Kimi, x_BTD: jax.Array, batch: Batch, aux: Aux, total: jax.Array) -> Aux:
         """`aux` with the MTP layers': their loss is the mean over them [DSV3-TR 2.2, eq. 25]."""
         cfg, train = self.run.model, self.run.train
-        found, aux = mtp.further(w, x_BTD, batch, aux, cfg, train.dtype, train.remat, self.dispatch)
+        found, aux = mtp.mtp_forward(
+            w, x_BTD, batch, aux, cfg, train.dtype, train.remat, self.dispatch
+        )
         sums = [(losses(w.head, f.x_BTD, f.target) * f.weight).sum() for f in found]
         return aux._replace(mtp_loss=sum(sums) / total / cfg.mtp_layers)
 
@@ -173,7 +175,7 @@ class Program:
             "load_entropy": _evenness(load).mean(),
             "expert_load": load,
         }
-        if self.run.train.dispatch == "bounded":
+        if self.run.train.dispatch == "alltoall_capacity":
             metrics["dropped"] = aux.dropped
         if self.run.model.mtp_layers:
             metrics["mtp_loss"] = aux.mtp_loss

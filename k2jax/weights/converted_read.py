@@ -12,13 +12,13 @@ from k2jax.config import ConfigError
 from k2jax.params.spec import ParamSpec
 from k2jax.weights import quant
 from k2jax.weights.converted_write import LEAVES, key
-from k2jax.weights.mapping import Where, slots
+from k2jax.weights.mapping import StackIndex, stack_slots
 from k2jax.weights.safetensors import Reader
 
 EXTRA = "extra.safetensors"
 
 
-class Stored:
+class ConvertedCheckpoint:
     """The weights of one of our checkpoints, converted or trained, as published tensors."""
 
     def __init__(self, step: Path, meta: Mapping[str, Any], specs: Mapping[str, ParamSpec]):
@@ -36,12 +36,12 @@ class Stored:
         self._saved = meta["arrays"]["params"]
         quantised = meta.get("quantised", {})
         self._int4_shape = np.dtype(meta.get("int4_shape", "int32"))
-        self._at: dict[str, tuple[str, str, Where]] = {}
+        self._at: dict[str, tuple[str, str, StackIndex]] = {}
         for name, spec in specs.items():
             for part, suffix in LEAVES[quantised.get(name, "plain")].items():
                 if name + suffix not in self._saved:
                     raise ConfigError(f"{step} has no parameter {name + suffix!r}")
-                for where, weight in slots(spec):
+                for where, weight in stack_slots(spec):
                     self._at[weight + part] = (name + suffix, name, where)
                     if part == "_packed":
                         self._at[f"{weight}_shape"] = ("", name, where)

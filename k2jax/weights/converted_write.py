@@ -26,8 +26,8 @@ from k2jax.config import ConfigError
 from k2jax.params.spec import ParamSpec
 from k2jax.sharding import storage_spec
 from k2jax.weights import quant
-from k2jax.weights.encodings import SCALE, Recoded
-from k2jax.weights.mapping import Where, ours, published_name, slots
+from k2jax.weights.encodings import SCALE, ReencodedTensors
+from k2jax.weights.mapping import StackIndex, published_name, stack_slots, to_our_dims
 
 # The tensors of a weight, and the leaves they fill.
 PLAIN = {"": ""}
@@ -87,7 +87,9 @@ class Leaf:
 
 
 def layout(
-    specs: Mapping[str, ParamSpec], view: Recoded, mesh: jax.sharding.AbstractMesh | None = None
+    specs: Mapping[str, ParamSpec],
+    view: ReencodedTensors,
+    mesh: jax.sharding.AbstractMesh | None = None,
 ) -> list[Leaf]:
     """The arrays that hold the tensors of `view`.
 
@@ -101,7 +103,7 @@ def layout(
     """
     leaves = []
     for name, spec in specs.items():
-        weights = [weight for _, weight in slots(spec)]
+        weights = [weight for _, weight in stack_slots(spec)]
         how = view.encoded[weights[0]]
         if other := [w for w in weights if view.encoded[w] != how]:
             raise ConfigError(
@@ -121,7 +123,7 @@ def layout(
     return leaves
 
 
-def _uniform(view: Recoded, names: list[str]) -> tuple[np.dtype, tuple[int, ...]]:
+def _uniform(view: ReencodedTensors, names: list[str]) -> tuple[np.dtype, tuple[int, ...]]:
     kind = view.kind(names[0])
     for name in names:
         if view.kind(name) != kind:
@@ -149,7 +151,7 @@ def _chunk(
     return tuple(chunk)
 
 
-def write_tensor(folder: Path, leaf: Leaf, where: Where, view: Recoded) -> int:
+def write_tensor(folder: Path, leaf: Leaf, where: StackIndex, view: ReencodedTensors) -> int:
     """Write the chunks of one published tensor that are not there yet; the bytes written."""
     name = published_name(leaf.spec, where) + leaf.part
     grid = [[at] for at in where] + [list(cells) for cells in leaf.grid()[len(where) :]]
@@ -190,11 +192,11 @@ def ours_rows(leaf: Leaf, tensor: np.ndarray) -> np.ndarray:
     """Some rows of a published tensor, with our dims."""
     whole = math.prod(leaf.spec.shape[leaf.spec.stacked :])
     if tensor.size == whole or not leaf.spec.contracted:
-        return ours(leaf.spec, tensor)
+        return to_our_dims(leaf.spec, tensor)
     dim = leaf.spec.stacked + leaf.spec.contracted
     shape = list(leaf.spec.shape)
     shape[dim] = shape[dim] * tensor.size // whole
-    return ours(dataclasses.replace(leaf.spec, shape=tuple(shape)), tensor)
+    return to_our_dims(dataclasses.replace(leaf.spec, shape=tuple(shape)), tensor)
 
 
 def key(at: Iterable[int]) -> str:

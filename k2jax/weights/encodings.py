@@ -1,7 +1,7 @@
 """One weight as the tensors that hold it: plain, FP8 or INT4; and a folder seen in another form.
 
-"Tensors" is what `Folder`, `Stored` and `Recoded` have in common: names to iterate over, `shape`,
-`dtype`, `file` and `read(name, rows)` of each, all under published names.
+"Tensors" is what `Folder`, `ConvertedCheckpoint` and `ReencodedTensors` have in common: names to
+iterate over, `shape`, `dtype`, `file` and `read(name, rows)` of each, all under published names.
 """
 
 import re
@@ -145,7 +145,7 @@ def _check_int4_shape(tensors: Tensors, weight: str) -> None:
         )
 
 
-class Recoded:
+class ReencodedTensors:
     """Tensors seen in another format; values are made when they are read.
 
     Attributes:

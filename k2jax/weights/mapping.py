@@ -24,16 +24,16 @@ VISION = ("vision_tower.", "mm_projector.")
 # Only a multi-token-prediction layer has this tensor [DSV3 README_WEIGHTS].
 MTP = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
 
-Where = tuple[int, ...]
+StackIndex = tuple[int, ...]
 
 
-def slots(spec: ParamSpec) -> Iterator[tuple[Where, str]]:
+def stack_slots(spec: ParamSpec) -> Iterator[tuple[StackIndex, str]]:
     """Every position in a parameter's stack, and the published tensor that fills it."""
     for where in itertools.product(*map(range, spec.stack)):
         yield where, published_name(spec, where)
 
 
-def published_name(spec: ParamSpec, where: Where) -> str:
+def published_name(spec: ParamSpec, where: StackIndex) -> str:
     """The published tensor that fills one position in a parameter's stack."""
     numbers = {"l": 0, "e": 0}
     for axis, at in zip(spec.axes, where, strict=False):
@@ -76,7 +76,7 @@ def place(
             name
             for leaf in specs.values()
             if leaf.group != "bias"
-            for _, name in slots(leaf)
+            for _, name in stack_slots(leaf)
             if encoding(source, name) == "plain"
         )
         half = all(source.dtype(name) == jnp.bfloat16 for name in plain)
@@ -98,13 +98,13 @@ def check(source: Tensors, specs: Mapping[str, ParamSpec], where: str) -> None:
     Raises:
         ConfigError: the first tensor that is missing, unknown, or of another shape or dtype.
     """
-    wanted = {name: (ours, leaf) for ours, leaf in specs.items() for _, name in slots(leaf)}
+    wanted = {name: (ours, leaf) for ours, leaf in specs.items() for _, name in stack_slots(leaf)}
     for name, (ours, leaf) in wanted.items():
         if not encoding(source, name):
             raise ConfigError(f"{where} has no tensor {name!r}, a part of {ours!r}")
         check_parts(source, name, leaf.published_shape)
     known = wanted.keys() | {name for leaf in specs.values() for name in leaf.copies}
-    mtp = beyond(source, specs)
+    mtp = extra_mtp_prefixes(source, specs)
     for name in source:
         if weight_of(name) not in known and not (
             name.startswith((*mtp, *VISION)) or name.endswith(JUNK)
@@ -114,7 +114,7 @@ def check(source: Tensors, specs: Mapping[str, ParamSpec], where: str) -> None:
             )
 
 
-def beyond(source: Tensors, specs: Mapping[str, ParamSpec]) -> tuple[str, ...]:
+def extra_mtp_prefixes(source: Tensors, specs: Mapping[str, ParamSpec]) -> tuple[str, ...]:
     """Starts of the names of layers that predict further tokens and are no part of the model."""
     layers = max(
         leaf.first_layer + leaf.shape[0] for leaf in specs.values() if leaf.axes[0] in LAYER_AXES
@@ -143,10 +143,10 @@ def _part(source: Tensors, leaf: ParamSpec, name: str, index: tuple[slice, ...])
     """One device's part of a tensor; only the rows it needs are read and decoded."""
     if leaf.contracted == 1 and len(index) == 2:
         return decode(source, name, index[1]).T[index[0]]
-    return ours(leaf, decode(source, name))[index]
+    return to_our_dims(leaf, decode(source, name))[index]
 
 
-def ours(leaf: ParamSpec, tensor: np.ndarray) -> np.ndarray:
+def to_our_dims(leaf: ParamSpec, tensor: np.ndarray) -> np.ndarray:
     """A published [out, in] matrix as our [in..., out...], without a copy."""
     if not leaf.contracted:
         return tensor
@@ -169,7 +169,7 @@ def to_published(
     for name, leaf in specs.items():
         whole = np.asarray(params[name])
         kind = whole.dtype if dtype is None or leaf.group == "bias" else jnp.dtype(dtype)
-        for where, published in slots(leaf):
+        for where, published in stack_slots(leaf):
             tensor = whole[where]
             if leaf.contracted:
                 tensor = tensor.reshape(leaf.matrix).T

@@ -14,7 +14,7 @@ from k2jax.params.spec import LAYER_AXES, ParamSpec
 from k2jax.weights import quant
 from k2jax.weights.encodings import FP8_WEIGHTS, INT4_WEIGHTS, JUNK, Kind, parts
 from k2jax.weights.hf_folder import TEXT
-from k2jax.weights.mapping import slots
+from k2jax.weights.mapping import stack_slots
 from k2jax.weights.safetensors import NAMES
 
 WEIGHTS = {"fp8": FP8_WEIGHTS, "int4": INT4_WEIGHTS}
@@ -74,7 +74,7 @@ def published_tensors(specs: Mapping[str, ParamSpec], release: Release) -> dict[
     found: dict[str, Kind] = {}
     for leaf in specs.values():
         dtype = np.dtype("float32") if leaf.group == "bias" else quant.BF16
-        for name in (*(name for _, name in slots(leaf)), *leaf.copies):
+        for name in (*(name for _, name in stack_slots(leaf)), *leaf.copies):
             found |= _held(name, leaf.published_shape, dtype, release.form)
     layers = {leaf.axes[0]: leaf for leaf in specs.values() if leaf.axes[0] in LAYER_AXES}
     count = sum(leaf.shape[0] for leaf in layers.values())

@@ -14,11 +14,11 @@ from k2jax.model import Kimi, Model
 from k2jax.params.declare import abstract, specs
 from k2jax.params.spec import ParamSpec
 from k2jax.text.jinja_template import open_tokenizer
-from k2jax.weights.converted_read import Stored
+from k2jax.weights.converted_read import ConvertedCheckpoint
 from k2jax.weights.converted_write import check_files
 from k2jax.weights.hf_config import read_published
 from k2jax.weights.hf_folder import INDEX, SINGLE, Folder
-from k2jax.weights.mapping import beyond, check, load_published, place
+from k2jax.weights.mapping import check, extra_mtp_prefixes, load_published, place
 
 
 def load(path: str | Path, dtype: str | None = None) -> Model:
@@ -80,7 +80,7 @@ class Source:
         config = read_published(self.folder)
         bare = dataclasses.replace(config, mtp_layers=0)
         # What predicts further is often left out, while config.json goes on naming it.
-        kept = config.mtp_layers and beyond(Folder(self.folder), specs(Kimi(bare)))
+        kept = config.mtp_layers and extra_mtp_prefixes(Folder(self.folder), specs(Kimi(bare)))
         return config if kept else bare
 
     def params(self, specs: Mapping[str, ParamSpec], dtype: str | None) -> dict[str, jax.Array]:
@@ -98,7 +98,7 @@ class Source:
         held = {name: leaf for name, leaf in specs.items() if "mtp_layers" not in leaf.axes}
         beside = len(held) < len(specs) and "mtp.norm" not in saved and meta.get("converted")
         if meta.get("quantised") or beside:
-            stored = Stored(step, meta, held if beside else specs)
+            stored = ConvertedCheckpoint(step, meta, held if beside else specs)
             check(stored, specs, str(step))
             return place(stored, specs, dtype)
         wanted = abstract(specs, dtype or saved.get("head", ("", "float32"))[1])

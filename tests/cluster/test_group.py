@@ -14,7 +14,7 @@ from k2jax.cluster import preflight
 from k2jax.cluster import rendezvous as meet
 from k2jax.cluster.detect import Place
 from k2jax.cluster.group import Group, difference
-from k2jax.cluster.rendezvous import AGAIN, Lost
+from k2jax.cluster.rendezvous import EXIT_RETRY, Lost
 from k2jax.config import ConfigError
 
 
@@ -221,7 +221,7 @@ def test_a_lost_process_ends_the_others_with_one_line_that_names_it(victim, numb
         for job in jobs:
             if job is not jobs[victim]:
                 _, said = job.communicate(timeout=20)
-                assert job.returncode == AGAIN
+                assert job.returncode == EXIT_RETRY
                 assert said.startswith(f"k2jax: process {victim} ({socket.gethostname()}) {how};")
                 assert said.count("\n") == 1
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from k2jax.checkpoint import Checkpoints
-from k2jax.cluster import AGAIN
+from k2jax.cluster import EXIT_RETRY
 from k2jax.training.loop import read_metrics
 
 SIZES = {
@@ -102,7 +102,7 @@ def test_a_run_in_two_processes_loses_one_and_goes_on_as_if_nothing_had_happened
     began = time.monotonic()
     (code, _, said), (victim, _, _) = job.end(60)
     assert time.monotonic() - began < 30
-    assert (code, victim) == (AGAIN, -signal.SIGKILL)
+    assert (code, victim) == (EXIT_RETRY, -signal.SIGKILL)
     assert said == [
         f"k2jax: process 1 ({HOST}) is gone; the run ends here, and the same command on all hosts"
         " goes on from the newest checkpoint"
@@ -214,7 +214,7 @@ def test_a_preemption_notice_to_one_process_saves_the_same_step_on_all(place, tm
     job.until(3)
     job.processes[1].send_signal(signal.SIGTERM)
     (code, said, _), (other, _, _) = job.end(60)
-    assert (code, other) == (AGAIN, AGAIN)
+    assert (code, other) == (EXIT_RETRY, EXIT_RETRY)
     step = Checkpoints(tmp_path / "out").latest()
     assert f"stopped and saved at step {step}; the same command goes on from there" in said
     assert json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])["step"] == step

@@ -18,7 +18,7 @@ from k2jax.conversion import convert
 from k2jax.conversion import write as writer
 from k2jax.model import Kimi
 from k2jax.params.declare import initial, specs
-from k2jax.sharding import make
+from k2jax.sharding import make_mesh
 from k2jax.weights import converted_write as chunks
 from k2jax.weights import manifest, quant
 from k2jax.weights.hf_config import from_published
@@ -159,7 +159,7 @@ def loaded(path, dtype=None):
 def test_either_kind_of_folder_loads_to_the_same_weights(tmp_path, sources, form, kept):
     convert(sources[form], tmp_path / "ours", format=kept)
     assert_same(loaded(tmp_path / "ours", "bfloat16"), loaded(sources[form], "bfloat16"))
-    with jax.set_mesh(make(MeshConfig(data=2, expert=2, model=2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=2, model=2))):
         model = k2jax.load(tmp_path / "ours", "bfloat16")
         gate = model.params["layers.moe.experts.gate"]
         assert gate.sharding.shard_shape(gate.shape) == (2, 2, 80, 32)

@@ -65,7 +65,7 @@ def test_every_byte_and_eos_is_scored_once(model, scored):
 
 
 def test_a_mesh_scores_the_same(scored):
-    with jax.set_mesh(sharding.make(MeshConfig(data=2, expert=2, model=2))):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))):
         found = evaluate.score(drawn(), TEXTS, rows=3, stride=8)  # 3 rows become 4
     assert found["nats_per_token"] == pytest.approx(scored["nats_per_token"], abs=1e-5)
 

@@ -96,7 +96,7 @@ def test_a_deep_stack_is_looped_over_with_the_same_result(monkeypatch, deepest):
 def test_a_mesh_decodes_the_same():
     token_BT, lengths = rows_of(KIMI, 4), np.array([5, 1, 8, 3], np.int32)
     alone = stepped(KIMI, drawn(KIMI), token_BT, lengths, slots=12)
-    with jax.set_mesh(sharding.make(MeshConfig(data=2, expert=2, model=2))):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))):
         found = stepped(KIMI, drawn(KIMI), token_BT, lengths, slots=12)
     np.testing.assert_allclose(found, alone, atol=1e-5, rtol=0)
 
@@ -107,7 +107,7 @@ def mixed_few(x_BTD: np.ndarray, few: int, layer: int = 1) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moe, "FEW", few)
         return np.asarray(
-            moe.mixture_of_few(one, w.experts, jnp.int32(layer), jnp.asarray(x_BTD), KIMI)
+            moe.moe_small_batch(one, w.experts, jnp.int32(layer), jnp.asarray(x_BTD), KIMI)
         )
 
 
@@ -132,5 +132,5 @@ def test_experts_nobody_chose_are_not_read():
         poisoned[name] = poisoned[name].at[1, idle].set(jnp.nan).at[0].set(jnp.nan)
     w = bind(Kimi(KIMI), poisoned).layers.moe
     one = bind(moe.Moe(KIMI, "moe_layers"), sliced(1))
-    y_BTD = moe.mixture_of_few(one, w.experts, jnp.int32(1), jnp.asarray(x_BTD), KIMI)
+    y_BTD = moe.moe_small_batch(one, w.experts, jnp.int32(1), jnp.asarray(x_BTD), KIMI)
     assert np.isfinite(np.asarray(y_BTD)).all()

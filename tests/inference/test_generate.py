@@ -106,7 +106,7 @@ def test_lengths_share_few_programs_and_waste_at_most_a_quarter():
 
 
 def test_a_mesh_generates_the_same_even_one_that_splits_the_sequence(greedy):
-    with jax.set_mesh(sharding.make(MeshConfig(data=2, context=2, model=2))):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, context=2, model=2))):
         assert sampling.generate(drawn(), PROMPTS, 6, stop=()) == greedy
 
 

@@ -13,13 +13,13 @@ from k2jax.ops.attention.blockwise import BLOCK
 from k2jax.ops.moe import dispatch
 from k2jax.ops.moe.dispatch import Dispatch
 
-EXCHANGE = Dispatch("exchange", 0.5)
+EXCHANGE = Dispatch("alltoall", 0.5)
 CFG = ModelConfig(nope=16, rope=8, value=16)
 
 
 @pytest.fixture
 def mesh():
-    with jax.set_mesh(sharding.make(MeshConfig(data=2, expert=4))):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=4))):
         yield
 
 
@@ -60,7 +60,7 @@ def no_products(monkeypatch):
 
 @pytest.mark.parametrize("config", [None, MeshConfig(data=2)], ids=str)
 def test_right_attention_passes(config, no_products):
-    with jax.set_mesh(sharding.make(config)) if config else contextlib.nullcontext():
+    with jax.set_mesh(sharding.make_mesh(config)) if config else contextlib.nullcontext():
         check.check_kernels(Dispatch(), CFG, BLOCK + 1)
 
 

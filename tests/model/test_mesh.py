@@ -92,7 +92,7 @@ def computed(
     if config is None:
         result = run(lambda a, axes: jnp.asarray(a))
     else:
-        mesh = sharding.make(config)
+        mesh = sharding.make_mesh(config)
         place = lambda axes: jax.NamedSharding(mesh, sharding.storage_spec(axes))
         with jax.set_mesh(mesh):
             result = run(lambda a, axes: jax.device_put(a, place(axes)))
@@ -131,7 +131,7 @@ def test_loss_statistics_and_gradients_are_those_of_one_device_on(mesh):
     "mesh", [MeshConfig(data=2, expert=2, model=2), MeshConfig(expert=2, context=2)], ids=str
 )
 def test_an_exchange_in_rounds_gives_those_of_one_device_on(mesh):
-    assert_close(computed(packed(), mesh, dispatch=Dispatch("exchange", 0.75)), whole())
+    assert_close(computed(packed(), mesh, dispatch=Dispatch("alltoall", 0.75)), whole())
 
 
 def test_packed_documents_are_computed_as_if_each_had_its_row():

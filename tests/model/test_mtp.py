@@ -212,7 +212,7 @@ def test_one_documents_predictions_do_not_depend_on_another():
     def run(p, batch):
         w = bind(Kimi(CFG), p)
         x, aux = hidden(w, batch, CFG, "float32")
-        return [f.x_BTD for f in mtp.further(w, x, batch, aux, CFG, "float32")[0]]
+        return [f.x_BTD for f in mtp.mtp_forward(w, x, batch, aux, CFG, "float32")[0]]
 
     for k, (a, b) in enumerate(zip(run(params(), batch), run(params(), other), strict=True), 1):
         np.testing.assert_array_equal(a[:, : 7 - k], b[:, : 7 - k])  # the rest sees no token i + k
@@ -225,8 +225,8 @@ def test_one_documents_predictions_do_not_depend_on_another():
 def test_a_mesh_gives_the_same_losses(mesh):
     program = build(dataclasses.replace(RUN, mesh=mesh))
     _, right = trained()
-    with jax.set_mesh(sharding.make(mesh)):
-        sharding.check(program.specs, mesh, LENGTH)
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        sharding.check_divisible(program.specs, mesh, LENGTH)
         place = lambda a, spec: jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec))
         on_mesh = {n: place(a, sharding.storage_spec(program.specs[n].axes))
                    for n, a in params().items()}  # fmt: skip

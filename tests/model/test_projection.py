@@ -54,7 +54,7 @@ TRAVELS = [(None, "bf16", 2**-7), ("float32", "f32", 1e-5)]
 
 @pytest.mark.parametrize(("grad_dtype", "name", "tolerance"), TRAVELS)
 def test_gradients_are_scattered_as_they_are_summed_and_in_that_dtype(grad_dtype, name, tolerance):
-    mesh = sharding.make(MESH)
+    mesh = sharding.make_mesh(MESH)
     with jax.set_mesh(mesh):
         gradient, *args = with_gradient(grad_dtype, mesh)
         text = gradient.lower(*args).as_text()

@@ -19,7 +19,7 @@ from k2jax.model import Kimi, attention, hidden, plain
 from k2jax.model.norm import rms_norm
 from k2jax.model.rope import frequencies, rotate, rotation
 from k2jax.model.router import route
-from k2jax.optim import muonclip, newton_schulz, qk_clip, scale_by_muon, shrink
+from k2jax.optim import clip_factor, muonclip, newton_schulz, qk_clip, scale_by_muon
 from k2jax.params.declare import bind, initial, specs
 from k2jax.training.step import build
 
@@ -165,7 +165,7 @@ def clipped(cfg, logit_max, params=None, updates=None):
 def test_trap_14_qk_clip_is_per_head_signed_and_leaves_shared_keys_and_values():
     top = [[50.0, 400.0, 100.0], [-3.0, -jnp.inf, 99.0], [1e4, -1e9, 0.0]]
     np.testing.assert_allclose(
-        shrink(jnp.asarray(top), 100.0), [[1, 0.25, 1], [1, 1, 1], [0.01, 1, 1]], rtol=1e-6
+        clip_factor(jnp.asarray(top), 100.0), [[1, 0.25, 1], [1, 1, 1], [0.01, 1, 1]], rtol=1e-6
     )
     new = clipped(CLIPPED, top)
     assert all(np.isfinite(leaf).all() for leaf in new.values())

@@ -59,7 +59,7 @@ def test_updates_are_those_without_a_mesh(mesh, settings):
     tx, grads = scale_by_muon(SPECS, dtype="float32", **settings), gradients()
     plain = scale_by_muon(SPECS, dtype="float32")
     right, _ = jax.jit(plain.update)(grads, plain.init(grads))
-    with jax.set_mesh(sharding.make(mesh)):
+    with jax.set_mesh(sharding.make_mesh(mesh)):
         here = placed(grads)
         found, state = jax.jit(tx.update)(here, tx.init(here))
     for name, u in found.items():
@@ -70,7 +70,7 @@ def test_updates_are_those_without_a_mesh(mesh, settings):
 def compiled(names, settings=None) -> tuple[dict[str, list[str]], float]:
     """Kinds of collectives with the computation they are in, and FLOPs of products a device."""
     tx = scale_by_muon({n: SPECS[n] for n in names}, dtype="float32", **(settings or {}))
-    with jax.set_mesh(sharding.make(MESH)):
+    with jax.set_mesh(sharding.make_mesh(MESH)):
         here = placed(gradients(names))
         text = jax.jit(tx.update).lower(here, tx.init(here)).compile().as_text()
     return collectives(text), account(text).flops
@@ -120,7 +120,7 @@ def test_a_large_matrix_is_divided_over_all_devices():
 
 def test_bfloat16_is_exchanged_as_such():
     tx = scale_by_muon({"experts": SPECS["experts"]})
-    with jax.set_mesh(sharding.make(MESH)):
+    with jax.set_mesh(sharding.make_mesh(MESH)):
         here = placed(gradients(["experts"]))
         text = str(jax.jit(tx.update).trace(here, tx.init(here)).jaxpr)
     moved = re.findall(r":(\w+)\[[\d,]*\](?:\{[^}]*\})? = all_to_all", text)

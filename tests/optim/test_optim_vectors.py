@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from k2jax.optim import muonclip, newton_schulz, qk_clip, scale_by_muon, shrink
+from k2jax.optim import clip_factor, muonclip, newton_schulz, qk_clip, scale_by_muon
 from k2jax.params.spec import ParamSpec
 
 G = jnp.asarray([[1, 2, 3], [4, 5, 6]], "float32")
@@ -82,7 +82,7 @@ def test_qk_clip_of_a_head_at_250_brings_it_to_100():
         "q": ParamSpec((*axes, "qk"), (1, 5, heads, nope + rope), 1, "muon", "q"),
         "kv": ParamSpec((*axes, "kv"), (1, 5, heads, nope + value), 1, "muon", "kv"),
     }
-    np.testing.assert_allclose(shrink(jnp.asarray(250.0), 100.0), 0.4, rtol=1e-7)
+    np.testing.assert_allclose(clip_factor(jnp.asarray(250.0), 100.0), 0.4, rtol=1e-7)
     params = {name: jnp.ones(spec.shape) for name, spec in specs.items()}
     tx = qk_clip(100.0, specs, nope=nope)
     zero = jax.tree.map(jnp.zeros_like, params)

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from k2jax.config import ConfigError
-from k2jax.optim import muonclip, qk_clip, shrink
+from k2jax.optim import clip_factor, muonclip, qk_clip
 from k2jax.params.spec import ParamSpec
 
 LAYERS, IN, HEADS, WIDTH = 3, 6, 2, 4
@@ -58,7 +58,7 @@ def test_it_clips_what_the_step_leaves_not_what_it_found():
 
 
 def test_negative_and_missing_maxima_clip_nothing():
-    np.testing.assert_array_equal(shrink(jnp.asarray([-5.0, -jnp.inf, 0.0, TAU]), TAU), 1)
+    np.testing.assert_array_equal(clip_factor(jnp.asarray([-5.0, -jnp.inf, 0.0, TAU]), TAU), 1)
 
 
 def test_layers_of_two_stacks_and_single_ones_find_their_rows():

@@ -15,7 +15,7 @@ from k2jax.plan.step_flops import Case
 SMALL = {
     "model.moe_layers": "2", "train.dtype": "bfloat16", "train.remat": "full",
     "optim.name": "adamw", "mesh.data": "2", "mesh.expert": "2", "mesh.model": "2",
-    "train.dispatch": "exchange",
+    "train.dispatch": "alltoall",
 }  # fmt: skip
 COMPILERS = {"c": "jax", "v": "libtpu", "h": "jax_plugins.xla_cuda13"}
 RUN = override(configs.load("tiny"), SMALL)

@@ -39,7 +39,9 @@ def test_the_inventory_is_what_the_model_declares(name):
 def test_useful_work_is_what_describe_counts(name):
     run = configs.load(name)
     counted = describe(run)["flops"]["train_flops_per_token"]
-    assert work.useful(run) == pytest.approx(counted, rel=1e-4)  # describe halves an odd number
+    assert work.model_flops_per_token(run) == pytest.approx(
+        counted, rel=1e-4
+    )  # describe halves an odd number
 
 
 @pytest.mark.parametrize("name", ["kimi_k2", "moonlight_16b_a3b", "deepseek_v3"])
@@ -47,7 +49,7 @@ def test_arguments_are_the_bytes_of_the_traced_state(name):
     from k2jax import sharding
 
     run = configs.load(name)
-    with sharding.pretend(run.mesh):
+    with sharding.use_abstract_mesh(run.mesh):
         state, batch = build(run).abstract_state(), build(run).abstract_batch()
     import jax
 
@@ -75,7 +77,9 @@ def test_work_of_a_step_with_nothing_repeated_is_what_counts_as_useful():
     # Half of the blocks on the diagonal is hidden; the backward pass makes scores and logits anew.
     hidden = 3 * 2 * 61 * 64 * 320 * (BLOCK - 1) / 2
     again = 2 * 61 * 64 * 192 * (4096 + BLOCK) / 2 + 2 * 163_840 * 7168
-    assert work.step_flops(case) == pytest.approx((work.useful(run) + hidden + again) * 4096)
+    assert work.step_flops(case) == pytest.approx(
+        (work.model_flops_per_token(run) + hidden + again) * 4096
+    )
 
 
 def test_blocks_are_those_of_the_model():
@@ -105,7 +109,7 @@ def test_expert_traffic_by_gathering_and_by_exchange():
     mesh = MeshConfig(data=32, expert=32)
     rows = 60 * 2 * 4096 * 7168  # bf16 rows of a device's tokens, all layers
     sent = lambda way: traffic.step_wire(Case(override(ONE_ROW, {"train.dispatch": way}), mesh, 1))
-    gather, exchange = sent("gather"), sent("exchange")
+    gather, exchange = sent("allgather"), sent("alltoall")
     # Forward, again, backward; and back twice.
     more = lambda kind: gather[kind]["expert"] - exchange[kind]["expert"]
     assert more("all-gather") == pytest.approx(3 * 31 * rows)

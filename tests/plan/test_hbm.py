@@ -16,7 +16,7 @@ from k2jax.training.step import build
 
 def kept(run, mesh):
     """Bytes on a device of all that the backward pass is given."""
-    with sharding.pretend(mesh):
+    with sharding.use_abstract_mesh(mesh):
         program = build(run)
         params, batch = program.abstract_state().params, program.abstract_batch()
         place = lambda a: NamedSharding(
@@ -38,7 +38,7 @@ def kept(run, mesh):
     ("name", "mesh", "more"),
     [
         ("tiny", MeshConfig(expert=8), {}),
-        ("tiny", MeshConfig(expert=8), {"train.dispatch": "exchange"}),
+        ("tiny", MeshConfig(expert=8), {"train.dispatch": "alltoall"}),
         ("small", MeshConfig(data=2, context=4), {}),
         ("small", MeshConfig(data=2, expert=4), {"train.dtype": "bfloat16"}),
         ("small", MeshConfig(context=2, model=4), {}),

@@ -24,7 +24,7 @@ def traced(run, mesh):
     """Collectives of Muon's update, as `plan` counts them."""
     leaves = {name: leaf for name, leaf in specs(Kimi(run.model)).items() if leaf.group == "muon"}
     tx = scale_by_muon(leaves, dtype=run.optim.ns_dtype)
-    with sharding.pretend(mesh):
+    with sharding.use_abstract_mesh(mesh):
         at_rest = lambda leaf: PartitionSpec(*(split(axis, mesh.sizes) for axis in leaf.axes))
         shape = lambda leaf: jax.ShapeDtypeStruct(
             leaf.shape, jnp.float32,

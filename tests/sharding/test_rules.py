@@ -49,7 +49,7 @@ def test_k2_stores_and_uses_by_the_plan(name):
 
 
 def test_what_would_rest_whole_for_want_of_an_expert_axis_is_split_over_data():
-    with sharding.pretend(MeshConfig(data=8)):
+    with sharding.use_abstract_mesh(MeshConfig(data=8)):
         assert sharding.storage_spec(LEAVES["layers.attention.q_down"].axes) == P(
             None, "data", None
         )
@@ -62,7 +62,7 @@ def test_activations_are_split_over_every_axis_that_carries_tokens():
 
 
 def test_a_device_of_the_k2_mesh_rests_its_share_of_the_experts_and_a_little_more_of_the_rest():
-    with sharding.pretend(K2.mesh):
+    with sharding.use_abstract_mesh(K2.mesh):
         arrays = abstract(LEAVES)
     rests = {name: math.prod(a.sharding.shard_shape(a.shape)) for name, a in arrays.items()}
     experts = {name: n for name, n in rests.items() if ".experts." in name}
@@ -74,7 +74,7 @@ def test_a_device_of_the_k2_mesh_rests_its_share_of_the_experts_and_a_little_mor
 def test_a_run_on_its_own_mesh_is_not_refused():
     for name in configs.NAMES:
         run = configs.load(name)
-        sharding.check(specs(Kimi(run.model)), run.mesh, run.data.context)
+        sharding.check_divisible(specs(Kimi(run.model)), run.mesh, run.data.context)
 
 
 REFUSED = [
@@ -89,7 +89,7 @@ REFUSED = [
 @pytest.mark.parametrize(("mesh", "says"), REFUSED, ids=lambda value: str(value)[:12])
 def test_a_mesh_that_does_not_divide_is_refused_in_one_line(mesh, says):
     with pytest.raises(ConfigError) as error:
-        sharding.check(LEAVES, mesh, K2.data.context)
+        sharding.check_divisible(LEAVES, mesh, K2.data.context)
     assert says in str(error.value)
     assert str(error.value).startswith(f"mesh {mesh} splits ")
     assert "\n" not in str(error.value)
@@ -97,7 +97,7 @@ def test_a_mesh_that_does_not_divide_is_refused_in_one_line(mesh, says):
 
 def test_a_mesh_of_more_devices_than_there_are_is_refused_with_both_numbers():
     with pytest.raises(ConfigError, match="mesh data=3 model=4 takes 12 devices, there are 8;"):
-        sharding.make(MeshConfig(data=3, model=4))
+        sharding.make_mesh(MeshConfig(data=3, model=4))
 
 
 # Tracing takes seconds; the other releases have these shapes, and the small runs are really run.
@@ -108,7 +108,7 @@ NAMES = [n if n in TRACED else pytest.param(n, marks=pytest.mark.slow) for n in 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_full_size_traces_without_devices_and_keeps_every_layout(name):
     run = configs.load(name)
-    with sharding.pretend(run.mesh) as mesh:
+    with sharding.use_abstract_mesh(run.mesh) as mesh:
         program = build(run)
         state, batch = program.abstract_state(), program.abstract_batch()
         after, metrics = jax.eval_shape(program.step, state, batch)
@@ -125,7 +125,7 @@ def test_a_step_of_full_size_traces_without_devices_and_keeps_every_layout(name)
 def test_one_device_is_a_mesh_too():
     run = configs.load("kimi_k2")
     run = dataclasses.replace(run, mesh=MeshConfig())
-    with sharding.pretend(run.mesh):
+    with sharding.use_abstract_mesh(run.mesh):
         program = build(run)
         after, _ = jax.eval_shape(program.step, program.abstract_state(), program.abstract_batch())
     assert after.params.keys() == LEAVES.keys()

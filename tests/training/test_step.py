@@ -110,7 +110,7 @@ def trained(run: RunConfig) -> list[dict[str, np.ndarray]]:
 
     if run.mesh.devices == 1:
         return steps()
-    with jax.set_mesh(sharding.make(run.mesh)):
+    with jax.set_mesh(sharding.make_mesh(run.mesh)):
         return steps()
 
 

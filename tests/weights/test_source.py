@@ -9,7 +9,7 @@ from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, to_json
 from k2jax.model import Kimi
 from k2jax.params.declare import initial, specs
-from k2jax.sharding import make
+from k2jax.sharding import make_mesh
 from k2jax.text.kimi_tokenizer import FILE, Tokenizer
 from k2jax.text.train_bpe import train_tokenizer
 from k2jax.weights.mapping import to_published
@@ -104,7 +104,7 @@ def test_a_given_dtype_is_that_of_all_but_the_router_bias(run, published, dtype)
 
 
 def test_weights_start_a_run_in_float32_on_its_mesh(run, published, params):
-    with jax.set_mesh(make(MeshConfig(data=2, expert=2, model=2))):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=2, model=2))):
         for path in (run, published):
             start = initial_params(path, LEAVES)
             assert {str(leaf.dtype) for leaf in start.values()} == {"float32"}

@@ -10,7 +10,7 @@ BEGIN, END = 4, 8  # of the visits to a block that is held
 NOBODY = 2**30  # padding, which rows end with, comes after every document
 
 
-class Visits(NamedTuple):
+class BlockSchedule(NamedTuple):
     """Pairs of blocks; those of a block that is held stand one after the other."""
 
     batch_N: jax.Array
@@ -40,7 +40,7 @@ def kinds(segment_BT: jax.Array, block: int) -> jax.Array:
     return jnp.where(every, ALL, jnp.where(some, SOME, 0))
 
 
-def visits(kind_BQK: jax.Array, keys_held: bool) -> tuple[Visits, jax.Array]:
+def visits(kind_BQK: jax.Array, keys_held: bool) -> tuple[BlockSchedule, jax.Array]:
     """Table of visits, and how many of its rows are to be used.
 
     Args:
@@ -59,4 +59,4 @@ def visits(kind_BQK: jax.Array, keys_held: bool) -> tuple[Visits, jax.Array]:
     number_N, what_N = (column[:rows] for column in columns)
     batch_N, held_N, passing_N = jnp.unravel_index(number_N, visit.shape)
     query_N, key_N = (passing_N, held_N) if keys_held else (held_N, passing_N)
-    return Visits(batch_N, query_N, key_N, what_N), visit.sum(dtype=jnp.int32)
+    return BlockSchedule(batch_N, query_N, key_N, what_N), visit.sum(dtype=jnp.int32)

@@ -12,7 +12,7 @@ BLOCK = 512  # queries, and keys, that meet at a time
 NONE = -1e30  # below every logit; finite, so that differences are
 
 
-def mix(
+def causal_attention(
     q_BHTC: jax.Array, k_BHSC: jax.Array, v_BHSV: jax.Array, segment_BT: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
     """Values mixed by causal softmax weights `y_BHTV`, and each query's largest logit `top_BHT`.
@@ -33,7 +33,7 @@ def mix(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def by_scores(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale: float):
-    """`mix` with all scores at once.
+    """`causal_attention` with all scores at once.
 
     The backward pass makes the scores again from queries, keys and each row's log of the sum of
     exponentials: keeping them would cost more than making them.
@@ -85,7 +85,7 @@ def _hidden(segment_BT: jax.Array, keys_first: bool = False) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def by_blocks(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale: float):
-    """`mix`, queries and keys meeting in pairs of blocks.
+    """`causal_attention`, queries and keys meeting in pairs of blocks.
 
     Softmax sums are carried along [Rabe & Staats 2021; Dao 2022]. TPUs have kernels of our own, and
     GPUs for the dtypes and widths that these are `usable` for.

@@ -3,12 +3,13 @@
 Everything here sees one device (`shard_map`). Along the mesh axis `expert` each device holds
 `E / P` experts, in order, and a share of the tokens.
 
-* `gathered`: every device sees the tokens of all of them, runs its experts on those that chose
-  them, and the sums are scattered back. Bytes a token grow with the axis.
-* `exchanged`: a row a (token, choice) travels to the device of the expert and back, whatever the
-  size of the axis. What a device receives is known only when the router has spoken, so it goes in
-  rounds of a fixed buffer: as many as the fullest device needs, the same number everywhere. One
-  round in all but badly balanced steps, and nothing is ever dropped, unless `bounded` says so.
+* `dispatch_allgather`: every device sees the tokens of all of them, runs its experts on those that
+  chose them, and the sums are scattered back. Bytes a token grow with the axis.
+* `dispatch_alltoall`: one row per (token, choice) is sent to the expert's device and back, whatever
+  the size of the axis. How many rows a device receives is known only once the router has chosen, so
+  they are exchanged in rounds of a fixed buffer: as many as the fullest device needs, the same
+  number everywhere. One round in all but badly balanced steps, and nothing is ever dropped, unless
+  the kind is `alltoall_capacity`.
 """
 
 import functools
@@ -21,12 +22,12 @@ import jax.numpy as jnp
 from k2jax.ops.collectives import Pieces, exchange, scatter_sum
 from k2jax.ops.moe.expert_mlp import (
     Weights,
-    collect,
     expert_mlp,
+    permute_rows,
+    permute_tokens,
     sort_by_expert,
     sorted_mlp,
-    spread,
-    turned,
+    unpermute_and_sum,
 )
 
 AXIS = "expert"
@@ -36,11 +37,11 @@ ALIGNED = 8  # rows of a buffer are a multiple of this
 class Dispatch(NamedTuple):
     """How tokens meet their experts; the fields of `TrainConfig`."""
 
-    kind: str = "gather"
+    kind: str = "allgather"
     buffer: float = 2.0
 
 
-def gathered(
+def dispatch_allgather(
     x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, weights: Weights
 ) -> jax.Array:
     """This device's tokens through their experts. `weights` are those of its own experts."""
@@ -50,7 +51,7 @@ def gathered(
     return scatter_sum(y_ND, AXIS, 0)
 
 
-def exchanged(
+def dispatch_alltoall(
     x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, weights: Weights,
     dispatch: Dispatch,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
@@ -64,15 +65,17 @@ def exchanged(
     order_M, place_M, size_E, weight_NK = sort_by_expert(expert_NK, weight_NK, experts)
     size_PE = jax.lax.all_gather(size_E, AXIS)
     length = buffer_rows(order_M.shape[0], devices, dispatch.buffer)
-    if dispatch.kind == "bounded":
+    if dispatch.kind == "alltoall_capacity":
         sent_PE, rounds = _within(size_PE, devices, length), jnp.int32(1)
     else:
         sent_PE, rounds = size_PE, _rounds(size_PE, devices, length)
-    x_MD = spread(x_ND, order_M, place_M)
-    weight_M1 = turned(weight_NK.reshape(-1, 1), order_M, place_M)
+    x_MD = permute_tokens(x_ND, order_M, place_M)
+    weight_M1 = permute_rows(weight_NK.reshape(-1, 1), order_M, place_M)
     sizes = Sizes(_begin(size_PE, 1), sent_PE, rounds)
     y_MD = _in_rounds(x_MD, weight_M1, weights, sizes, length)
-    return collect(y_MD, order_M, place_M, x_ND.shape[0]), 1 - sent_PE.sum() / size_PE.sum()
+    return unpermute_and_sum(
+        y_MD, order_M, place_M, x_ND.shape[0]
+    ), 1 - sent_PE.sum() / size_PE.sum()
 
 
 def buffer_rows(pairs: int, devices: int, buffer: float) -> int:

@@ -71,8 +71,10 @@ def sort_by_expert(expert_NK: jax.Array, weight_NK: jax.Array, experts: int):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def collect(y_MD: jax.Array, order_M: jax.Array, place_M: jax.Array, tokens: int) -> jax.Array:
-    """Sums of each token's sorted rows, in float32 and back: the opposite of `spread`.
+def unpermute_and_sum(
+    y_MD: jax.Array, order_M: jax.Array, place_M: jax.Array, tokens: int
+) -> jax.Array:
+    """Sums of each token's sorted rows, in float32 and back: the opposite of `permute_tokens`.
 
     A choice at a time, so that rows in the order of tokens are never all there.
     """
@@ -84,34 +86,34 @@ def collect(y_MD: jax.Array, order_M: jax.Array, place_M: jax.Array, tokens: int
 
 
 @jax.custom_vjp
-def spread(x_ND: jax.Array, order_M: jax.Array, place_M: jax.Array) -> jax.Array:
+def permute_tokens(x_ND: jax.Array, order_M: jax.Array, place_M: jax.Array) -> jax.Array:
     """A row for each sorted pair. Its gradient gathers: TPUs compile wide scatters for minutes."""
     return x_ND[order_M // (order_M.shape[0] // x_ND.shape[0])]
 
 
-collect.defvjp(
+unpermute_and_sum.defvjp(
     lambda y_MD, order_M, place_M, tokens: (
-        collect(y_MD, order_M, place_M, tokens),
+        unpermute_and_sum(y_MD, order_M, place_M, tokens),
         (order_M, place_M),
     ),
-    lambda _, saved, dy_ND: (spread(dy_ND, *saved), None, None),
+    lambda _, saved, dy_ND: (permute_tokens(dy_ND, *saved), None, None),
 )
-spread.defvjp(
+permute_tokens.defvjp(
     lambda x_ND, order_M, place_M: (
-        spread(x_ND, order_M, place_M),
+        permute_tokens(x_ND, order_M, place_M),
         (order_M, place_M, jnp.zeros((x_ND.shape[0], 0))),
     ),
-    lambda saved, dx_MD: (collect(dx_MD, *saved[:2], saved[2].shape[0]), None, None),
+    lambda saved, dx_MD: (unpermute_and_sum(dx_MD, *saved[:2], saved[2].shape[0]), None, None),
 )
 
 
 @jax.custom_vjp
-def turned(a_M1: jax.Array, order_M: jax.Array, place_M: jax.Array) -> jax.Array:
+def permute_rows(a_M1: jax.Array, order_M: jax.Array, place_M: jax.Array) -> jax.Array:
     """Rows in another order; `place_M` is its inverse, by which the gradient is gathered."""
     return a_M1[order_M]
 
 
-turned.defvjp(
+permute_rows.defvjp(
     lambda a_M1, order_M, place_M: (a_M1[order_M], place_M),
     lambda place_M, da_M1: (da_M1[place_M], None, None),
 )
@@ -155,10 +157,10 @@ def by_groups(
     weight_NK: jax.Array, weights: Weights,
 ) -> jax.Array:  # fmt: skip
     """`expert_mlp` of sorted pairs by grouped products."""
-    x_MD = spread(x_ND, order_M, place_M)
-    weight_M1 = turned(weight_NK.reshape(-1, 1), order_M, place_M)
+    x_MD = permute_tokens(x_ND, order_M, place_M)
+    weight_M1 = permute_rows(weight_NK.reshape(-1, 1), order_M, place_M)
     y_MD = sorted_by_groups(x_MD, weight_M1, weights, size_E)
-    return collect(y_MD, order_M, place_M, x_ND.shape[0])
+    return unpermute_and_sum(y_MD, order_M, place_M, x_ND.shape[0])
 
 
 # By blocks. Block i holds up to `rows` sorted pairs of one expert, which go through the whole MLP

@@ -7,7 +7,7 @@ import pytest
 
 from k2jax import sharding
 from k2jax.config import MeshConfig
-from k2jax.model.attention import softmax_mix
+from k2jax.model.attention import sharded_attention
 from k2jax.ops.attention import blockwise as attention
 from k2jax.ops.attention import tpu
 from k2jax.ops.attention.blockwise import BLOCK
@@ -51,7 +51,7 @@ def rows_of(mix):
 def test_values_gradients_and_largest_logits_are_those_of_whole_scores(length):
     inputs = drawn(length)
     right = differentiated(rows_of(attention.by_scores))(*inputs)
-    found = differentiated(softmax_mix)(*inputs)
+    found = differentiated(sharded_attention)(*inputs)
     # Sums of up to 1,124 float32 terms in another order.
     compare(found, [np.asarray(a) for a in right], 1e-5)
 
@@ -63,15 +63,15 @@ def test_values_gradients_and_largest_logits_are_those_of_whole_scores(length):
 )  # fmt: skip
 def test_on_a_mesh_they_are_those_of_one_device(config, length):
     inputs = drawn(length)
-    right = differentiated(softmax_mix)(*inputs)
+    right = differentiated(sharded_attention)(*inputs)
     heads = ("batch", "heads", "length", None)
-    with jax.set_mesh(sharding.make(config)):
+    with jax.set_mesh(sharding.make_mesh(config)):
         axes = (heads, heads, heads, ("batch", "length"), heads)
         mesh = jax.sharding.get_mesh()
         put = lambda a, axes: jax.device_put(
             a, jax.NamedSharding(mesh, sharding.storage_spec(axes))
         )
-        found = differentiated(softmax_mix)(*map(put, inputs, axes))
+        found = differentiated(sharded_attention)(*map(put, inputs, axes))
         compare(jax.device_get(found), [np.asarray(a) for a in right], 1e-5)
 
 

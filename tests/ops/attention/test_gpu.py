@@ -7,7 +7,7 @@ import pytest
 
 from k2jax import sharding
 from k2jax.config import MeshConfig
-from k2jax.model.attention import softmax_mix
+from k2jax.model.attention import sharded_attention
 from k2jax.ops.attention import gpu
 
 # 24 is no power of two; neither blocks of 16 nor of 8 divide the lengths.
@@ -93,12 +93,12 @@ def test_older_gpus_odd_widths_and_float32_get_no_kernel(monkeypatch):
 @pytest.mark.parametrize("config", [MeshConfig(data=2, model=2), MeshConfig(context=2)], ids=str)
 def test_programs_for_gpus_have_the_kernels_on_a_mesh_too(config):
     def step(q, k, v, segment, dy):
-        mix = lambda q, k, v: softmax_mix(q, k, v, segment, SCALE)
+        mix = lambda q, k, v: sharded_attention(q, k, v, segment, SCALE)
         y, back, top = jax.vjp(mix, q, k, v, has_aux=True)
         return y, top, back(dy)
 
     heads = ("batch", "heads", "length", None)
-    with jax.set_mesh(sharding.make(config)):
+    with jax.set_mesh(sharding.make_mesh(config)):
         mesh = jax.sharding.get_mesh()
 
         def array(axes, *shape, dtype="bfloat16"):

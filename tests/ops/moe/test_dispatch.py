@@ -10,17 +10,19 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax import sharding
 from k2jax.config import MeshConfig
-from k2jax.ops.moe.dispatch import Dispatch, buffer_rows, exchanged, gathered
+from k2jax.ops.moe.dispatch import Dispatch, buffer_rows, dispatch_allgather, dispatch_alltoall
 from k2jax.ops.moe.expert_mlp import reference_mlp, side_by_side
 
 N, D, F, E, K = 32, 6, 5, 8, 2  # tokens of all devices
 MESH = MeshConfig(data=2, expert=4)
 WAYS = {
-    "gather": lambda *a: (gathered(*a), 0.0),
-    "exchange": lambda *a: exchanged(*a, Dispatch("exchange", 2.0)),
-    "exchange in rounds": lambda *a: exchanged(*a, Dispatch("exchange", 0.5)),
-    "bounded": lambda *a: exchanged(*a, Dispatch("bounded", 1.0)),
-    "bounded, with room for all": lambda *a: exchanged(*a, Dispatch("bounded", 4.0)),
+    "allgather": lambda *a: (dispatch_allgather(*a), 0.0),
+    "alltoall": lambda *a: dispatch_alltoall(*a, Dispatch("alltoall", 2.0)),
+    "exchange in rounds": lambda *a: dispatch_alltoall(*a, Dispatch("alltoall", 0.5)),
+    "alltoall_capacity": lambda *a: dispatch_alltoall(*a, Dispatch("alltoall_capacity", 1.0)),
+    "bounded, with room for all": lambda *a: dispatch_alltoall(
+        *a, Dispatch("alltoall_capacity", 4.0)
+    ),
 }
 
 
@@ -72,7 +74,7 @@ def compiled(way):
 
 def on_mesh(way, x, expert, weight, weights, dy):
     """Values and gradients, and the share that was dropped, from arrays on the mesh."""
-    with jax.set_mesh(sharding.make(MESH)):
+    with jax.set_mesh(sharding.make_mesh(MESH)):
         mesh = jax.sharding.get_mesh()
         put = lambda a, spec: jax.device_put(np.asarray(a), jax.NamedSharding(mesh, spec))
         tokens = P(("data", "expert"))
@@ -84,7 +86,7 @@ def on_mesh(way, x, expert, weight, weights, dy):
 reference = differentiated(lambda *args: (reference_mlp(*args), jnp.zeros(())))
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "bounded"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "alltoall_capacity"])
 @pytest.mark.parametrize("case", ["random", "balanced", "skewed", "crowded", "one group idle"])
 def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(way, case):
     x, weight, weights, dy = drawn()
@@ -100,7 +102,7 @@ def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(way, case):
 def test_a_bounded_buffer_drops_the_last_rows_and_says_how_many():
     x, weight, weights, dy = drawn()
     expert = choices("crowded")
-    (y, *_), dropped = on_mesh("bounded", x, expert, weight, weights, dy)
+    (y, *_), dropped = on_mesh("alltoall_capacity", x, expert, weight, weights, dy)
     # Each group of 4 devices sends 32 rows to one device that takes 8: those of the first sender.
     assert float(dropped) == 0.75
     right, _ = reference(x, jnp.asarray(expert), weight, weights, dy)
