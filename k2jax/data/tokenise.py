@@ -21,7 +21,7 @@ import numpy as np
 
 from k2jax.config import ConfigError
 from k2jax.data import parts, pool
-from k2jax.data.open_data import TRAIN_CHARACTERS
+from k2jax.data.dataset import TRAIN_CHARACTERS
 from k2jax.data.parts import Part
 from k2jax.data.pool import Counters
 from k2jax.data.readers import Chat, Value, kind

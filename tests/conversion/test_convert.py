@@ -308,8 +308,8 @@ def test_chunks_are_cut_for_a_mesh(tmp_path, sources):
 
 KILL = """
 import os, sys
-from k2jax.checkpoint import chunks
-from k2jax.checkpoint import safetensors
+from k2jax.weights import converted_write as chunks
+from k2jax.weights import safetensors
 from k2jax.conversion import convert, write as writer
 left = [int(sys.argv[3])]
 before = chunks.write_bytes

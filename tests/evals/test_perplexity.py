@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from k2jax import sharding
+from k2jax.commands import evaluate as command
 from k2jax.config import ConfigError, MeshConfig, ModelConfig
 from k2jax.data.tokenise import tokenise
 from k2jax.evals import perplexity as evaluate
@@ -91,24 +92,24 @@ def test_texts_need_a_tokenizer(model):
 
 def test_all_of_a_file_is_scored_and_an_unknown_one_names_the_nearest(tmp_path):
     (tmp_path / "notes.txt").write_text("one\ntwo\n" * 4_000)
-    assert "".join(evaluate.texts(str(tmp_path / "notes.txt"))) == "one\ntwo\n" * 4_000
+    assert "".join(command.texts(str(tmp_path / "notes.txt"))) == "one\ntwo\n" * 4_000
     with pytest.raises(ConfigError, match=r"no data at .*did you mean 'notes.txt'"):
-        evaluate.texts(str(tmp_path / "note.txt"))
+        command.texts(str(tmp_path / "note.txt"))
 
 
 def test_the_command_prints_text_or_json(model, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
     (tmp_path / "a.txt").write_text("to be or not to be")
     parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
+    command.add_arguments(parser)
     given = ["folder", "--data", str(tmp_path / "a.txt"), "--rows", "2"]
-    assert evaluate.main(parser.parse_args([*given, "--json"])) == 0
+    assert command.main(parser.parse_args([*given, "--json"])) == 0
     result = json.loads(capsys.readouterr().out)
     assert list(result) == [
         "nats_per_token", "bits_per_byte", "perplexity", "tokens", "bytes", "seconds",
         "gzip_bits_per_byte", "xz_bits_per_byte",
     ]  # fmt: skip
-    assert evaluate.main(parser.parse_args(given)) == 0
+    assert command.main(parser.parse_args(given)) == 0
     assert f"{result['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
 
 
@@ -120,9 +121,9 @@ def test_a_folder_of_tokens_is_scored_on_what_it_holds_out(model, monkeypatch, c
     tokenise(*words, tokenizer=str(tmp_path / "tiktoken.model"), workers=1)
     monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
     parser = argparse.ArgumentParser()
-    evaluate.add_arguments(parser)
+    command.add_arguments(parser)
     given = parser.parse_args(["run", "--data", str(tmp_path / "tokens"), "--rows", "2", "--json"])
-    assert evaluate.main(given) == 0
+    assert command.main(given) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["bytes"], found["tokens"]) == (len("held out"), len("held out") + 1)
     other = Tokenizer({bytes([255 - i]): i for i in range(256)})
@@ -130,4 +131,4 @@ def test_a_folder_of_tokens_is_scored_on_what_it_holds_out(model, monkeypatch, c
         "k2jax.weights.source.load", lambda path: dataclasses.replace(model, tokenizer=other)
     )
     with pytest.raises(ConfigError, match="made with another tokenizer than the model's"):
-        evaluate.main(given)
+        command.main(given)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from k2jax import sharding
+from k2jax.commands import generate as command
 from k2jax.config import ConfigError, MeshConfig, ModelConfig
 from k2jax.inference import generate as sampling
 from k2jax.inference import sampler as sample
@@ -144,32 +145,32 @@ def test_a_text_needs_a_tokenizer(model):
 def test_the_command_prints_text_or_json(model, monkeypatch, capsys):
     monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
     parser = argparse.ArgumentParser()
-    sampling.add_arguments(parser)
+    command.add_arguments(parser)
     given = ["folder", "--prompt", "ab", "--prompt", "c", "--max-new-tokens", "3"]
-    assert sampling.main(parser.parse_args([*given, "--json"])) == 0
+    assert command.main(parser.parse_args([*given, "--json"])) == 0
     samples = json.loads(capsys.readouterr().out)["samples"]
     assert [s["prompt"] for s in samples] == ["ab", "c"]
     assert samples[0]["text"] == BYTES.decode(samples[0]["ids"])
-    sampling.main(parser.parse_args(given))
+    command.main(parser.parse_args(given))
     text = capsys.readouterr().out
     assert text == "\n---\n".join(s["prompt"] + s["text"] for s in samples) + "\n"
 
 
 def parsed(*words):
     parser = argparse.ArgumentParser()
-    sampling.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args(["folder", *words])
 
 
 def test_chat_answers_what_a_user_says(model, monkeypatch, capsys):
     monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
     monkeypatch.setattr(BYTES, "template", KimiTemplate(system=""))  # the context is short
-    assert sampling.main(parsed("--prompt", "ab", "--chat", "--max-new-tokens", "3", "--json")) == 0
+    assert command.main(parsed("--prompt", "ab", "--chat", "--max-new-tokens", "3", "--json")) == 0
     sample = json.loads(capsys.readouterr().out)["samples"][0]
     prompt = encode(BYTES, [{"role": "user", "content": "ab"}])
     assert [sample["ids"]] == sampling.generate(model, [prompt], 3)
     assert sample["message"] == parse(BYTES, sample["ids"]).message()
-    assert sampling.main(parsed("--prompt", "ab", "--chat", "--max-new-tokens", "3")) == 0
+    assert command.main(parsed("--prompt", "ab", "--chat", "--max-new-tokens", "3")) == 0
     assert capsys.readouterr().out == sample["text"] + "\n"
 
 
@@ -178,11 +179,11 @@ def test_messages_come_from_a_file(tmp_path):
     talk = [{"role": "user", "content": "a"}]
     for content in (talk, {"messages": talk}, {"messages": talk, "tools": None}):
         file.write_text(json.dumps(content))
-        assert sampling.conversations(parsed("--messages", str(file))) == [(talk, [])]
+        assert command.conversations(parsed("--messages", str(file))) == [(talk, [])]
     tool = {"type": "function", "function": {"name": "f"}}
     file.write_text(json.dumps({"messages": talk, "tools": [tool]}))
-    assert sampling.conversations(parsed("--messages", str(file))) == [(talk, [tool])]
-    assert sampling.conversations(parsed("--prompt", "a")) == []
+    assert command.conversations(parsed("--messages", str(file))) == [(talk, [tool])]
+    assert command.conversations(parsed("--prompt", "a")) == []
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_mistakes_in_a_conversation_are_answered_before_the_model_loads(
     file.write_text(content)
     words = [str(file) if word == "FILE" else word for word in words]
     with pytest.raises(ConfigError, match=message) as error:
-        sampling.main(parsed(*words))
+        command.main(parsed(*words))
     assert "\n" not in str(error.value)
 
 
@@ -213,4 +214,4 @@ def test_the_command_needs_a_tokenizer(model, monkeypatch):
     without = dataclasses.replace(model, tokenizer=None)
     monkeypatch.setattr("k2jax.weights.source.load", lambda path: without)
     with pytest.raises(ConfigError, match="folder has no tokenizer"):
-        sampling.main(parsed("--prompt", "a"))
+        command.main(parsed("--prompt", "a"))

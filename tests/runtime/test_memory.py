@@ -40,9 +40,9 @@ def test_arrays_go_back_to_the_system_as_they_are_freed():
 
 FREED = """
 import numpy as np
-from k2jax.memory import resident, steady
+from k2jax.runtime.memory import limit_malloc_arenas, resident
 assert np.ones(2**21).sum() == 2**21  # 16 MB, freed: glibc would now keep smaller ones
-steady()
+limit_malloc_arenas()
 blocks = [np.ones(2**18) for _ in range(100)]  # 2 MB each
 before = resident()
 top = blocks.pop()

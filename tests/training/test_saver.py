@@ -156,7 +156,7 @@ def test_a_disk_that_fills_while_numbers_are_written(tmp_path):
     body = """
         import resource, sys
         sys.path.insert(0, sys.argv[2])
-        from test_saving import Checkpoints, Saves, state
+        from test_saver import Checkpoints, Saves, state
         with Checkpoints(sys.argv[1], 2) as checkpoints:
             saves = Saves(checkpoints, print)
             saves.save(1, state(1), {})

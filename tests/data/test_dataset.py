@@ -9,7 +9,7 @@ import pytest
 
 from k2jax.config import ConfigError
 from k2jax.data import Batches, compressors, eval_batches, open_data
-from k2jax.data import open_data as load
+from k2jax.data import dataset as load
 from k2jax.data.sources import find
 from k2jax.text.train_bpe import train_tokenizer
 
