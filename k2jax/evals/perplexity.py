@@ -15,7 +15,7 @@ from k2jax.config import ConfigError, ModelConfig
 from k2jax.data import Store, eval_batches
 from k2jax.data.store import write
 from k2jax.inference.sampler import batch_ways
-from k2jax.model import Batch, Kimi, Model, hidden, losses
+from k2jax.model import Batch, Dispatch, Kimi, Model, hidden, losses
 from k2jax.model.batch import own_parts, to_devices
 from k2jax.params.declare import Params, bind
 
@@ -98,10 +98,22 @@ def _program() -> Callable[..., Any]:
 
 
 def total_loss(
-    params: Params, batch: Batch, cfg: ModelConfig, dtype: str
-) -> tuple[jax.Array, jax.Array]:
-    """Sum of the negative log likelihoods in nats, and how many targets counted."""
+    params: Params, batch: Batch, cfg: ModelConfig, dtype: str,
+    dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """Sum of the negative log likelihoods in nats, and how many targets counted.
+
+    Args:
+        params: weights.
+        batch: each array is [rows, length].
+        cfg: sizes.
+        dtype: to compute in.
+        dispatch: how tokens meet their experts. No choice is ever dropped: a score is of the
+            model, not of how full its experts' buffers were.
+    """
+    if dispatch.kind == "alltoall_capacity":
+        dispatch = dispatch._replace(kind="alltoall")
     w = bind(Kimi(cfg), params)
-    x_BTD, _ = hidden(w, batch, cfg, dtype)
+    x_BTD, _ = hidden(w, batch, cfg, dtype, dispatch=dispatch)
     nll_BT = losses(w.head, x_BTD, batch.target)
     return (nll_BT * batch.weight).sum(), batch.weight.sum()

@@ -9,12 +9,16 @@ import dataclasses
 import os
 import resource
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from k2jax.config import ConfigError, RunConfig
 from k2jax.plan.hlo import Account, account
 from k2jax.plan.targets import Target
 from k2jax.runtime import memory
+
+if TYPE_CHECKING:
+    from k2jax.training.step import Program
 
 MISSING = "compiling for {0} needs {1}: pip install 'k2jax[plan]'"
 
@@ -30,7 +34,7 @@ GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a step, per device."""
+    """What the compiler says of a program, per device."""
 
     memory: dict[str, float]
     account: Account
@@ -59,6 +63,36 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
     Raises:
         ConfigError: the compiler is not installed, or knows no such topology.
     """
+
+    def trace(program: "Program", place: Place) -> Any:
+        import jax
+
+        arrays = place((program.abstract_state(), program.abstract_batch()))
+        return jax.jit(program.step, donate_argnums=0).trace(*arrays)
+
+    return _compile(run, target, trace)
+
+
+def compile_evaluation(run: RunConfig, target: Target) -> Compiled:
+    """Compile a run's held-out loss for a target, on the run's mesh.
+
+    Raises:
+        ConfigError: as `compile_step`.
+    """
+
+    def trace(program: "Program", place: Place) -> Any:
+        import jax
+
+        arrays = place((program.abstract_state().params, program.abstract_rows()))
+        return jax.jit(program.evaluate).trace(*arrays)
+
+    return _compile(run, target, trace)
+
+
+Place = Callable[[Any], Any]  # abstract arrays onto the devices that are compiled for
+
+
+def _compile(run: RunConfig, target: Target, trace: Callable[["Program", Place], Any]) -> Compiled:
     memory.limit_malloc_arenas()  # before jax starts its threads
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
@@ -72,16 +106,15 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
         startup.prepare(target.devices)
     mesh = sharding.mesh_over(devices_of(target)[: run.mesh.devices], run.mesh)
     platform = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}[target.chip.kind]
-    with jax.set_mesh(mesh):
-        program = build(run)
-        shapes = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
-            ),
-            (program.abstract_state(), program.abstract_batch()),
+
+    def place(tree: Any) -> Any:
+        put = lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
         )
-        traced = jax.jit(program.step, donate_argnums=0).trace(*shapes)
-        lowered = traced.lower(lowering_platforms=(platform,))
+        return jax.tree.map(put, tree)
+
+    with jax.set_mesh(mesh):
+        lowered = trace(build(run), place).lower(lowering_platforms=(platform,))
         began = time.perf_counter()
         compiled = lowered.compile(GPU_OPTIONS if platform == "cuda" else None)
         seconds = time.perf_counter() - began

@@ -60,14 +60,17 @@ class Program:
 
     def abstract_batch(self) -> Batch:
         """Shapes and layout of one step's batch on the mesh in use."""
-        run = self.run
-        rows = run.data.rows // run.train.accumulate
-        shape = (run.train.accumulate, rows, run.data.context)
-        mesh = None if sharding.meshless() else jax.sharding.get_abstract_mesh()
-        place = mesh and jax.NamedSharding(mesh, micro_spec())
-        array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=place)
-        kinds = Batch(*(jnp.int32,) * len(Batch._fields))._replace(weight=jnp.float32)
-        return Batch(*map(array, kinds))  # type: ignore[arg-type]
+        rows, context = self.micro_shape
+        return _abstract_rows((self.run.train.accumulate, rows, context), micro_spec())
+
+    def abstract_rows(self) -> Batch:
+        """Shapes and layout of the rows that are scored at once: one micro-batch."""
+        return _abstract_rows(self.micro_shape, sharding.storage_spec(("batch", "length")))
+
+    @property
+    def micro_shape(self) -> tuple[int, int]:
+        """Rows and tokens of a micro-batch."""
+        return self.run.data.rows // self.run.train.accumulate, self.run.data.context
 
     def step(
         self, state: State, batch: Batch, ceiling: jax.Array | float = jnp.inf
@@ -191,7 +194,7 @@ class Program:
             params: weights.
             batch: each array is [rows, length].
         """
-        return total_loss(params, batch, self.run.model, self.run.train.dtype)
+        return total_loss(params, batch, self.run.model, self.run.train.dtype, self.dispatch)
 
 
 def build(run: RunConfig) -> Program:
@@ -217,6 +220,14 @@ def build(run: RunConfig) -> Program:
     if optim.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
     return Program(run, leaves, rates, optax.with_extra_args_support(tx))
+
+
+def _abstract_rows(shape: tuple[int, ...], layout: P) -> Batch:
+    mesh = None if sharding.meshless() else jax.sharding.get_abstract_mesh()
+    place = mesh and jax.NamedSharding(mesh, layout)
+    array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=place)
+    kinds = Batch(*(jnp.int32,) * len(Batch._fields))._replace(weight=jnp.float32)
+    return Batch(*map(array, kinds))  # type: ignore[arg-type]
 
 
 def _split(params: Params, specs: Mapping[str, ParamSpec]) -> tuple[Params, Params]:

@@ -6,17 +6,19 @@ import json
 import math
 
 import jax
+import jax.extend
 import numpy as np
 import pytest
 
 from k2jax import sharding
 from k2jax.commands import evaluate as command
-from k2jax.config import ConfigError, MeshConfig, ModelConfig
+from k2jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from k2jax.data.tokenise import tokenise
 from k2jax.evals import perplexity as evaluate
 from k2jax.model import Kimi, Model, forward
 from k2jax.params.declare import initial, specs
 from k2jax.text.kimi_tokenizer import Tokenizer
+from k2jax.training.step import build
 
 CFG = ModelConfig(
     vocab=512, embed=16, dense_layers=0, moe_layers=1, heads=2, q_rank=8, kv_rank=8, nope=4,
@@ -69,6 +71,33 @@ def test_a_mesh_scores_the_same(scored):
     with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))):
         found = evaluate.score(drawn(), TEXTS, rows=3, stride=8)  # 3 rows become 4
     assert found["nats_per_token"] == pytest.approx(scored["nats_per_token"], abs=1e-5)
+
+
+def gathers(jaxpr) -> list[tuple[int, ...]]:
+    """Shapes of the floats that are gathered over `expert`, also in inner programs."""
+    found = []
+    for eqn in jaxpr.eqns:
+        operand = eqn.invars[0].aval if eqn.invars else None
+        if eqn.primitive.name == "all_gather" and "expert" in eqn.params["axis_name"]:
+            found += [operand.shape] if jax.numpy.issubdtype(operand.dtype, "float32") else []
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            found += gathers(inner)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["alltoall", "alltoall_capacity", "allgather"])
+def test_a_run_is_scored_with_its_own_exchange(kind):
+    """Gathered over the 128 devices of K2's experts, tokens would take 118 GB."""
+    run = RunConfig(
+        model=CFG, data=DataConfig(rows=4, context=16),
+        train=TrainConfig(dispatch=kind, dtype="float32"), mesh=MeshConfig(data=2, expert=2),
+    )  # fmt: skip
+    with sharding.use_abstract_mesh(run.mesh):
+        program = build(run)
+        arrays = program.abstract_state().params, program.abstract_rows()
+        shapes = gathers(jax.make_jaxpr(program.evaluate)(*arrays).jaxpr)
+    tokens = 16  # of a device
+    assert any(shape[0] == tokens for shape in shapes) == (kind == "allgather")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from k2jax import configs
 from k2jax.config import ConfigError, override
 from k2jax.plan import hbm as memory
 from k2jax.plan import targets
-from k2jax.plan.compiler import compile_step, gpu_config
+from k2jax.plan.compiler import compile_evaluation, compile_step, gpu_config
 from k2jax.plan.step_flops import Case
 
 SMALL = {
@@ -50,6 +50,13 @@ def test_offloaded_inputs_of_layers_leave_a_gpu():
     )
     inputs = 2 * RUN.model.layers * RUN.model.embed * (64 / 8 * 256)  # bf16, a device's rows
     assert full.memory["peak"] - away.memory["peak"] == pytest.approx(inputs, rel=0.1)
+
+
+@pytest.mark.compiles
+def test_the_held_out_score_of_k2_fits_the_chips_that_train_it():
+    pytest.importorskip(COMPILERS["v"])
+    found = compile_evaluation(configs.load("kimi_k2"), targets.parse("v5p:8x8x16"))
+    assert found.memory["peak"] <= 12e9  # beside the state of training; gathered tokens: 118 GB
 
 
 def test_without_the_plugin_the_line_names_the_extra(monkeypatch):
