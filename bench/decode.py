@@ -24,7 +24,8 @@ import k2jax
 from k2jax.config import ModelConfig
 from k2jax.configs import load
 from k2jax.model import Kimi, Model
-from k2jax.params.declare import initial, specs
+from k2jax.params.arrays import initial
+from k2jax.params.declare import specs
 from k2jax.weights.hf_config import PUBLISHED
 
 PROMPT, NEW, BATCHES, CORES, VOCAB = 128, 128, (1, 8), 2, 4_096

@@ -25,7 +25,7 @@ import optax
 from k2jax import configs, sharding
 from k2jax.model.batch import to_devices
 from k2jax.optim import balance
-from k2jax.params.declare import initial
+from k2jax.params.arrays import initial
 from k2jax.training.loop import numbers
 from k2jax.training.metrics import Metrics
 from k2jax.training.recovery import Watch, speed_of

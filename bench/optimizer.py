@@ -23,7 +23,8 @@ from k2jax.configs import load
 from k2jax.model import Kimi
 from k2jax.optim import Matrices, muonclip
 from k2jax.optim.newton_schulz import RESTARTS
-from k2jax.params.declare import initial, specs
+from k2jax.params.arrays import initial
+from k2jax.params.declare import specs
 
 RATE, DECAY = 1e-2, 0.1
 STACK = (32, 512, 2048)

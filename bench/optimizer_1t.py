@@ -25,7 +25,8 @@ from k2jax.configs import load
 from k2jax.model import Kimi
 from k2jax.optim import muonclip
 from k2jax.optim.newton_schulz import RESTARTS, flops
-from k2jax.params.declare import abstract, specs
+from k2jax.params.arrays import abstract
+from k2jax.params.declare import specs
 from k2jax.sharding import mesh_over, use_abstract_mesh
 
 TOPOLOGY = "v5p:8x8x16"

@@ -18,7 +18,7 @@ import numpy as np
 from k2jax.checkpoint import Checkpoints, preload_orbax
 from k2jax.configs import load
 from k2jax.model.batch import to_devices
-from k2jax.params.declare import initial
+from k2jax.params.arrays import initial
 from k2jax.runtime.backend import prepare
 from k2jax.sharding import make_mesh
 from k2jax.training.step import build

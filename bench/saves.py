@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from k2jax.checkpoint import Checkpoints, preload_orbax
 from k2jax.configs import load
 from k2jax.model import Kimi
-from k2jax.params.declare import initial, specs
+from k2jax.params.arrays import initial
+from k2jax.params.declare import specs
 from k2jax.runtime import backend as startup
 from k2jax.runtime.memory import resident
 from k2jax.sharding import make_mesh

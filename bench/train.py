@@ -29,7 +29,7 @@ def ours(steps: int, devices: int) -> list[float]:
     from k2jax import configs, sharding
     from k2jax.config import MeshConfig, override
     from k2jax.model.batch import to_devices
-    from k2jax.params.declare import initial
+    from k2jax.params.arrays import initial
     from k2jax.training.step import build
 
     run = override(configs.load("tiny"), {"optim.name": "adamw", "optim.learning_rate": "1e-3"})

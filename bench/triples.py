@@ -18,8 +18,8 @@ from k2jax import configs
 from k2jax.config import MeshConfig, RunConfig, override
 from k2jax.plan import targets
 from k2jax.plan.estimate import estimate
-from k2jax.plan.inventory import indivisible_axis
 from k2jax.plan.search import meshes
+from k2jax.plan.shards import indivisible_axis
 from k2jax.plan.traffic import total
 
 SMALL = ("v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:1x8", "h200:1x8", "b200:1x8")

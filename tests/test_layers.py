@@ -78,10 +78,9 @@ def test_shape_letters_are_in_the_legend():
             assert set(re.sub(r"\d", "", suffix)) <= legend, f"{file.name}: _{suffix}"
 
 
-def test_flax_only_declares():
+def test_flax_only_holds_weights():
     """What Flax has announced it will change cannot change under us."""
-    allowed = {"Module", "Param", "Variable", "split", "merge", "state"}
-    allowed |= {"to_flat_state", "from_flat_state"}
+    allowed = {"Module", "Param", "Variable"}
     for file, _ in sources():
         used = set(re.findall(r"\bnnx\.(\w+)", file.read_text()))
         assert used <= allowed, f"{file.name}: nnx.{sorted(used - allowed)[0]}"
@@ -101,6 +100,7 @@ def test_shard_map_lives_where_one_device_is_seen():
         ("k2jax", ("jax", "flax", "numpy")),
         ("k2jax.cli", ("jax", "flax")),
         ("k2jax.commands.plan", ("jax", "flax", "numpy")),
+        ("k2jax.params.kimi", ("jax", "flax", "numpy")),
         ("k2jax.report", ("jax", "flax", "numpy", "matplotlib")),
         ("k2jax.optim", ("flax", "orbax", "grain", "tokenizers", "tiktoken", "matplotlib")),
         ("k2jax.data", ("jax", "pyarrow", "grain", "array_record")),

@@ -24,7 +24,7 @@ from k2jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainC
 from k2jax.data import Batches, Data, eval_batches, open_data
 from k2jax.model.batch import to_devices
 from k2jax.optim import warmup_stable_decay
-from k2jax.params.declare import initial
+from k2jax.params.arrays import initial
 from k2jax.runtime import backend as startup
 from k2jax.training.step import build
 

@@ -17,7 +17,7 @@ from k2jax.data.store import write
 from k2jax.inference.sampler import batch_ways
 from k2jax.model import Batch, Dispatch, Kimi, Model, hidden, losses
 from k2jax.model.batch import own_parts, to_devices
-from k2jax.params.declare import Params, bind
+from k2jax.params.arrays import Params, bind
 
 
 def score(

@@ -16,14 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.config import ModelConfig
-from k2jax.model.attention import Attention, attend, latents, queries
-from k2jax.model.kimi import Kimi, Layer, embedded
+from k2jax.model.attention import attend, latents, queries
+from k2jax.model.kimi import embedded
 from k2jax.model.logits import head
 from k2jax.model.mlp import gated
 from k2jax.model.moe import mixture, moe_small_batch
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import gather_weight, project
 from k2jax.model.rope import Rotation, rotation
+from k2jax.params.kimi import Attention, Kimi, Layer
 from k2jax.sharding import reshard, spec
 
 # Stacks up to this deep are taken apart before the loop over tokens, experts excepted; XLA would

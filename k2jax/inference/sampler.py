@@ -16,8 +16,8 @@ import numpy as np
 
 from k2jax.config import MESH_AXES, ModelConfig
 from k2jax.inference.decode import prefill, stacks, step
-from k2jax.model.kimi import Kimi
-from k2jax.params.declare import Params, bind
+from k2jax.params.arrays import Params, bind
+from k2jax.params.kimi import Kimi
 from k2jax.sharding import BATCH, meshless, reshard
 
 GREEDY, PLAIN, NUCLEUS = "greedy", "plain", "nucleus"

@@ -15,10 +15,11 @@ import jax
 
 from k2jax.config import ModelConfig
 from k2jax.model.batch import Batch, plain
-from k2jax.model.kimi import Aux, Kimi, hidden
+from k2jax.model.kimi import Aux, hidden
 from k2jax.model.logits import head, losses
 from k2jax.ops.moe.dispatch import Dispatch
-from k2jax.params.declare import bind
+from k2jax.params.arrays import bind
+from k2jax.params.kimi import Kimi
 
 __all__ = [
     "Aux",

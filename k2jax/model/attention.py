@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from k2jax.config import ModelConfig
 from k2jax.model.norm import rms_norm
@@ -10,29 +9,10 @@ from k2jax.model.projection import project
 from k2jax.model.rope import Rotation, rotate
 from k2jax.ops.attention.blockwise import causal_attention
 from k2jax.ops.collectives import all_to_all
-from k2jax.params.declare import Declare
+from k2jax.params.kimi import Attention
 from k2jax.sharding import meshless, reshard, storage_spec
 
 INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE modeling 665, 675]
-
-
-class Attention(nnx.Module):
-    """Weights of the attention of one kind of layer; `heads` is the only axis a mesh may split."""
-
-    def __init__(self, cfg: ModelConfig, stack: str):
-        declare = Declare(cfg, stack, "model.layers.{l}.self_attn.")
-        # fmt: off
-        if cfg.q_rank:
-            self.q_down = declare("embed q_rank",      1, "q_a_proj")
-            self.q_norm = declare("q_gain",            0, "q_a_layernorm")
-            self.q_up   = declare("q_latent heads qk", 1, "q_b_proj")
-        else:
-            self.q      = declare("embed heads qk",    1, "q_proj")
-        self.kv_down    = declare("embed latent",      1, "kv_a_proj_with_mqa")
-        self.kv_norm    = declare("kv_gain",           0, "kv_a_layernorm")
-        self.kv_up      = declare("kv_latent heads kv", 1, "kv_b_proj")
-        self.out        = declare("heads value embed", 2, "o_proj")
-        # fmt: on
 
 
 def queries(

@@ -6,19 +6,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from k2jax.config import ModelConfig
-from k2jax.model.attention import Attention, attend
+from k2jax.model.attention import attend
 from k2jax.model.batch import Batch
-from k2jax.model.mlp import Mlp, gated
-from k2jax.model.moe import Moe, RouterStats, mixture
+from k2jax.model.mlp import gated
+from k2jax.model.moe import RouterStats, mixture
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import PROJECTION, look_up
 from k2jax.model.rope import Rotation, rotation
 from k2jax.ops.moe.dispatch import Dispatch
-from k2jax.params.declare import Declare
+from k2jax.params.kimi import Kimi, Layer
 
 INPUT = "layer input"  # name of what a layer is given, for rematerialisation policies
 POLICIES = {
@@ -42,54 +41,6 @@ class Aux(NamedTuple):
     aux_loss: jax.Array  # float32 scalar, mean over layers, before its weight
     dropped: jax.Array  # float32 scalar, share of all choices of experts without room
     mtp_loss: jax.Array  # float32 scalar, mean over MTP layers, before its weight; 0: none
-
-
-class Layer(nnx.Module):
-    """Weights of one kind of layer, stacked; `moe` or `mlp` follows the attention."""
-
-    def __init__(self, cfg: ModelConfig, stack: str):
-        declare = Declare(cfg, stack, "model.layers.{l}.")
-        self.attention_norm = declare("gain", 0, "input_layernorm")
-        self.attention = Attention(cfg, stack)
-        self.mlp_norm = declare("gain", 0, "post_attention_layernorm")
-        if stack == "dense_layers":
-            self.mlp = Mlp(cfg, stack, "ffw", "model.layers.{l}.mlp.")
-        else:
-            self.moe = Moe(cfg, stack)
-
-
-class Mtp(Layer):
-    """Weights of the layers that predict further: what joins the inputs, a layer, and a norm.
-
-    Embedding and head are the main model's; published files repeat them. Source: [DSV3-TR 2.2].
-    """
-
-    def __init__(self, cfg: ModelConfig):
-        super().__init__(cfg, "mtp_layers")
-        declare = Declare(cfg, "mtp_layers", "model.layers.{l}.")
-        self.embed_norm = declare("gain", 0, "enorm")
-        self.hidden_norm = declare("gain", 0, "hnorm")
-        self.join = declare("joined embed", 1, "eh_proj")
-        self.norm = declare("gain", 0, "shared_head.norm")
-
-
-class Kimi(nnx.Module):
-    """All weights. Dense layers and mixture layers are two stacks; `dense` and `mtp` may lack."""
-
-    def __init__(self, cfg: ModelConfig):
-        declare = Declare(cfg)
-        ahead = range(cfg.layers, cfg.layers + cfg.mtp_layers)
-        copies = lambda name: tuple(f"model.layers.{n}.{name}.weight" for n in ahead)
-        self.embed = declare(
-            "vocab embed", 0, "model.embed_tokens", "normal", copies("embed_tokens")
-        )
-        if cfg.dense_layers:
-            self.dense = Layer(cfg, "dense_layers")
-        self.layers = Layer(cfg, "moe_layers")
-        if cfg.mtp_layers:
-            self.mtp = Mtp(cfg)
-        self.norm = declare("gain", 0, "model.norm")
-        self.head = declare("embed vocab", 1, "lm_head", copies=copies("shared_head.head"))
 
 
 def hidden(

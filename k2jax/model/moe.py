@@ -8,43 +8,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ModelConfig
-from k2jax.model.mlp import Mlp, gated
+from k2jax.model.mlp import gated
 from k2jax.model.projection import contract, used_spec
 from k2jax.model.router import Routing, count, route
 from k2jax.ops.collectives import gather_over
 from k2jax.ops.moe.dispatch import Dispatch, dispatch_allgather, dispatch_alltoall
 from k2jax.ops.moe.expert_mlp import expert_mlp, side_by_side
-from k2jax.params.declare import Declare
+from k2jax.params.kimi import Experts, Moe
 from k2jax.sharding import BATCH, meshless, reshard, spec, storage_spec
 
 # Rows up to which every chosen expert may see all of them (`moe_small_batch`).
 SMALL_BATCH_TOKENS = 16
-
-
-class Experts(nnx.Module):
-    """Weights of the routed experts."""
-
-    def __init__(self, cfg: ModelConfig, stack: str):
-        declare = Declare(cfg, stack, "model.layers.{l}.mlp.experts.{e}.")
-        self.gate = declare("experts expert_embed expert_ffw", 1, "gate_proj")
-        self.up = declare("experts expert_embed expert_ffw", 1, "up_proj")
-        self.down = declare("experts expert_ffw expert_embed", 1, "down_proj")
-
-
-class Moe(nnx.Module):
-    """Router, routed experts and shared experts of one layer."""
-
-    def __init__(self, cfg: ModelConfig, stack: str):
-        declare = Declare(cfg, stack, "model.layers.{l}.mlp.")
-        self.router = declare("embed router", 1, "gate")
-        self.bias = declare.bias("router", "gate.e_score_correction_bias")
-        self.experts = Experts(cfg, stack)
-        if cfg.shared_experts:
-            self.shared = Mlp(cfg, stack, "shared_ffw", "model.layers.{l}.mlp.shared_experts.")
 
 
 class RouterStats(NamedTuple):

@@ -19,13 +19,14 @@ import jax.numpy as jnp
 
 from k2jax.config import ModelConfig
 from k2jax.model.batch import Batch, plain
-from k2jax.model.kimi import Aux, Kimi, Mtp, embedded, hidden, mixed, recomputed
+from k2jax.model.kimi import Aux, embedded, hidden, mixed, recomputed
 from k2jax.model.logits import head
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import project
 from k2jax.model.rope import rotation
 from k2jax.ops.moe.dispatch import Dispatch
-from k2jax.params.declare import Params, bind
+from k2jax.params.arrays import Params, bind
+from k2jax.params.kimi import Kimi, Mtp
 from k2jax.sharding import reshard
 
 

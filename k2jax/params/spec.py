@@ -20,7 +20,7 @@ class ParamSpec:
         dtype: in the published BF16 files.
         first_layer: layer number of the first slice of the stack.
         init: "normal", "ones" or "zeros".
-        copies: further tensors of the published files that hold the same values.
+        copies: other tensors of the published files that hold the same values.
     """
 
     axes: tuple[str, ...]
@@ -32,6 +32,11 @@ class ParamSpec:
     first_layer: int = 0
     init: str = "normal"
     copies: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Numbers in all of it."""
+        return math.prod(self.shape)
 
     @property
     def stacked(self) -> int:

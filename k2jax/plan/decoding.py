@@ -4,10 +4,11 @@ import dataclasses
 import math
 
 from k2jax.config import MeshConfig, ModelConfig
+from k2jax.params.kimi import declare_kimi
 from k2jax.plan import network
-from k2jax.plan.inventory import leaves, size, ways
 from k2jax.plan.network import Wire
 from k2jax.plan.roofline import Roofline
+from k2jax.plan.shards import device_size
 from k2jax.plan.targets import Target
 
 BF16 = 2  # bytes of a weight and of a cached number
@@ -53,8 +54,8 @@ def decode(cfg: ModelConfig, mesh: MeshConfig, target: Target, batch: int, conte
     """
     cfg = dataclasses.replace(cfg, mtp_layers=0)  # no part of decoding token by token
     rows = batch / (mesh.replica * mesh.data * mesh.expert)
-    specs = leaves(cfg)
-    held = {name: BF16 * size(leaf) / ways(leaf, mesh, True) for name, leaf in specs.items()}
+    specs = declare_kimi(cfg)
+    held = {name: BF16 * device_size(leaf, mesh, gathered=True) for name, leaf in specs.items()}
     latent = cfg.kv_rank + cfg.rope
     cache = BF16 * rows * context * cfg.layers * latent
     routed = sum(n for name, n in held.items() if "experts" in specs[name].axes)
@@ -76,8 +77,8 @@ def decode(cfg: ModelConfig, mesh: MeshConfig, target: Target, batch: int, conte
 
 def _flops(cfg: ModelConfig, rows: float, context: int) -> float:
     matmul = sum(
-        2 * size(leaf) * (cfg.experts_per_token / cfg.experts if "experts" in leaf.axes else 1)
-        for leaf in leaves(cfg).values()
+        2 * leaf.size * (cfg.experts_per_token / cfg.experts if "experts" in leaf.axes else 1)
+        for leaf in declare_kimi(cfg).values()
         if leaf.contracted
     )
     absorbed = 2 * cfg.layers * cfg.heads * (2 * cfg.kv_rank + cfg.rope) * context

@@ -1,15 +1,16 @@
 """Bytes on a device in a training step: what stays, and the worst moment of what comes and goes."""
 
+from k2jax.params.kimi import declare_kimi
 from k2jax.params.spec import ParamSpec
 from k2jax.plan import newton
-from k2jax.plan.inventory import leaves, size, ways
+from k2jax.plan.shards import device_size
 from k2jax.plan.step_flops import LOGITS, Case
 
 
 def arguments(case: Case) -> dict[str, float]:
     """What a step is given and gives back: weights, optimizer state, the batch."""
-    specs = leaves(case.model)
-    rest = {name: size(leaf) / ways(leaf, case.mesh) for name, leaf in specs.items()}
+    specs = declare_kimi(case.model)
+    rest = {name: device_size(leaf, case.mesh) for name, leaf in specs.items()}
     muon = case.run.optim.name == "muonclip"
     momentum = 4 if case.run.optim.momentum_dtype == "float32" else 2
     state = {
@@ -29,14 +30,12 @@ def moments(case: Case) -> dict[str, dict[str, float]]:
 
     Keys: "layers" (the backward pass of one layer), "head", "optimizer".
     """
-    specs = leaves(case.model)
-    trained = sum(
-        size(leaf) / ways(leaf, case.mesh) for leaf in specs.values() if leaf.group != "bias"
-    )
+    specs = declare_kimi(case.model)
+    trained = sum(device_size(leaf, case.mesh) for leaf in specs.values() if leaf.group != "bias")
     gradients = 4 * trained * (2 if case.accumulate > 1 else 1)
     kept = {"kept activations": activations(case)} | _cast_weights(case)
     head = specs["head"]
-    whole = case.width * size(head) / ways(head, case.mesh, gathered=True)
+    whole = case.width * device_size(head, case.mesh, gathered=True)
     attention = _attention(case)
     # A layer is made again as a whole: what its attention keeps waits for the experts' gradients.
     experts = _experts(case) | {"queries and keys": attention["queries and keys"] / 2}
@@ -93,15 +92,16 @@ def _intermediates(case: Case) -> float:
 def _kept_weights(case: Case) -> float:
     """Numbers of experts' weights, as they are used: gathered and cast. Others are made again."""
     return sum(
-        size(leaf) / ways(leaf, case.mesh, gathered=True)
-        for leaf in leaves(case.model).values()
+        device_size(leaf, case.mesh, gathered=True)
+        for leaf in declare_kimi(case.model).values()
         if _stays(case, leaf)
     )
 
 
 def _stays(case: Case, leaf: ParamSpec) -> bool:
     """Whether what is made of a weight is kept for the backward pass."""
-    moved = case.width < 4 or ways(leaf, case.mesh, gathered=True) < ways(leaf, case.mesh)
+    used, stored = (device_size(leaf, case.mesh, gathered) for gathered in (True, False))
+    moved = case.width < 4 or used > stored
     return case.run.train.remat == "none" and "experts" in leaf.axes and moved
 
 
@@ -113,13 +113,13 @@ def _cast_weights(case: Case) -> dict[str, float]:
     """
     if not case.tpu or case.width == 4:
         return {}
-    numbers = sum(size(leaf) / ways(leaf, case.mesh) for leaf in _stacked(case))
+    numbers = sum(device_size(leaf, case.mesh) for leaf in _stacked(case))
     return {"cast weights": case.width * numbers}
 
 
 def _layer_weights(case: Case) -> dict[str, float]:
     """One mixture layer's weights that are not kept, gathered and cast, and all its gradients."""
-    whole = lambda leaf: size(leaf) / leaf.shape[0] / ways(leaf, case.mesh, gathered=True)
+    whole = lambda leaf: device_size(leaf, case.mesh, gathered=True) / leaf.shape[0]
     weights = sum(whole(leaf) for leaf in _stacked(case) if not _stays(case, leaf))
     gradients = sum(map(whole, _stacked(case)))
     return {"layer weights": case.width * weights, "layer gradients": case.width * gradients}
@@ -127,7 +127,7 @@ def _layer_weights(case: Case) -> dict[str, float]:
 
 def _stacked(case: Case) -> list[ParamSpec]:
     """The matrices of the mixture layers, each for all of them."""
-    named = leaves(case.model).items()
+    named = declare_kimi(case.model).items()
     return [leaf for name, leaf in named if name.startswith("layers.") and leaf.contracted]
 
 

@@ -10,10 +10,11 @@ import itertools
 import math
 
 from k2jax.config import MESH_AXES, MeshConfig, ModelConfig
+from k2jax.params.kimi import declare_kimi
 from k2jax.params.spec import ParamSpec
 from k2jax.plan import network
-from k2jax.plan.inventory import leaves, mesh_axes, size, ways
 from k2jax.plan.network import Wire
+from k2jax.plan.shards import device_size, shard_axes
 from k2jax.plan.step_flops import Case
 
 STEPS = 5  # [ML 2.2]
@@ -59,7 +60,7 @@ def flops(matrix: tuple[int, int]) -> float:
 def _shapes(cfg: ModelConfig) -> tuple[tuple[ParamSpec, ...], ...]:
     """Leaves whose matrices have one shape and whose stacks are split alike."""
     found: dict[tuple, list[ParamSpec]] = {}
-    for leaf in leaves(cfg).values():
+    for leaf in declare_kimi(cfg).values():
         if leaf.group == "muon":
             found.setdefault((*sorted(leaf.matrix), "experts" in leaf.axes), []).append(leaf)
     return tuple(map(tuple, found.values()))
@@ -74,7 +75,7 @@ def groups(case: Case) -> tuple[Group, ...]:
 def _groups(cfg: ModelConfig, mesh: MeshConfig, each: int) -> tuple[Group, ...]:
     found = []
     for alike in _shapes(cfg):
-        held = each * sum(size(leaf) / ways(leaf, mesh) for leaf in alike)
+        held = each * sum(device_size(leaf, mesh) for leaf in alike)
         for part in [alike] if held <= SLICE else [(leaf,) for leaf in alike]:
             found.append(_group(part, mesh))
     return tuple(found)
@@ -84,7 +85,7 @@ def _group(part: tuple[ParamSpec, ...], mesh: MeshConfig) -> Group:
     over = lambda axes: math.prod([getattr(mesh, axis) for axis in axes])
     sizes = [axis for axis in MESH_AXES if getattr(mesh, axis) > 1]
     stacked = tuple(axis for axis in _over_dims(part[0], slice(part[0].stacked), mesh))
-    at_rest = {axis for leaf in part for axis in mesh_axes(leaf, mesh)}
+    at_rest = {axis for leaf in part for axis in shard_axes(leaf, mesh)}
     must = tuple(axis for axis in sizes if axis in at_rest and axis not in stacked)
     free = tuple(axis for axis in sizes if axis not in (*stacked, *must))
     counts = [math.prod(leaf.stack) // over(stacked) for leaf in part]
@@ -104,7 +105,7 @@ def _group(part: tuple[ParamSpec, ...], mesh: MeshConfig) -> Group:
 
 def _over_dims(leaf: ParamSpec, dims: slice, mesh: MeshConfig) -> tuple[str, ...]:
     """Mesh axes that split these dims of a leaf."""
-    return mesh_axes(dataclasses.replace(leaf, axes=leaf.axes[dims]), mesh)
+    return shard_axes(dataclasses.replace(leaf, axes=leaf.axes[dims]), mesh)
 
 
 def _whole(count, matrix, must, free, over) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -141,7 +142,7 @@ def optimizer_flops(case: Case) -> float:
 
 def undivided(cfg: ModelConfig, devices: int) -> float:
     """Operations of a device were all of them spread perfectly."""
-    muon = (leaf for leaf in leaves(cfg).values() if leaf.group == "muon")
+    muon = (leaf for leaf in declare_kimi(cfg).values() if leaf.group == "muon")
     return sum(math.prod(leaf.stack) * flops(leaf.matrix) for leaf in muon) / devices
 
 
@@ -165,9 +166,9 @@ def _leaf_wire(case: Case, group: Group, leaf: ParamSpec, padding: float, wire: 
     """What splits a matrix at rest exchanges pieces; what does not picks, and gathers results."""
     mesh, add = case.mesh, network.add
     over = lambda axes: math.prod([getattr(mesh, axis) for axis in axes])
-    mine = [axis for axis in mesh_axes(leaf, mesh) if axis not in group.stacked]
+    mine = [axis for axis in shard_axes(leaf, mesh) if axis not in group.stacked]
     picked = [axis for axis in group.stack if axis not in mine]
-    part = width(case) * size(leaf) / ways(leaf, mesh) * padding / over(picked)
+    part = width(case) * device_size(leaf, mesh) * padding / over(picked)
     # Rows are the longer side; its axes stay where they will split it.
     rows, columns = leaf.matrix
     at = leaf.stacked + leaf.contracted
@@ -197,8 +198,10 @@ def moment(case: Case, trained: float) -> dict[str, float]:
     if case.run.optim.name != "muonclip":
         return {"updates": 4 * trained}
     moments, each = [], width(case)
-    rest = lambda leaf: size(leaf) / ways(leaf, case.mesh)
-    waiting = each * sum(rest(leaf) for leaf in leaves(case.model).values() if leaf.group == "muon")
+    rest = lambda leaf: device_size(leaf, case.mesh)
+    waiting = each * sum(
+        rest(leaf) for leaf in declare_kimi(case.model).values() if leaf.group == "muon"
+    )
     for group in groups(case):
         held = sum(rest(leaf) for leaf, _ in group.leaves)
         work = group.busiest * _one(group, each)

@@ -3,8 +3,8 @@
 import dataclasses
 
 from k2jax.config import MeshConfig, ModelConfig, RunConfig
+from k2jax.params.kimi import declare_kimi
 from k2jax.params.spec import ParamSpec
-from k2jax.plan.inventory import leaves, size
 
 BLOCK = 512  # queries and keys that meet at a time in longer rows; `ops.attention` has it too
 LOGITS = 2.0**29  # bytes of logits above which they are made in parts; as in `model.logits`
@@ -94,7 +94,7 @@ class Case:
 def active(cfg: ModelConfig, specs: dict[str, ParamSpec]) -> int:
     """Matrix parameters that work on a token, the head included once."""
     return sum(
-        size(leaf) * cfg.experts_per_token // cfg.experts if "experts" in leaf.axes else size(leaf)
+        leaf.size * cfg.experts_per_token // cfg.experts if "experts" in leaf.axes else leaf.size
         for leaf in specs.values()
         if leaf.contracted
     )
@@ -107,7 +107,7 @@ def model_flops_per_token(run: RunConfig) -> float:
     """
     cfg = run.model
     attention = 2 * (cfg.layers + cfg.mtp_layers) * cfg.heads * (cfg.nope + cfg.rope + cfg.value)
-    matmul = 2 * (active(cfg, leaves(cfg)) + cfg.mtp_layers * cfg.vocab * cfg.embed)
+    matmul = 2 * (active(cfg, declare_kimi(cfg)) + cfg.mtp_layers * cfg.vocab * cfg.embed)
     return 3 * (matmul + attention * (run.data.context + 1) / 2)
 
 
@@ -130,7 +130,7 @@ def _recompute_flops(case: Case, layers: float) -> float:
 def step_flops(case: Case) -> float:
     """Operations of a device in a step, recomputation included, without the optimizer."""
     cfg, run = case.model, case.run
-    specs = leaves(cfg)
+    specs = declare_kimi(cfg)
     head = 2 * cfg.vocab * cfg.embed
     layers = 2 * active(cfg, specs) - head
     attention = 2 * case.layers * cfg.heads * (cfg.nope + cfg.rope + cfg.value)

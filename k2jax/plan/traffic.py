@@ -1,9 +1,10 @@
 """Bytes that a device sends in a training step, by kind of collective and mesh axes."""
 
+from k2jax.params.kimi import declare_kimi
 from k2jax.params.spec import ParamSpec
 from k2jax.plan import network
-from k2jax.plan.inventory import leaves, mesh_axes, size, ways
 from k2jax.plan.network import Wire
+from k2jax.plan.shards import device_size, shard_axes
 from k2jax.plan.step_flops import Case
 from k2jax.sharding.table import BATCH
 
@@ -11,10 +12,10 @@ from k2jax.sharding.table import BATCH
 def step_wire(case: Case) -> Wire:
     """Everything but the optimizer's exchange."""
     wire: Wire = {}
-    for leaf in leaves(case.model).values():
+    for leaf in declare_kimi(case.model).values():
         if leaf.group != "bias" and leaf.contracted:
             _weight(case, leaf, wire)
-    _embedding(case, leaves(case.model)["embed"], wire)
+    _embedding(case, declare_kimi(case.model)["embed"], wire)
     _activations(case, wire)
     _experts(case, wire)
     return wire
@@ -26,11 +27,11 @@ def _weight(case: Case, leaf: ParamSpec, wire: Wire) -> None:
     Outside of scanned layers nothing is gathered twice: what was gathered is kept.
     """
     mesh, add = case.mesh, network.add
-    used, stored = mesh_axes(leaf, mesh, gathered=True), mesh_axes(leaf, mesh)
+    used, stored = shard_axes(leaf, mesh, gathered=True), shard_axes(leaf, mesh)
     over = [axis for axis in stored if axis not in used]
     scanned = any(axis.endswith("_layers") for axis in leaf.axes)
     times = case.accumulate * (case.gathers if scanned else 1)
-    whole = size(leaf) * case.width / ways(leaf, mesh, gathered=True)
+    whole = case.width * device_size(leaf, mesh, gathered=True)
     add(wire, "all-gather", over, mesh, times * whole)
     wider = case.accumulate * case.grad_width / case.width
     add(wire, "reduce-scatter", over, mesh, wider * whole)
@@ -39,16 +40,16 @@ def _weight(case: Case, leaf: ParamSpec, wire: Wire) -> None:
 
 def _summed(case: Case, leaf: ParamSpec, wire: Wire) -> None:
     """A gradient, over devices with other tokens and the same part of the weight."""
-    rest = [axis for axis in (*BATCH, "context") if axis not in mesh_axes(leaf, case.mesh)]
-    part = case.accumulate * case.grad_width * size(leaf) / ways(leaf, case.mesh)
+    rest = [axis for axis in (*BATCH, "context") if axis not in shard_axes(leaf, case.mesh)]
+    part = case.accumulate * case.grad_width * device_size(leaf, case.mesh)
     network.add(wire, "all-reduce", rest, case.mesh, part)
 
 
 def _embedding(case: Case, leaf: ParamSpec, wire: Wire) -> None:
     """Rows looked up, from devices that have other columns of them, and their gradients."""
     rows = case.predictions * case.accumulate * case.tokens * case.model.embed * case.width
-    used = mesh_axes(leaf, case.mesh, gathered=True)
-    over = [axis for axis in mesh_axes(leaf, case.mesh) if axis not in used]
+    used = shard_axes(leaf, case.mesh, gathered=True)
+    over = [axis for axis in shard_axes(leaf, case.mesh) if axis not in used]
     network.add(wire, "all-to-all", over, case.mesh, 2 * rows)
     network.add(wire, "all-reduce", list(used), case.mesh, rows)
     _summed(case, leaf, wire)

@@ -5,7 +5,7 @@ import time
 from html import escape
 from typing import Any
 
-from k2jax.plan.inventory import leaves, size
+from k2jax.params.kimi import declare_kimi
 from k2jax.plan.step_flops import active
 from k2jax.report import svg
 from k2jax.report.read import RunRecord
@@ -128,8 +128,8 @@ def _summary(found: RunRecord) -> str:
     if run is None:
         return f"{found.folder}"
     m = run.model
-    total = sum(map(size, leaves(m).values()))
-    working = active(m, leaves(m))
+    total = sum(leaf.size for leaf in declare_kimi(m).values())
+    working = active(m, declare_kimi(m))
     return (
         f"{short(total)} parameters, {short(working)} at work on a token; {m.dense_layers} dense +"
         f" {m.moe_layers} mixture layers, {m.experts} experts, {m.experts_per_token} a token;"

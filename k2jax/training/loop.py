@@ -23,7 +23,7 @@ from k2jax.inference.generate import generate
 from k2jax.model import Model
 from k2jax.model.batch import own_parts, to_devices
 from k2jax.model.kernel_check import check_kernels
-from k2jax.params.declare import initial
+from k2jax.params.arrays import initial
 from k2jax.runtime import memory
 from k2jax.runtime.files import OUTSIDE, replace
 from k2jax.runtime.signals import Stop, Stopped

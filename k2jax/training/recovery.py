@@ -13,8 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from k2jax.config import ConfigError, RunConfig
+from k2jax.params.arrays import Params
 from k2jax.params.counts import counts, flops
-from k2jax.params.declare import Params
 from k2jax.params.spec import ParamSpec
 from k2jax.runtime.hardware import peak_of
 from k2jax.training.health import Events, Health, Order

@@ -11,7 +11,7 @@ from k2jax import sharding
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError, from_json
 from k2jax.model.batch import to_devices
-from k2jax.params.declare import initial
+from k2jax.params.arrays import initial
 from k2jax.training.loop import compile_step, numbers
 from k2jax.training.recovery import REPLAY
 from k2jax.training.step import State, build

@@ -17,7 +17,8 @@ from k2jax.evals.perplexity import total_loss
 from k2jax.model import Aux, Batch, Dispatch, Kimi, hidden, losses, mtp
 from k2jax.model.batch import micro_spec
 from k2jax.optim import RESTARTS, adamw, balance, muonclip, warmup_stable_decay
-from k2jax.params.declare import Params, abstract, bind, specs
+from k2jax.params.arrays import Params, abstract, bind
+from k2jax.params.declare import specs
 from k2jax.params.spec import ParamSpec
 
 

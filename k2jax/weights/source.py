@@ -11,7 +11,8 @@ from k2jax.checkpoint import Checkpoints
 from k2jax.checkpoint.steps import CHECKPOINTS, is_step
 from k2jax.config import ConfigError, ModelConfig, RunConfig, from_json
 from k2jax.model import Kimi, Model
-from k2jax.params.declare import abstract, specs
+from k2jax.params.arrays import abstract
+from k2jax.params.declare import specs
 from k2jax.params.spec import ParamSpec
 from k2jax.text.jinja_template import open_tokenizer
 from k2jax.weights.converted_read import ConvertedCheckpoint

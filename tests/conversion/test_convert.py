@@ -17,7 +17,8 @@ from k2jax.config import ConfigError, MeshConfig, RunConfig, to_json
 from k2jax.conversion import convert
 from k2jax.conversion import write as writer
 from k2jax.model import Kimi
-from k2jax.params.declare import initial, specs
+from k2jax.params.arrays import initial
+from k2jax.params.declare import specs
 from k2jax.sharding import make_mesh
 from k2jax.weights import converted_write as chunks
 from k2jax.weights import manifest, quant

@@ -16,7 +16,8 @@ from k2jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunCo
 from k2jax.data.tokenise import tokenise
 from k2jax.evals import perplexity as evaluate
 from k2jax.model import Kimi, Model, forward
-from k2jax.params.declare import initial, specs
+from k2jax.params.arrays import initial
+from k2jax.params.declare import specs
 from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.training.step import build
 

@@ -12,7 +12,8 @@ from k2jax import sharding
 from k2jax.config import MeshConfig, ModelConfig, Yarn
 from k2jax.inference import decode
 from k2jax.model import Kimi, Model, forward, moe
-from k2jax.params.declare import bind, initial, specs
+from k2jax.params.arrays import bind, initial
+from k2jax.params.declare import specs
 
 KIMI = ModelConfig(
     vocab=96, embed=32, dense_layers=1, moe_layers=2, heads=4, q_rank=12, kv_rank=16, nope=8,

@@ -15,7 +15,8 @@ from k2jax.config import ConfigError, MeshConfig, ModelConfig
 from k2jax.inference import generate as sampling
 from k2jax.inference import sampler as sample
 from k2jax.model import Kimi, Model, forward
-from k2jax.params.declare import initial, specs
+from k2jax.params.arrays import initial
+from k2jax.params.declare import specs
 from k2jax.text.kimi_template import KimiTemplate, encode
 from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.text.reply import parse

@@ -12,7 +12,8 @@ from golden.read import golden
 from k2jax import sharding
 from k2jax.config import MeshConfig
 from k2jax.model import Batch, Dispatch, Kimi, hidden, losses
-from k2jax.params.declare import bind, specs
+from k2jax.params.arrays import bind
+from k2jax.params.declare import specs
 
 GOLD = golden("kimi")
 ROWS, LENGTH = 8, 16

@@ -28,7 +28,8 @@ from k2jax.config import (
 from k2jax.model import Batch, Kimi, hidden, mtp, plain
 from k2jax.model.rope import frequencies
 from k2jax.optim.qk_clip import qk_clip
-from k2jax.params.declare import bind, initial, specs
+from k2jax.params.arrays import bind, initial
+from k2jax.params.declare import specs
 from k2jax.training.step import build
 from k2jax.weights.hf_config import from_published
 from k2jax.weights.mapping import to_published

@@ -17,7 +17,7 @@ from golden.read import NAMES, Golden, golden, wrap
 
 import k2jax
 from k2jax.model import Kimi, head, hidden, kimi, moe, plain
-from k2jax.params.declare import bind
+from k2jax.params.arrays import bind
 from k2jax.weights.safetensors import write
 
 HIDDEN = 1e-5  # float32, max abs

@@ -12,7 +12,8 @@ from k2jax import sharding
 from k2jax.config import MeshConfig
 from k2jax.model import Kimi
 from k2jax.model import projection as layout
-from k2jax.params.declare import bind, specs
+from k2jax.params.arrays import bind
+from k2jax.params.declare import specs
 
 GOLD = golden("kimi")
 LEAVES = specs(Kimi(GOLD.cfg))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from k2jax.config import ModelConfig
-from k2jax.model.moe import Moe, router_logits
+from k2jax.model.moe import router_logits
 from k2jax.model.router import count, route
-from k2jax.params.declare import bind
+from k2jax.params.arrays import bind
+from k2jax.params.kimi import Moe
 
 PLAIN = ModelConfig(embed=13, experts=12, experts_per_token=4, routed_scale=2.827)
 GROUPED = dataclasses.replace(PLAIN, groups=4, groups_per_token=2, routed_scale=2.5)

@@ -20,7 +20,8 @@ from k2jax.model.norm import rms_norm
 from k2jax.model.rope import frequencies, rotate, rotation
 from k2jax.model.router import route
 from k2jax.optim import clip_factor, muonclip, newton_schulz, qk_clip, scale_by_muon
-from k2jax.params.declare import bind, initial, specs
+from k2jax.params.arrays import bind, initial
+from k2jax.params.declare import specs
 from k2jax.training.step import build
 
 MODELS = {name: configs.load(name).model for name in configs.NAMES}

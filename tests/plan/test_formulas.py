@@ -8,16 +8,16 @@ import pytest
 from k2jax import configs
 from k2jax.commands.describe import describe
 from k2jax.config import MeshConfig, override
-from k2jax.model import Kimi
 from k2jax.optim import distribute as exchange
 from k2jax.optim import route
 from k2jax.optim.newton_schulz import flops as optimizer_flops
-from k2jax.params.declare import specs
+from k2jax.params.declare import Declare
+from k2jax.params.kimi import Attention, declare_kimi
 from k2jax.plan import cost, network, newton, targets, traffic
 from k2jax.plan import hbm as memory
 from k2jax.plan import step_flops as work
 from k2jax.plan.estimate import estimate
-from k2jax.plan.inventory import leaves, ways
+from k2jax.plan.shards import count_shards
 from k2jax.plan.step_flops import BLOCK, LOGITS, Case
 from k2jax.runtime import hardware
 from k2jax.sharding import torus
@@ -28,11 +28,22 @@ V5P = targets.parse("v5p:8x8x16")
 ONE_ROW = override(K2, {"data.rows": "1024", "train.accumulate": "1"})
 
 
-@pytest.mark.parametrize("name", configs.NAMES)
-def test_the_inventory_is_what_the_model_declares(name):
-    cfg = configs.load(name).model
-    seen = lambda specs: {n: (s.axes, s.shape, s.contracted, s.group) for n, s in specs.items()}
-    assert seen(leaves(cfg)) == seen(specs(Kimi(cfg)))
+def test_a_weight_that_the_model_declares_is_planned(monkeypatch):
+    declare_attention = Attention.__init__
+
+    def declare_odd(self, cfg, stack):
+        declare_attention(self, cfg, stack)
+        self.odd = Declare(cfg, stack)("embed latent", 1, "odd")
+
+    monkeypatch.setattr(Attention, "__init__", declare_odd)
+    declare_kimi.cache_clear()
+    try:
+        odd = memory.arguments(Case(K2, K2.mesh, 1))["weights"]
+    finally:
+        declare_kimi.cache_clear()
+    monkeypatch.undo()
+    usual = memory.arguments(Case(K2, K2.mesh, 1))["weights"]
+    assert odd - usual == 4 * 61 * 7168 * 576 / K2.mesh.expert  # `embed` is split over `expert`
 
 
 @pytest.mark.parametrize("name", ["kimi_k2", "moonlight_16b_a3b", "deepseek_v3", "tiny"])
@@ -141,9 +152,9 @@ def test_more_micro_batches_need_less_memory_and_send_more():
 
 
 def test_what_is_stored_over_an_axis_is_used_whole():
-    leaf = leaves(K2.model)["layers.attention.q_down"]
-    assert ways(leaf, K2.mesh) == 128
-    assert ways(leaf, K2.mesh, gathered=True) == 1
+    leaf = declare_kimi(K2.model)["layers.attention.q_down"]
+    assert count_shards(leaf, K2.mesh) == 128
+    assert count_shards(leaf, K2.mesh, gathered=True) == 1
 
 
 def test_money_hours_and_energy_of_a_known_stay():

@@ -8,8 +8,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from k2jax import configs, sharding
 from k2jax.config import MeshConfig, override
+from k2jax.params.kimi import declare_kimi
 from k2jax.plan import hbm as memory
-from k2jax.plan.inventory import leaves, size, ways
+from k2jax.plan.shards import count_shards, device_size
 from k2jax.plan.step_flops import LOGITS, Case
 from k2jax.training.step import build
 
@@ -50,10 +51,13 @@ def test_what_is_kept_where_nothing_is_made_again(name, mesh, more):
     run = override(configs.load(name), {"data.rows": rows, "train.accumulate": "1"} | more)
     case = Case(run, mesh, 1)
     planned = memory.activations(case)
-    for leaf in leaves(run.model).values():  # the rest of the weights is kept as it rests
-        used = ways(leaf, mesh, gathered=True) == ways(leaf, mesh) and run.train.dtype == "float32"
+    for leaf in declare_kimi(run.model).values():  # the rest of the weights is kept as it rests
+        used = (
+            count_shards(leaf, mesh, gathered=True) == count_shards(leaf, mesh)
+            and run.train.dtype == "float32"
+        )
         if leaf.contracted and ("experts" not in leaf.axes or used):
-            planned += 4 * size(leaf) / ways(leaf, mesh)
+            planned += 4 * device_size(leaf, mesh)
     if not case.exchanges:  # tracing counts what a CPU's way keeps too: what gate and up gave
         planned += 2 * case.width * case.mixtures * case.pairs * case.hidden
     if case.logits <= LOGITS:  # planned as the head's

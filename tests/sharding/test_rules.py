@@ -11,7 +11,8 @@ from k2jax import configs, sharding
 from k2jax.config import ConfigError, MeshConfig
 from k2jax.model import Kimi
 from k2jax.model.batch import micro_spec
-from k2jax.params.declare import abstract, specs
+from k2jax.params.arrays import abstract
+from k2jax.params.declare import specs
 from k2jax.training.step import build
 
 K2 = configs.load("kimi_k2")

@@ -29,7 +29,7 @@ from k2jax.config import (
 )
 from k2jax.data import Batches
 from k2jax.data.tokenise import tokenise
-from k2jax.params.declare import initial
+from k2jax.params.arrays import initial
 from k2jax.training import loop
 from k2jax.training.loop import read_metrics, train
 from k2jax.training.replay import replay

@@ -25,7 +25,7 @@ from k2jax.data import Batches
 from k2jax.data.store import read, write
 from k2jax.model.batch import to_devices
 from k2jax.optim import POLYNOMIALS
-from k2jax.params.declare import initial
+from k2jax.params.arrays import initial
 from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.training.step import State, _evenness, build
 

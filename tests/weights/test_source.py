@@ -8,7 +8,8 @@ import k2jax
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError, MeshConfig, ModelConfig, RunConfig, to_json
 from k2jax.model import Kimi
-from k2jax.params.declare import initial, specs
+from k2jax.params.arrays import initial
+from k2jax.params.declare import specs
 from k2jax.sharding import make_mesh
 from k2jax.text.kimi_tokenizer import FILE, Tokenizer
 from k2jax.text.train_bpe import train_tokenizer

@@ -1,0 +1,118 @@
+"""Arrays of declared parameters: draw them, describe them, bind them under their attributes."""
+
+import functools
+import types
+import zlib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from k2jax.params.spec import ParamSpec
+from k2jax.sharding import meshless, storage_spec
+
+Params = dict[str, jax.Array]
+Module = TypeVar("Module")
+
+
+class RouterBias(nnx.Variable):
+    """Steers the choice of experts: moved by counts, never by gradients [DSV3-TR 2.1.2]."""
+
+
+def bind(
+    declared: Module, params: Mapping[str, jax.Array], grad_dtype: str | None = None
+) -> Module:
+    """Copy declarations as nnx modules of the same classes, with arrays in the place of specs.
+
+    Args:
+        declared: says which parameters there are.
+        params: arrays by name; more than it declares do not matter.
+        grad_dtype: what gradients of weights travel in between devices; None: the dtype they have.
+
+    Raises:
+        KeyError: a parameter is missing.
+    """
+
+    def copy(part: Any, name: str) -> Any:
+        if isinstance(part, ParamSpec):
+            return _variable(part, params[name], grad_dtype)
+        bound = _module_class(type(part))()  # type: ignore[arg-type]  # classes are hashable
+        for key, inner in vars(part).items():
+            setattr(bound, key, copy(inner, f"{name}.{key}" if name else key))
+        return bound
+
+    return copy(declared, "")
+
+
+def _variable(leaf: ParamSpec, array: jax.Array, grad_dtype: str | None) -> nnx.Variable:
+    kind = RouterBias if leaf.group == "bias" else nnx.Param
+    # `out_sharding` is Flax's own annotation; the arrays are placed by `initial`.
+    return kind(
+        array, out_sharding=leaf.axes, eager_sharding=False, spec=leaf, grad_dtype=grad_dtype
+    )
+
+
+@functools.cache
+def _module_class(declared: type) -> type:
+    """Derive from a class of declarations an nnx module that starts without attributes."""
+    body = {"__init__": object.__init__, "__module__": declared.__module__}
+    return types.new_class(
+        declared.__name__, (declared, nnx.Module), exec_body=lambda space: space.update(body)
+    )
+
+
+def initial(specs: Mapping[str, ParamSpec], seed: int, std: float) -> Params:
+    """Draw float32 parameters, each device only its part, without compiling anything.
+
+    Every matrix is drawn by NumPy from (seed, name, layer, expert), so the weights are the same
+    on any mesh and any number of hosts.
+
+    Args:
+        specs: what to draw.
+        seed: of the run.
+        std: standard deviation of the normal ones; gains are 1, the router bias 0.
+    """
+    return {name: _draw(name, leaf, seed, std) for name, leaf in specs.items()}
+
+
+def _draw(name: str, leaf: ParamSpec, seed: int, std: float) -> jax.Array:
+    @functools.cache
+    def matrix(index: tuple[int, ...]) -> np.ndarray:
+        inner = leaf.shape[leaf.stacked :]
+        if leaf.init != "normal":
+            return np.full(inner, leaf.init == "ones", np.float32)
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), *index])
+        return rng.standard_normal(inner, np.float32) * np.float32(std)
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        ranges = [range(n)[cut] for n, cut in zip(leaf.stack, index, strict=False)]
+        shape = tuple(len(range(n)[cut]) for n, cut in zip(leaf.shape, index, strict=True))
+        out = np.empty(shape, np.float32)
+        for at in np.ndindex(*map(len, ranges)):
+            where = tuple(r[i] for r, i in zip(ranges, at, strict=True))
+            out[at] = matrix(where)[index[leaf.stacked :]]
+        return out
+
+    if meshless():
+        return jnp.asarray(part((slice(None),) * len(leaf.shape)))
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), storage_spec(leaf.axes))
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+
+def abstract(
+    specs: Mapping[str, ParamSpec], dtype: str = "float32"
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and layout of every parameter on the mesh in use, real or pretended."""
+    if meshless():
+        return {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in specs.items()}
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, dtype, sharding=jax.NamedSharding(mesh, storage_spec(leaf.axes))
+        )
+        for name, leaf in specs.items()
+    }
