@@ -1,30 +1,36 @@
 """The command line: `k2jax VERB ...`. Help and mistakes answer before jax loads."""
 
 import argparse
+import difflib
 import importlib
 import sys
 from typing import NoReturn
 
-from k2jax.config import ConfigError, nearest
+from k2jax.config import ConfigError, field_names, nearest, suggest
+
+CLOSE = 0.75  # difflib's ratio from which an option counts as meant
 
 # Each verb's module has `add_arguments(parser)` and `main(args) -> exit code`.
 VERBS = {
-    "train": ("k2jax.commands.train", "train a model, or go on training it"),
-    "data": ("k2jax.commands.data", "tokenise once, in parallel, what training then reads fast"),
-    "evaluate": ("k2jax.commands.evaluate", "perplexity and bits per byte of text"),
-    "generate": ("k2jax.commands.generate", "continue a prompt"),
-    "convert": ("k2jax.commands.convert", "published weights into our checkpoints, and back"),
-    "plan": ("k2jax.commands.plan", "what a run takes on machines that are not here"),
-    "report": ("k2jax.commands.report", "one HTML page with the plots of a run"),
+    "train": ("k2jax.commands.train", "train a model, or resume a run"),
+    "data": ("k2jax.commands.data", "tokenise a data set once, in parallel, for fast training"),
+    "evaluate": ("k2jax.commands.evaluate", "score text: perplexity and bits per byte"),
+    "generate": ("k2jax.commands.generate", "continue a prompt or answer a conversation"),
+    "convert": ("k2jax.commands.convert", "convert published weights to our format, and back"),
+    "plan": (
+        "k2jax.commands.plan",
+        "estimate memory, time and cost on hardware you don't have",
+    ),
+    "report": ("k2jax.commands.report", "write one HTML page with the plots of a run"),
     "describe": (
         "k2jax.commands.describe",
-        "every parameter: shape, layout, optimizer, published name",
+        "list every parameter: shape, layout, optimizer, published name",
     ),
 }
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage before it."""
+    """Reports a mistake in one line, without printing the usage first."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
@@ -40,8 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
             raise ConfigError(f"no verb {argv[0]!r}; {nearest(argv[0], VERBS)}")
-        args, rest = _parser(argv[0] if argv else "").parse_known_args(argv)
-        args.settings = _settings(rest, args)
+        parser, options = _build_parser(argv[0] if argv else "")
+        args, rest = parser.parse_known_args(argv)
+        args.settings = _read_settings(rest, args, options)
         return importlib.import_module(VERBS[args.verb][0]).main(args)
     except ConfigError as error:
         sys.stderr.write(f"k2jax: {error}\n")
@@ -54,31 +61,47 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def _parser(verb: str) -> argparse.ArgumentParser:
+def _build_parser(verb: str) -> tuple[argparse.ArgumentParser, list[str]]:
+    """Return the parser with the options of one verb, and their names."""
     parser = _Parser(prog="k2jax", description="Kimi K2 in JAX.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser)
+    options: list[str] = []
     for name, (module, text) in VERBS.items():
-        sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub = verbs.add_parser(
+            name, help=text, description=text, allow_abbrev=False, conflict_handler="resolve"
+        )
         if name == verb:
             importlib.import_module(module).add_arguments(sub)
-    return parser
+            options = [word for word in sub._option_string_actions if word.startswith("--")]
+    return parser, options
 
 
-def _settings(rest: list[str], args: argparse.Namespace) -> dict[str, str]:
-    """`--section.field VALUE` pairs, for the verbs that take a config."""
+def _read_settings(rest: list[str], args: argparse.Namespace, options: list[str]) -> dict[str, str]:
+    """Return the `--section.field VALUE` pairs, for the verbs that take a config."""
     settings: dict[str, str] = {}
     words = iter(rest)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or "." not in name or not hasattr(args, "config"):
-            options = [f"--{key.replace('_', '-')}" for key in vars(args) if key != "verb"]
-            raise ConfigError(f"{args.verb} does not take {word!r}; {nearest(word, options)}")
+            raise ConfigError(f"{args.verb} does not take {word!r}; {_hint(word, args, options)}")
         if not equals:
             value = next(words, "--")
             if value.startswith("--"):
                 raise ConfigError(f"--{name} needs a value")
         settings[name] = value
     return settings
+
+
+def _hint(word: str, args: argparse.Namespace, options: list[str]) -> str:
+    """Name the option or the setting that was meant by `word`, or list the options."""
+    name = word.partition("=")[0].removeprefix("--")
+    if near := difflib.get_close_matches(name, [option[2:] for option in options], 1, CLOSE):
+        return f"did you mean '--{near[0]}'?"
+    hint = f"there are: {', '.join(option for option in options if option != '--help')}"
+    if not hasattr(args, "config"):
+        return hint
+    setting = suggest(name, field_names()) if word.startswith("--") else ""
+    return setting or f"{hint}, --section.field"
 
 
 if __name__ == "__main__":

@@ -1,23 +1,38 @@
 """Mistakes on the command line answer in one line with exit code 2, before jax loads."""
 
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 
 from k2jax import cli, configs
+from k2jax.config import RunConfig, each_knob
 
 MISTAKES = [
     (["trian", "tiny"], "no verb 'trian'; did you mean 'train'?"),
     ([], "the following arguments are required: verb"),
     (["train"], "the following arguments are required: config"),
     (["train", "tinny"], "no config 'tinny'; did you mean 'tiny'?"),
-    (["train", "tiny", "--train.step", "3"], "train has no 'step'; did you mean 'steps'?"),
-    (["train", "tiny", "--trian.steps", "3"], "the run has no 'trian'; did you mean 'train'?"),
+    (["train", "tiny", "--train.step", "3"], "train has no 'step'; did you mean --train.steps?"),
+    (["train", "tiny", "--trian.steps", "3"], "the run has no 'trian'; did you mean --train.steps"),
+    (["train", "tiny", "--optim.lr", "3"], "did you mean --optim.learning_rate?"),
+    (["train", "tiny", "--lr", "3"], "did you mean --optim.learning_rate?"),
+    (["train", "tiny", "--learning_rate=3"], "did you mean --optim.learning_rate?"),
+    (["train", "tiny", "--learning-rate", "3"], "did you mean --optim.learning_rate?"),
+    (["train", "tiny", "--batch_size", "3"], "did you mean --data.rows?"),
+    (["train", "tiny", "--steps", "3"], "did you mean --train.steps?"),
+    (["train", "tiny", "--seq_len", "3"], "did you mean --data.context?"),
+    (["train", "tiny", "--dtype", "bfloat16"], "did you mean --train.dtype?"),
+    (["train", "tiny", "--epochs", "3"], "set --train.steps"),
+    (["train", "tiny", "--resume"], "the same command resumes a run"),
+    (["train", "tinny", "--help"], "no config 'tinny'; did you mean 'tiny'?"),
+    (["evaluate", "runs/x", "--steps", "3"], "there are: --data, --stride, --rows, --json"),
     (["train", "tiny", "--train.steps", "many"], "train.steps is int, 'many' is not"),
     (["train", "tiny", "--train.steps"], "--train.steps needs a value"),
     (["train", "tiny", "--optim.learning_rate", "nan"], "it must be finite"),
-    (["train", "tiny", "--model", "3"], "train does not take '--model'"),
+    (["train", "tiny", "--model", "3"], "model is a section; set one of its fields: vocab, "),
     (["train", "tiny", "--model.yarn", "3"], "model.yarn is a section; set one of its fields"),
     (["train", "tiny", "--outt", "x"], "train does not take '--outt'; did you mean '--out'?"),
     (["train", "tiny", "extra"], "train does not take 'extra'"),
@@ -65,12 +80,24 @@ def test_help_of_every_verb_answers_before_jax_loads(verb):
     assert run.stdout.split()[-1] == "False"
 
 
-def test_help_of_train_lists_every_setting(capsys):
+@pytest.mark.parametrize("config", [None, "tiny", "kimi_k2_128k"])
+def test_help_of_train_lists_every_setting_with_its_value_in_the_config(config, capsys):
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+        cli.main(["train", *([config] if config else []), "--help"])
     shown = capsys.readouterr().out
-    assert "--optim.learning_rate" in shown
-    assert "--model.yarn.factor" in shown
+    run = configs.load(config) if config else RunConfig()
+    for name, knob, value in each_knob(run):
+        assert re.search(rf"--{name} +{re.escape(knob.describe())} \[{value}\]\n", shown + "\n")
+
+
+def test_a_mistake_answers_in_a_third_of_a_second():
+    command = [sys.executable, "-m", "k2jax.cli", "train", "tiny", "--lr", "3"]
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run(command, capture_output=True, check=False)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.3
 
 
 @pytest.mark.parametrize("name", configs.NAMES)

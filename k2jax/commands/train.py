@@ -1,18 +1,20 @@
-"""`k2jax train`: train a named or published model, or go on with what a folder holds."""
+"""`k2jax train`: train a named or published model, or resume the run in a folder."""
 
 import argparse
-import dataclasses
 import sys
 import time
 from pathlib import Path
 
 from k2jax import cluster, configs
-from k2jax.config import ConfigError, RunConfig, override, validate
+from k2jax.config import ConfigError, RunConfig, each_knob, override, validate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `k2jax train`; every field of the config is one, listed by `--help`."""
+    """Add the options of `k2jax train`; every field of the config is one, listed by `--help`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "-h", "--help", action=_Help, nargs=0, help="show this and every setting of CONFIG"
+    )
     parser.add_argument("config", help=f"{', '.join(configs.NAMES)}, or a published config.json")
     parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/CONFIG")
     parser.add_argument(
@@ -20,21 +22,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " checkpoint or a published folder; a checkpoint in the run folder wins over it",
     )  # fmt: skip
     cluster.add_arguments(parser)
-    parser.epilog = "settings (--section.field VALUE) and K2's values:\n" + "\n".join(
-        _fields(RunConfig(), "")
-    )
 
 
-def _fields(node: object, prefix: str) -> list[str]:
-    lines = []
-    for field in dataclasses.fields(node):  # type: ignore[arg-type]
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            lines += _fields(value, f"{prefix}{field.name}.")
-        elif prefix:
-            name = f"--{prefix}{field.name}"
-            lines.append(f"  {name:32} {field.metadata['help']} [{value}]")
-    return lines
+class _Help(argparse.Action):
+    """Prints the options, and every setting with its value in the config that was named."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object
+    ) -> None:
+        parser.epilog = _describe_settings(getattr(namespace, "config", None))
+        parser.print_help()
+        parser.exit()
+
+
+def _describe_settings(config: str | None) -> str:
+    """List the settings section by section, with the values of `config` or the defaults."""
+    run = configs.load(config) if config else RunConfig()
+    whose = f"values in {config}" if config else "defaults"
+    lines = [f"settings (--section.field VALUE) and their {whose}:"]
+    section = ""
+    for name, each, value in each_knob(run):
+        if name.rpartition(".")[0] != section:
+            section = name.rpartition(".")[0]
+            lines.append(f"\n{section}:")
+        lines.append(f"  {f'--{name}':29} {each.describe()} [{value}]")
+    return "\n".join(lines)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Every setting of a run: a dataclass a section, and what may stand in it. Loads nothing heavy."""
 
-from k2jax.config.errors import ConfigError, nearest
+from k2jax.config.errors import ConfigError, nearest, one_line
+from k2jax.config.knob import each_knob, knob
 from k2jax.config.schema import (
     DERIVED_AXES,
     DISPATCH,
@@ -22,10 +23,10 @@ from k2jax.config.schema import (
     RunConfig,
     TrainConfig,
     Yarn,
-    knob,
     yarn_scale,
 )
-from k2jax.config.settings import from_json, override, to_json
+from k2jax.config.settings import field_names, from_json, override, to_json
+from k2jax.config.suggest import suggest
 from k2jax.config.validate import validate
 
 __all__ = [
@@ -50,10 +51,14 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "Yarn",
+    "each_knob",
+    "field_names",
     "from_json",
     "knob",
     "nearest",
+    "one_line",
     "override",
+    "suggest",
     "to_json",
     "validate",
     "yarn_scale",

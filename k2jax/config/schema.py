@@ -1,10 +1,10 @@
-"""Every knob of a run, as frozen dataclasses. A size has the name of its axis."""
+"""Every setting of a run, as frozen dataclasses of knobs. A size has the name of its axis."""
 
 import dataclasses
 import math
-from typing import Any
 
 from k2jax.config.errors import ConfigError
+from k2jax.config.knob import check_fields, knob
 
 # Logical axes whose length follows from fields. Two arrays of one size that are laid out
 # differently have two axis names.
@@ -36,72 +36,71 @@ NS_POLYNOMIALS = ("moonlight", "polar_express")  # those of optim.newton_schulz.
 MATRIX_VIEWS = ("whole", "per_head")
 ON_SPIKE = ("log", "skip", "rewind")
 TRACKERS = ("tensorboard", "wandb")
-LEAST_WINDOW = 20  # losses from which a spike can be told
+LEAST_WINDOW = 20  # losses from which a spike can be detected
 
-
-def knob(default: Any, text: str) -> Any:
-    """A dataclass field with its one-line explanation, shown by `k2jax train CONFIG --help`."""
-    return dataclasses.field(default=default, metadata={"help": text})
+# Values of one setting that leave others without effect.
+ADAMW = {"optim.name": "adamw"}
+NO_YARN = {"model.yarn.factor": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
     """Context extension of the rotary frequencies; factor 1 is plain RoPE. Source: spec 1.6."""
 
-    factor: float = knob(1.0, "context extension; 1 is plain RoPE")
-    beta_fast: float = knob(1.0, "rotations above which a frequency is kept")
-    beta_slow: float = knob(1.0, "rotations below which a frequency is divided by factor")
-    mscale: float = knob(1.0, "attention scale coefficient of cos and sin")
-    mscale_all_dim: float = knob(1.0, "attention scale coefficient of the softmax; 0: none")
-    context: int = knob(4096, "tokens of context before the extension")
+    factor: float = knob(1.0, "context extension; 1 is plain RoPE", low=1)
+    beta_fast: float = knob(
+        1.0, "rotations above which a frequency is kept", low=1e-6, unless=NO_YARN
+    )
+    beta_slow: float = knob(
+        1.0, "rotations below which a frequency is divided by factor", low=1e-6, unless=NO_YARN
+    )
+    mscale: float = knob(1.0, "attention scale coefficient of cos and sin", unless=NO_YARN)
+    mscale_all_dim: float = knob(
+        1.0, "attention scale coefficient of the softmax; 0: none", unless=NO_YARN
+    )
+    context: int = knob(4096, "tokens of context before the extension", low=1, unless=NO_YARN)
 
     def __post_init__(self) -> None:
         """Reject what gives no frequencies."""
-        least = {"factor": 1, "beta_fast": 1e-6, "beta_slow": 1e-6, "context": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ConfigError(
-                    f"model.yarn.{name} is {getattr(self, name)}; it must be at least {low}"
-                )
+        check_fields("model.yarn", self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of the network. The defaults are Kimi K2 [JLE, k2_config.json]."""
 
-    vocab: int = knob(163_840, "tokens in the vocabulary")
-    embed: int = knob(7_168, "width of the residual stream")
-    dense_layers: int = knob(1, "leading layers with a dense MLP")
-    moe_layers: int = knob(60, "layers with routed experts")
-    heads: int = knob(64, "attention heads")
-    q_rank: int = knob(1_536, "rank of the query projection; 0: a direct projection")
-    kv_rank: int = knob(512, "rank of the key and value projection")
-    nope: int = knob(128, "content part of a head's queries and keys")
-    rope: int = knob(64, "rotary part of a head's queries and keys")
-    value: int = knob(128, "width of a head's values")
-    ffw: int = knob(18_432, "hidden width of a dense MLP")
-    mtp_layers: int = knob(0, "layers that each predict one token further (MTP); K2 has none")
-    experts: int = knob(384, "routed experts a layer")
-    expert_ffw: int = knob(2_048, "hidden width of an expert")
-    experts_per_token: int = knob(8, "routed experts that work on a token")
-    shared_experts: int = knob(1, "experts that work on every token, as one MLP")
-    routed_scale: float = knob(2.827, "what a token's expert weights sum to")
-    groups: int = knob(1, "groups the experts are divided into for the choice")
-    groups_per_token: int = knob(1, "groups a token may choose from")
+    vocab: int = knob(163_840, "tokens in the vocabulary", low=1)
+    embed: int = knob(7_168, "width of the residual stream", low=1)
+    dense_layers: int = knob(1, "leading layers with a dense MLP", low=0)
+    moe_layers: int = knob(60, "layers with routed experts", low=1)
+    heads: int = knob(64, "attention heads", low=1)
+    q_rank: int = knob(1_536, "rank of the query projection; 0: a direct projection", low=0)
+    kv_rank: int = knob(512, "rank of the key and value projection", low=1)
+    nope: int = knob(128, "width of the content part of a head's queries and keys", low=1)
+    rope: int = knob(64, "width of the rotary part of a head's queries and keys", low=1)
+    value: int = knob(128, "width of a head's values", low=1)
+    ffw: int = knob(18_432, "hidden width of a dense MLP", low=1, unless={"model.dense_layers": 0})
+    mtp_layers: int = knob(
+        0, "layers that each predict one token further ahead (MTP); K2 has none", low=0
+    )
+    experts: int = knob(384, "routed experts per layer", low=1)
+    expert_ffw: int = knob(2_048, "hidden width of an expert", low=1)
+    experts_per_token: int = knob(8, "routed experts that each token is sent to", low=1)
+    shared_experts: int = knob(1, "experts that process every token, as one MLP", low=0)
+    routed_scale: float = knob(2.827, "sum of a token's expert weights")
+    groups: int = knob(1, "groups that the router divides the experts into", low=1)
+    groups_per_token: int = knob(
+        1, "groups that a token may choose experts from", low=1, unless={"model.groups": 1}
+    )
     norm_eps: float = knob(1e-6, "epsilon of the outer norms; the inner ones always have 1e-6")
-    rope_theta: float = knob(50_000.0, "base of the rotary frequencies")
+    rope_theta: float = knob(50_000.0, "base of the rotary frequencies", above=1)
     yarn: Yarn = Yarn()
-    context: int = knob(131_072, "longest context in tokens")
+    context: int = knob(131_072, "longest context in tokens", low=1)
     init_std: float = knob(0.02, "standard deviation of the initial matrices")
 
     def __post_init__(self) -> None:
-        """Reject shapes no mesh can rescue."""
-        for field in dataclasses.fields(self):
-            optional = ("q_rank", "shared_experts", "dense_layers", "mtp_layers")
-            least = 0 if field.name in optional else 1
-            if field.type is int and getattr(self, field.name) < least:
-                value = getattr(self, field.name)
-                raise ConfigError(f"model.{field.name} is {value}; it must be at least {least}")
+        """Reject shapes that no mesh can rescue."""
+        check_fields("model", self)
         if self.experts_per_token > self.experts * self.groups_per_token // self.groups:
             raise ConfigError(
                 f"model.experts_per_token is {self.experts_per_token}; it must be in 1.."
@@ -118,14 +117,12 @@ class ModelConfig:
                 f"model.groups is {self.groups}; groups of {self.experts} experts must have at"
                 " least 2 each"
             )
-        if self.rope_theta <= 1:
-            raise ConfigError(f"model.rope_theta is {self.rope_theta}; it must be more than 1")
         if self.rope % 2:
             raise ConfigError(f"model.rope is {self.rope}; rotations need an even width")
 
     @property
     def layers(self) -> int:
-        """All layers but those that predict further, dense ones first."""
+        """Number of layers without the MTP layers."""
         return self.dense_layers + self.moe_layers
 
     @property
@@ -158,60 +155,102 @@ class DataConfig:
         "text, shards, a folder of them, folders of tokens (a:0.7,b:0.3); empty: Python's source",
     )
     tokenizer: str = knob("", "a tiktoken.model file or its folder; empty: trained on the spot")
-    rows: int = knob(8, "rows in a global batch")
-    context: int = knob(4_096, "tokens in a row")
-    seed: int = knob(0, "orders the rows")
+    rows: int = knob(8, "rows in a global batch", low=1)
+    context: int = knob(4_096, "tokens per row", low=1)
+    seed: int = knob(0, "seed of the order of rows")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """How weights move. Defaults are K2's where published [K2-TR], Moonlight's elsewhere [ML]."""
 
-    name: str = knob("muonclip", f"one of: {', '.join(OPTIMIZERS)}")
-    learning_rate: float = knob(2e-4, "peak, the same for every group of weights")
-    final_rate: float = knob(0.1, "last learning rate over the peak")
-    warmup: int = knob(500, "steps of linear warm-up")
-    decay: float = knob(0.35, "share of all steps in the closing cosine")
-    weight_decay: float = knob(0.1, "decoupled, norms included [ML, appendix D]")
-    momentum: float = knob(0.95, "Muon's momentum (Nesterov)")
-    momentum_dtype: str = knob("float32", f"of Muon's momentum between steps: {', '.join(DTYPES)}")
-    ns_dtype: str = knob("bfloat16", "dtype of Muon's Newton-Schulz iteration")
-    ns_method: str = knob("standard", f"how it iterates: {', '.join(NS_METHODS)} (fewer FLOPs)")
-    ns_polynomial: str = knob("moonlight", f"of its steps: {', '.join(NS_POLYNOMIALS)}")
-    matrix_view: str = knob(
-        "whole", f"q_b and kv_b as one matrix or one a head: {', '.join(MATRIX_VIEWS)}"
+    name: str = knob("muonclip", "the optimizer", choices=OPTIMIZERS)
+    learning_rate: float = knob(2e-4, "peak learning rate, the same for all weights", above=0)
+    final_rate: float = knob(0.1, "last learning rate divided by the peak", low=0, high=1)
+    warmup: int = knob(500, "steps of linear warm-up", low=0)
+    decay: float = knob(0.35, "fraction of all steps in the final cosine decay", low=0, high=1)
+    weight_decay: float = knob(0.1, "decoupled, norms included [ML, appendix D]", low=0)
+    momentum: float = knob(0.95, "Muon's momentum (Nesterov)", low=0, high=1, unless=ADAMW)
+    momentum_dtype: str = knob(
+        "float32", "dtype in which Muon's momentum is stored", choices=DTYPES, unless=ADAMW
     )
-    b1: float = knob(0.9, "AdamW's first decay")
-    b2: float = knob(0.95, "AdamW's second decay")
-    eps: float = knob(1e-8, "AdamW's epsilon")
-    adam_scale: float = knob(1.0, "AdamW's steps over Muon's, where both are at work")
-    tau: float = knob(100.0, "QK-Clip: largest attention logit before a head is shrunk")
-    alpha: float = knob(0.5, "QK-Clip: share of a head's shrinking that its queries take, 0..1")
-    clip_norm: float = knob(0.0, "largest global gradient norm; 0: no clipping")
-    bias_rate: float = knob(1e-3, "router bias moved a step towards balance; 0: fixed")
-    aux_loss: float = knob(0.0, "weight of the sequence-wise balance loss; 0: none")
-    mtp_loss: float = knob(0.3, "weight of the loss of model.mtp_layers [DSV3-TR 4.2]")
+    ns_dtype: str = knob(
+        "bfloat16", "dtype of Muon's Newton-Schulz iteration", choices=DTYPES, unless=ADAMW
+    )
+    ns_method: str = knob(
+        "standard",
+        "how Newton-Schulz iterates (gram: fewer FLOPs)",
+        choices=NS_METHODS,
+        unless=ADAMW,
+    )
+    ns_polynomial: str = knob(
+        "moonlight", "coefficients of Newton-Schulz", choices=NS_POLYNOMIALS, unless=ADAMW
+    )
+    matrix_view: str = knob(
+        "whole",
+        "how Muon sees q_b and kv_b, as one matrix or one per head",
+        choices=MATRIX_VIEWS,
+        unless=ADAMW,
+    )
+    b1: float = knob(0.9, "AdamW's first decay", low=0, high=1)
+    b2: float = knob(0.95, "AdamW's second decay", low=0, high=1)
+    eps: float = knob(1e-8, "AdamW's epsilon", low=0)
+    adam_scale: float = knob(
+        1.0, "AdamW's learning rate divided by Muon's, in MuonClip", above=0, unless=ADAMW
+    )
+    tau: float = knob(
+        100.0, "QK-Clip: attention logit above which a head is scaled down", above=0, unless=ADAMW
+    )
+    alpha: float = knob(
+        0.5, "QK-Clip: share of the scaling that the queries take", low=0, high=1, unless=ADAMW
+    )
+    clip_norm: float = knob(0.0, "largest global gradient norm; 0: no clipping", low=0)
+    bias_rate: float = knob(1e-3, "change of the router bias per step; 0: fixed", low=0)
+    aux_loss: float = knob(0.0, "weight of the sequence-wise balance loss; 0: none", low=0)
+    mtp_loss: float = knob(
+        0.3,
+        "weight of the loss of model.mtp_layers [DSV3-TR 4.2]",
+        low=0,
+        unless={"model.mtp_layers": 0},
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How long to train, in which precision, and what to keep."""
 
-    steps: int = knob(100, "optimizer steps of the whole run")
-    seed: int = knob(0, "draws the initial weights")
-    dtype: str = knob("bfloat16", "compute dtype; weights are kept in float32")
-    grad_dtype: str = knob("float32", f"that gradients travel in: {', '.join(DTYPES)}")
-    remat: str = knob("full", f"what is recomputed in the backward pass: {', '.join(REMAT)}")
-    accumulate: int = knob(1, "micro-batches a step")
-    dispatch: str = knob("allgather", f"how tokens meet their experts: {', '.join(DISPATCH)}")
-    buffer: float = knob(2.0, "rows a device takes in one exchange, over its even share")
-    eval_every: int = knob(100, "steps between held-out losses; 0: only at the end")
-    eval_rows: int = knob(64, "held-out rows in each of them; the last one reads all")
-    save_every: int = knob(100, "steps between checkpoints; the last step is always saved")
-    keep: int = knob(2, "newest checkpoints kept")
-    keep_every: int = knob(0, "steps it divides are kept for ever, if saved; 0: none")
-    log_every: int = knob(10, "steps between printed lines where there is no terminal")
-    log_to: str = knob("", f"also log to: {', '.join(TRACKERS)} (several: a,b)")
+    steps: int = knob(100, "optimizer steps of the whole run", low=1)
+    seed: int = knob(0, "seed of the initial weights")
+    dtype: str = knob("bfloat16", "compute dtype; weights are stored in float32", choices=DTYPES)
+    grad_dtype: str = knob(
+        "float32",
+        "dtype in which gradients are communicated",
+        choices=DTYPES,
+        unless={"mesh.devices": 1},
+    )
+    remat: str = knob("full", "what the backward pass recomputes", choices=REMAT)
+    accumulate: int = knob(1, "micro-batches per step", low=1)
+    dispatch: str = knob(
+        "allgather",
+        "how tokens reach their experts",
+        choices=DISPATCH,
+        unless={"mesh.expert": 1},
+    )
+    buffer: float = knob(
+        2.0,
+        "rows that a device can receive in one exchange, divided by its even share",
+        above=0,
+        unless={"mesh.expert": 1, "train.dispatch": "allgather"},
+    )
+    eval_every: int = knob(100, "steps between held-out losses; 0: only at the end", low=0)
+    eval_rows: int = knob(
+        64, "held-out rows of each; the last one reads all", low=1, unless={"train.eval_every": 0}
+    )
+    save_every: int = knob(100, "steps between checkpoints; the last step is always saved", low=1)
+    keep: int = knob(2, "newest checkpoints to keep", low=1)
+    keep_every: int = knob(0, "keep checkpoints of multiples of this step for ever; 0: none", low=0)
+    log_every: int = knob(10, "steps between printed lines where there is no terminal", low=1)
+    log_to: str = knob("", "where to log too (several: a,b)", choices=TRACKERS, several=True)
     profile: str = knob("", "steps to profile, FROM:TO (both included); empty: none")
 
     @property
@@ -236,23 +275,34 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """When a step counts as sick, and what is done about it."""
+    """When a step counts as bad, and what is done about it."""
 
-    spike: float = knob(6.0, "loss over the window's median that is a spike, in deviations; 0: off")
-    window: int = knob(100, "losses that median and deviation are of")
-    on_spike: str = knob("log", f"what to do about a spike: {', '.join(ON_SPIKE)}")
-    patience: int = knob(10, "skipped steps in a row, or rewinds to a checkpoint, that end the run")
+    spike: float = knob(
+        6.0, "deviations of the loss above the window's median that are a spike; 0: off", low=0
+    )
+    window: int = knob(
+        100,
+        "recent losses that median and deviation are computed from",
+        low=LEAST_WINDOW,
+        unless={"health.spike": 0},
+    )
+    on_spike: str = knob(
+        "log", "what to do about a spike", choices=ON_SPIKE, unless={"health.spike": 0}
+    )
+    patience: int = knob(
+        10, "skipped steps in a row, or rewinds to a checkpoint, that end the run", low=1
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each axis; their product is the number of devices."""
 
-    replica: int = knob(1, "copies of the weights, over the slow network")
-    data: int = knob(1, "batch, and storage of the weights (FSDP)")
-    expert: int = knob(1, "experts; batch outside of them")
-    context: int = knob(1, "sequence")
-    model: int = knob(1, "heads, hidden widths, vocabulary")
+    replica: int = knob(1, "copies of the weights, over the slow network", low=1)
+    data: int = knob(1, "splits the batch, and the stored weights (FSDP)", low=1)
+    expert: int = knob(1, "splits the experts; outside of them the batch", low=1)
+    context: int = knob(1, "splits the sequence", low=1)
+    model: int = knob(1, "splits heads, hidden widths and the vocabulary", low=1)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -3,30 +3,31 @@
 import dataclasses
 import math
 import typing
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from k2jax.config.errors import ConfigError, nearest
 from k2jax.config.schema import RENAMED, RunConfig
+from k2jax.config.suggest import describe_unknown
 
 
-def override(config: Any, settings: dict[str, str]) -> Any:
-    """`config` with each `dotted.name: value` applied.
+def override(config: Any, settings: Mapping[str, str]) -> Any:
+    """Return `config` with each `dotted.name: value` applied.
 
     Raises:
-        ConfigError: unknown name (the closest one is given), or a value of the wrong type.
+        ConfigError: unknown name (the nearest one is named), or a value of the wrong type.
     """
     for name, value in settings.items():
-        config = _set(config, name, name.split("."), value)
+        config = _set(config, name, name, value)
     return config
 
 
-def _set(node: Any, full: str, path: list[str], value: str) -> Any:
-    name, *rest = path
+def _set(node: Any, full: str, path: str, value: str) -> Any:
+    """Set what `path` names below `node`; `full` is the whole name, for messages."""
+    name, _, rest = path.partition(".")
     kinds = typing.get_type_hints(type(node))
-    names = [field.name for field in dataclasses.fields(node)]
-    if name not in names:
-        where = full.removesuffix("." + ".".join(rest)).rpartition(".")[0]
-        raise ConfigError(f"{where or 'the run'} has no {name!r}; {nearest(name, names)}")
+    if name not in [field.name for field in dataclasses.fields(node)]:
+        raise ConfigError(describe_unknown(full, field_names()))
     old = getattr(node, name)
     if dataclasses.is_dataclass(old):
         if not rest:
@@ -34,10 +35,22 @@ def _set(node: Any, full: str, path: list[str], value: str) -> Any:
             raise ConfigError(f"{full} is a section; set one of its fields: {fields}")
         new = _set(old, full, rest, value)
     elif rest:
-        raise ConfigError(f"{full.removesuffix('.' + '.'.join(rest))} has no fields")
+        raise ConfigError(f"{full.removesuffix('.' + rest)} has no fields")
     else:
         new = _parse(full, value, kinds[name])
     return dataclasses.replace(node, **{name: new})
+
+
+def field_names() -> dict[str, list[str]]:
+    """Return the names of the fields of every section of a run; "" is the run itself."""
+    return dict(_each_section(RunConfig(), ""))
+
+
+def _each_section(node: Any, name: str) -> Iterator[tuple[str, list[str]]]:
+    yield name, [field.name for field in dataclasses.fields(node)]
+    for field in dataclasses.fields(node):
+        if dataclasses.is_dataclass(getattr(node, field.name)):
+            yield from _each_section(getattr(node, field.name), f"{name}.{field.name}".lstrip("."))
 
 
 def _parse(name: str, value: str, kind: type) -> Any:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import operator
 
 import pytest
 
@@ -10,13 +12,17 @@ from k2jax.config import (
     ConfigError,
     MeshConfig,
     ModelConfig,
+    OptimConfig,
     RunConfig,
     Yarn,
+    each_knob,
     from_json,
+    one_line,
     override,
     to_json,
     validate,
 )
+from k2jax.config.suggest import ALIASES
 from k2jax.weights.hf_config import FIXED, PUBLISHED, from_published, read_published
 
 K2 = {
@@ -166,9 +172,15 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"train.setps": "3"}, "train has no 'setps'; did you mean 'steps'?"),
-        ({"trian.steps": "3"}, "the run has no 'trian'; did you mean 'train'?"),
-        ({"model.yarn.facto": "3"}, "model.yarn has no 'facto'; did you mean 'factor'?"),
+        ({"train.setps": "3"}, "train has no 'setps'; did you mean --train.steps?"),
+        ({"trian.steps": "3"}, "the run has no 'trian'; did you mean --train.steps?"),
+        ({"model.yarn.facto": "3"}, "model.yarn has no 'facto'; did you mean --model.yarn.factor?"),
+        ({"yarn.factor": "3"}, "the run has no 'yarn'; did you mean --model.yarn.factor?"),
+        ({"train.rows": "3"}, "train has no 'rows'; did you mean --data.rows?"),
+        ({"optim.lr": "3"}, "optim has no 'lr'; did you mean --optim.learning_rate?"),
+        ({"data.batch_size": "3"}, "data has no 'batch_size'; did you mean --data.rows?"),
+        ({"train.max_steps": "3"}, "train has no 'max_steps'; did you mean --train.steps?"),
+        ({"mesh.devices": "8"}, "mesh has no 'devices'; devices are counted along the axes"),
         ({"train.steps": "many"}, "train.steps is int, 'many' is not"),
         ({"train.steps": "1.5"}, "train.steps is int, '1.5' is not"),
         ({"optim.learning_rate": "nan"}, "optim.learning_rate is nan; it must be finite"),
@@ -182,6 +194,27 @@ def test_a_wrong_setting_is_answered_with_the_nearest_right_one(settings, messag
         override(RunConfig(), settings)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_every_alias_and_every_unless_names_a_setting():
+    run = RunConfig()
+    for name in ALIASES.values():
+        operator.attrgetter(name)(run)
+    for _, knob, _ in each_knob(run):
+        for name in knob.unless:
+            operator.attrgetter(name)(run)
+
+
+def test_a_value_that_is_not_a_number_is_out_of_bounds():
+    run = dataclasses.replace(RunConfig(), optim=OptimConfig(momentum=math.nan))
+    with pytest.raises(ConfigError, match=r"optim\.momentum is nan; it must be in 0\.\.1"):
+        validate(run)
+
+
+def test_an_error_of_many_lines_becomes_one():
+    assert one_line(ValueError("a\n  b\n")) == "a b"
+    assert one_line(ValueError()) == "ValueError"
+    assert len(one_line(ValueError("x" * 999))) == 300
 
 
 def test_settings_change_their_field_and_nothing_else():
@@ -234,8 +267,10 @@ def test_a_saved_config_with_an_unknown_field_is_refused():
         ({"data.rows": "-1"}, "data.rows is -1; it must be at least 1"),
         ({"mesh.expert": "0"}, "mesh.expert is 0; it must be at least 1"),
         ({"data.context": "1000000"}, "data.context is 1000000; the model's longest context is"),
-        ({"optim.learning_rate": "-1"}, "optim needs learning_rate > 0"),
-        ({"optim.decay": "2"}, "optim needs learning_rate > 0"),
+        ({"optim.learning_rate": "-1"}, "optim.learning_rate is -1.0; it must be more than 0"),
+        ({"optim.decay": "2"}, "optim.decay is 2.0; it must be in 0..1"),
+        ({"optim.warmup": "-1"}, "optim.warmup is -1; it must be at least 0"),
+        ({"train.buffer": "0"}, "train.buffer is 0.0; it must be more than 0"),
         ({"data.rows": "9", "mesh.data": "2"}, "data.rows is 9; replica x data x expert (2)"),
         ({"data.rows": "6", "train.accumulate": "4"}, "data.rows is 6; "),
     ],
@@ -267,6 +302,12 @@ def test_rows_that_would_do_are_named_and_do():
         ({"model.groups_per_token": "1"}, "model.groups_per_token has no effect"),
         ({"model.dense_layers": "0", "model.ffw": "64"}, "model.ffw has no effect"),
         ({"train.eval_every": "0", "train.eval_rows": "8"}, "train.eval_rows has no effect"),
+        ({"train.grad_dtype": "bfloat16"}, "train.grad_dtype has no effect with mesh.devices 1"),
+        ({"train.buffer": "1.5"}, "train.buffer has no effect with mesh.expert 1"),
+        (
+            {"mesh.expert": "2", "train.buffer": "1.5"},
+            "train.buffer has no effect with train.dispatch allgather",
+        ),
     ],
 )
 def test_a_setting_without_effect_is_refused(settings, message):
