@@ -24,27 +24,29 @@ import optax
 
 from k2jax import configs, sharding
 from k2jax.model.batch import to_devices
-from k2jax.optim import balance
 from k2jax.params.arrays import initial
 from k2jax.training.loop import numbers
 from k2jax.training.metrics import Metrics
 from k2jax.training.recovery import Watch, speed_of
-from k2jax.training.step import Program, State, _split, build
+from k2jax.training.step import (
+    Program,
+    State,
+    build,
+    compute_gradients,
+    move_biases,
+    split_trainable,
+)
 
 STEPS = 2
 
 
 def bare(program: Program, state: State, batch):
     """The step without any metric but the loss, and without a choice."""
-    trainable, fixed = _split(state.params, program.specs)
-    grads, loss, aux = program._gradients(trainable, fixed, batch)
+    trainable, fixed = split_trainable(state.params, program.specs)
+    grads, aux = compute_gradients(program.objective, trainable, fixed, batch)
     updates, opt = program.tx.update(grads, state.opt, trainable, logit_max=aux.logit_max)
-    rule = balance(program.run.optim.bias_rate)
-    moved = {
-        name: rule.update(None, (), bias, expert_load=program._load_of(name, aux))[0]
-        for name, bias in fixed.items()
-    }
-    return State(optax.apply_updates(trainable | fixed, updates | moved), opt), loss
+    moved = move_biases(program.run, program.specs, fixed, aux.load)
+    return State(optax.apply_updates(trainable | fixed, updates | moved), opt), aux.metrics["loss"]
 
 
 def rows(run) -> dict[str, np.ndarray]:

@@ -13,13 +13,14 @@ from k2jax.sharding import reshard
 
 
 class Batch(NamedTuple):
-    """Rows of tokens; all int32 [batch, length] but `weight`, float32."""
+    """Rows of tokens; all int32 [batch, length] but `weight`, float32, and the scalar `total`."""
 
     token: jax.Array
     target: jax.Array  # next token
     weight: jax.Array  # 1 where the target counts, else 0
     segment: jax.Array  # document within the row from 1; 0 is padding
     position: jax.Array  # within the document
+    total: jax.Array | None = None  # sum of the weights of all micro-batches; None: of these rows
 
 
 def plain(token_BT: jax.Array) -> Batch:

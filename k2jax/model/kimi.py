@@ -40,7 +40,7 @@ class Aux(NamedTuple):
     load: jax.Array  # float32 [moe_layers + mtp_layers, experts], choices that fell on each
     aux_loss: jax.Array  # float32 scalar, mean over layers, before its weight
     dropped: jax.Array  # float32 scalar, share of all choices of experts without room
-    mtp_loss: jax.Array  # float32 scalar, mean over MTP layers, before its weight; 0: none
+    metrics: dict[str, jax.Array]  # float32 scalars of an objective; they add up over micro-batches
 
 
 def hidden(
@@ -69,8 +69,7 @@ def hidden(
         x_BTD, top_LH = jax.lax.scan(wrap(dense), x_BTD, w.dense)
     x_BTD, (top, balance) = jax.lax.scan(wrap(sparse), x_BTD, w.layers)
     tops = jnp.concatenate([top_LH, top])
-    none = jnp.zeros((), jnp.float32)
-    aux = Aux(tops, balance.load_E, balance.aux.mean(), balance.dropped.mean(), none)
+    aux = Aux(tops, balance.load_E, balance.aux.mean(), balance.dropped.mean(), {})
     return rms_norm(x_BTD, w.norm[...], cfg.norm_eps), aux
 
 

@@ -130,7 +130,7 @@ def in_parts(micro):
     program = build(
         dataclasses.replace(RUN, train=dataclasses.replace(RUN.train, accumulate=micro))
     )
-    return program, Batch(*(jnp.asarray(a.reshape(micro, -1, LENGTH)) for a in documents()))
+    return program, jax.tree.map(lambda a: jnp.asarray(a.reshape(micro, -1, LENGTH)), documents())
 
 
 @functools.cache
@@ -165,10 +165,11 @@ def test_the_loss_is_the_mean_over_layers_of_what_is_scored_inside_documents():
 def test_micro_batches_add_up_to_the_whole_batch():
     program, batch = in_parts(2)
     total = batch.weight.sum()
-    loss = jax.jit(lambda p, micro: program._loss(p, {}, micro, total)[1][1])
-    first, second = (loss(params(), Batch(*(a[i] for a in batch))) for i in (0, 1))
+    loss = jax.jit(lambda p, micro: program.objective(p, micro._replace(total=total))[1])
+    first, second = (loss(params(), jax.tree.map(lambda a, i=i: a[i], batch)) for i in (0, 1))
     _, metrics = trained()
-    np.testing.assert_allclose(first.mtp_loss + second.mtp_loss, metrics["mtp_loss"], rtol=1e-5)
+    added = first.metrics["mtp_loss"] + second.metrics["mtp_loss"]
+    np.testing.assert_allclose(added, metrics["mtp_loss"], rtol=1e-5)
     np.testing.assert_array_equal(first.load + second.load, metrics["expert_load"])
     _, shapes = jax.eval_shape(program.step, program.init(params()), batch)
     assert shapes["mtp_loss"].shape == ()
@@ -232,16 +233,10 @@ def test_a_mesh_gives_the_same_losses(mesh):
         on_mesh = {n: place(a, sharding.storage_spec(program.specs[n].axes))
                    for n, a in params().items()}  # fmt: skip
         rows = sharding.storage_spec(("batch", "length"))
-        batch = Batch(*(place(a, rows) for a in documents()))
-
-        @jax.jit
-        def losses(p, batch):
-            total, (loss, aux) = program._loss(p, {}, batch, batch.weight.sum())
-            return total, loss, aux
-
-        _, loss, aux = losses(on_mesh, batch)
-    np.testing.assert_allclose(loss, right["loss"], rtol=1e-5)
-    np.testing.assert_allclose(aux.mtp_loss, right["mtp_loss"], rtol=1e-5)
+        batch = jax.tree.map(lambda a: place(a, rows), documents())
+        _, aux = jax.jit(program.objective)(on_mesh, batch)
+    np.testing.assert_allclose(aux.metrics["loss"], right["loss"], rtol=1e-5)
+    np.testing.assert_allclose(aux.metrics["mtp_loss"], right["mtp_loss"], rtol=1e-5)
     np.testing.assert_array_equal(aux.load, right["expert_load"])
     np.testing.assert_allclose(aux.logit_max.max(), right["logit_max"], rtol=1e-5)
 

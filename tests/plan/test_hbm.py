@@ -26,9 +26,10 @@ def kept(run, mesh):
         micro = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=place(a)), batch
         )
+        micro = micro._replace(total=jax.ShapeDtypeStruct((), "float32"))
         biases = {name for name in params if program.specs[name].group == "bias"}
         fixed = {name: params.pop(name) for name in biases}
-        loss = lambda params, fixed, micro: program._loss(params, fixed, micro, 1.0)[0]
+        loss = lambda params, fixed, micro: program.objective(params | fixed, micro)[0]
         backward = lambda *args: jax.vjp(lambda p: loss(p, *args[1:]), args[0])[1]
         arrays = jax.tree.leaves(jax.eval_shape(backward, params, fixed, micro))
         here = lambda a: a.sharding.shard_shape(a.shape) if a.sharding else a.shape

@@ -27,7 +27,7 @@ from k2jax.model.batch import to_devices
 from k2jax.optim import POLYNOMIALS
 from k2jax.params.arrays import initial
 from k2jax.text.kimi_tokenizer import Tokenizer
-from k2jax.training.step import State, _evenness, build
+from k2jax.training.step import State, build, load_entropy
 
 # Max abs difference over max abs of that array. Sums in another order are all that differs.
 TOLERANCE = 1e-5
@@ -249,7 +249,7 @@ def test_norms_clip_rates_and_the_entropy_of_the_load_are_what_numpy_says():
 
 def test_load_entropy_is_1_where_even_and_0_with_one_expert():
     load = jnp.float32([[5, 5, 5, 5], [20, 0, 0, 0], [10, 10, 0, 0], [0, 0, 0, 0]])
-    np.testing.assert_allclose(_evenness(load), [1, 0, 0.5, 0], atol=1e-7)
+    np.testing.assert_allclose(load_entropy(load), [1, 0, 0.5, 0], atol=1e-7)
 
 
 QUERIES, KEYS = "dense.attention.q_up", "dense.attention.kv_up"
