@@ -69,7 +69,7 @@ def main(rounds: int) -> None:
         params = initial(program.specs, 0, run.model.init_std)
         plain = jax.jit(lambda s, b: bare(program, s, b), donate_argnums=0)
         guarded = jax.jit(program.step, donate_argnums=0)
-        watch, speed = Watch(run, Path(folder), lambda line: None), speed_of(run, program.specs)
+        watch, speed = Watch(run, Path(folder), lambda line: None), speed_of(run)
         metrics = Metrics(Path(folder) / "metrics.jsonl", 0, program.schedule, print)
         ceiling, host = np.float32(np.inf), []
         # Copies: each step donates its own state.

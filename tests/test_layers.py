@@ -20,8 +20,7 @@ LAYERS = [  # a room may import from lines above its own, never from its own lin
     {"weights", "inference"},
     {"configs", "conversion", "evals"},
     {"training"},
-    {"plan"},
-    {"report"},
+    {"plan", "report"},
     {"commands"},
     {"cli"},
 ]

@@ -25,6 +25,7 @@ from k2jax.data import Batches, Data, eval_batches, open_data
 from k2jax.model.batch import to_devices
 from k2jax.optim import warmup_stable_decay
 from k2jax.params.arrays import initial
+from k2jax.params.counts import count_parameters
 from k2jax.runtime import backend as startup
 from k2jax.training.step import build
 
@@ -88,10 +89,8 @@ def small_run(
 
 def active(cfg: ModelConfig) -> tuple[int, int]:
     """Parameters that work on a token, embedding and head included, and all of them."""
-    leaves = build(small_run(cfg)).specs.values()
-    share = cfg.experts_per_token / cfg.experts
-    size = lambda leaf: math.prod(leaf.shape) * (share if "experts" in leaf.axes else 1)
-    return round(sum(map(size, leaves))), sum(math.prod(leaf.shape) for leaf in leaves)
+    counted = count_parameters(cfg)
+    return counted["active_parameters_with_head_and_embedding"], counted["total_parameters"]
 
 
 def tuned(

@@ -8,7 +8,8 @@ from typing import Any
 
 from k2jax import configs
 from k2jax.config import RunConfig, override, validate
-from k2jax.params.counts import counts, flops
+from k2jax.params.counts import count_flops, count_parameters
+from k2jax.params.kimi import declare_kimi
 from k2jax.weights.hf_config import published_fields
 
 
@@ -52,13 +53,11 @@ def describe_published(run: RunConfig, source: str) -> dict[str, Any]:
         run: the run.
         source: what named it: a named run, or a published `config.json` or its folder.
     """
-    from k2jax.model import Kimi
-    from k2jax.params.declare import specs
     from k2jax.weights.releases import as_json, published_tensors, release_of, total_bytes
 
     fields = {} if source in configs.NAMES else published_fields(source)
     release = release_of(source, fields)
-    tensors = published_tensors(specs(Kimi(run.model)), release)
+    tensors = published_tensors(declare_kimi(run.model), release)
     kinds: dict[str, int] = {}
     listed = as_json(tensors)
     for entry, kind in zip(listed, tensors.values(), strict=True):
@@ -90,13 +89,10 @@ def describe(run: RunConfig) -> dict[str, Any]:
     """Parameters, counts and FLOPs of a run's model; nothing is allocated.
 
     Keys: `parameters` (a list of name, shape, layout on the run's mesh, group, published name),
-    `counts` and `flops` as the functions below give them.
+    `counts` and `flops` (see `params.counts`).
     """
-    from k2jax.model import Kimi
-    from k2jax.params.declare import specs
     from k2jax.sharding import storage_spec
 
-    leaves = specs(Kimi(run.model))
     table = [
         {
             "name": name,
@@ -105,12 +101,11 @@ def describe(run: RunConfig) -> dict[str, Any]:
             "group": leaf.group,
             "published": leaf.published,
         }
-        for name, leaf in leaves.items()
+        for name, leaf in declare_kimi(run.model).items()
     ]
-    counted = counts(run.model, leaves)
     return {
         "name": run.name,
         "parameters": table,
-        "counts": counted,
-        "flops": flops(run.model, counted, run.data.context),
+        "counts": count_parameters(run.model),
+        "flops": count_flops(run.model, run.data.context),
     }

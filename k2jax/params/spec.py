@@ -39,6 +39,11 @@ class ParamSpec:
         return math.prod(self.shape)
 
     @property
+    def routed(self) -> bool:
+        """Whether it belongs to the routed experts."""
+        return "experts" in self.axes
+
+    @property
     def stacked(self) -> int:
         """How many leading dims only stack matrices."""
         return sum(axis in STACK_AXES for axis in self.axes)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from k2jax.config import MeshConfig, ModelConfig
+from k2jax.params.counts import count_flops
 from k2jax.params.kimi import declare_kimi
 from k2jax.plan import network
 from k2jax.plan.network import Wire
@@ -58,10 +59,12 @@ def decode(cfg: ModelConfig, mesh: MeshConfig, target: Target, batch: int, conte
     held = {name: BF16 * device_size(leaf, mesh, gathered=True) for name, leaf in specs.items()}
     latent = cfg.kv_rank + cfg.rope
     cache = BF16 * rows * context * cfg.layers * latent
-    routed = sum(n for name, n in held.items() if "experts" in specs[name].axes)
+    routed = sum(n for name, n in held.items() if specs[name].routed)
     # Experts that any of the batch's choices falls on, were they even.
     chosen = 1 - (1 - cfg.experts_per_token / cfg.experts) ** (batch / mesh.data / mesh.replica)
     read = sum(held.values()) - held["embed"] - routed * (1 - chosen)
+    counted = count_flops(cfg, context)
+    absorbed = counted["absorbed_attention_flops_per_token_per_key"]
     logits = 4 * rows * cfg.vocab / mesh.model
     scores = 4 * rows * context * cfg.heads / mesh.model
     return Decode(
@@ -69,20 +72,10 @@ def decode(cfg: ModelConfig, mesh: MeshConfig, target: Target, batch: int, conte
         target=target,
         batch=batch,
         memory={"weights": sum(held.values()), "cache": cache, "logits": logits, "scores": scores},
-        flops=_flops(cfg, rows, context) / mesh.model,
+        flops=rows * (counted["matmul_flops_per_token"] + absorbed * context) / mesh.model,
         memory_traffic=read + cache + 2 * (logits + scores * cfg.layers),
         wire=_wire(cfg, mesh, rows),
     )
-
-
-def _flops(cfg: ModelConfig, rows: float, context: int) -> float:
-    matmul = sum(
-        2 * leaf.size * (cfg.experts_per_token / cfg.experts if "experts" in leaf.axes else 1)
-        for leaf in declare_kimi(cfg).values()
-        if leaf.contracted
-    )
-    absorbed = 2 * cfg.layers * cfg.heads * (2 * cfg.kv_rank + cfg.rope) * context
-    return rows * (matmul + absorbed)
 
 
 def _wire(cfg: ModelConfig, mesh: MeshConfig, rows: float) -> Wire:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from k2jax.config import MESH_AXES, MeshConfig, RunConfig
+from k2jax.params.counts import count_flops
 from k2jax.plan import hbm as memory
 from k2jax.plan import network, newton, traffic
 from k2jax.plan import step_flops as work
@@ -69,7 +70,8 @@ class Estimate(Roofline):
         """Share of peak that a step of so many seconds would use for what spec 1.10 counts."""
         run = self.case.run
         tokens = run.data.rows * run.data.context / self.target.devices
-        return work.model_flops_per_token(run) * tokens / seconds / self.target.flops
+        flops = count_flops(run.model, run.data.context)["train_flops_per_token"]
+        return flops * tokens / seconds / self.target.flops
 
 
 def estimate(run: RunConfig, mesh: MeshConfig, accumulate: int, target: Target) -> Estimate:

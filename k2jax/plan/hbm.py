@@ -102,7 +102,7 @@ def _stays(case: Case, leaf: ParamSpec) -> bool:
     """Whether what is made of a weight is kept for the backward pass."""
     used, stored = (device_size(leaf, case.mesh, gathered) for gathered in (True, False))
     moved = case.width < 4 or used > stored
-    return case.run.train.remat == "none" and "experts" in leaf.axes and moved
+    return case.run.train.remat == "none" and leaf.routed and moved
 
 
 def _cast_weights(case: Case) -> dict[str, float]:

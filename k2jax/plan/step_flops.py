@@ -3,8 +3,7 @@
 import dataclasses
 
 from k2jax.config import MeshConfig, ModelConfig, RunConfig
-from k2jax.params.kimi import declare_kimi
-from k2jax.params.spec import ParamSpec
+from k2jax.params.counts import count_parameters
 
 BLOCK = 512  # queries and keys that meet at a time in longer rows; `ops.attention` has it too
 LOGITS = 2.0**29  # bytes of logits above which they are made in parts; as in `model.logits`
@@ -91,26 +90,6 @@ class Case:
         return 1 if self.run.train.remat == "none" else 2
 
 
-def active(cfg: ModelConfig, specs: dict[str, ParamSpec]) -> int:
-    """Matrix parameters that work on a token, the head included once."""
-    return sum(
-        leaf.size * cfg.experts_per_token // cfg.experts if "experts" in leaf.axes else leaf.size
-        for leaf in specs.values()
-        if leaf.contracted
-    )
-
-
-def model_flops_per_token(run: RunConfig) -> float:
-    """Operations of a token in training that MFU counts: three forward passes, causal average.
-
-    Source: spec 1.10.
-    """
-    cfg = run.model
-    attention = 2 * (cfg.layers + cfg.mtp_layers) * cfg.heads * (cfg.nope + cfg.rope + cfg.value)
-    matmul = 2 * (active(cfg, declare_kimi(cfg)) + cfg.mtp_layers * cfg.vocab * cfg.embed)
-    return 3 * (matmul + attention * (run.data.context + 1) / 2)
-
-
 def _recompute_flops(case: Case, layers: float) -> float:
     """Products with weights that the backward pass repeats, for a token; `layers` are all of them.
 
@@ -130,9 +109,9 @@ def _recompute_flops(case: Case, layers: float) -> float:
 def step_flops(case: Case) -> float:
     """Operations of a device in a step, recomputation included, without the optimizer."""
     cfg, run = case.model, case.run
-    specs = declare_kimi(cfg)
+    counted = count_parameters(cfg)
     head = 2 * cfg.vocab * cfg.embed
-    layers = 2 * active(cfg, specs) - head
+    layers = 2 * (counted["active_matmul_parameters"] + counted["mtp_active_matmul_parameters"])
     attention = 2 * case.layers * cfg.heads * (cfg.nope + cfg.rope + cfg.value)
     # Scores cost the hidden keys of a block too; backward makes the scores once more.
     blocks = -(-run.data.context // BLOCK)

@@ -5,8 +5,7 @@ import time
 from html import escape
 from typing import Any
 
-from k2jax.params.kimi import declare_kimi
-from k2jax.plan.step_flops import active
+from k2jax.params.counts import count_parameters
 from k2jax.report import svg
 from k2jax.report.read import RunRecord
 from k2jax.report.svg import Line, short
@@ -128,8 +127,10 @@ def _summary(found: RunRecord) -> str:
     if run is None:
         return f"{found.folder}"
     m = run.model
-    total = sum(leaf.size for leaf in declare_kimi(m).values())
-    working = active(m, declare_kimi(m))
+    counted = count_parameters(m)
+    total = counted["total_parameters"] + counted["mtp_parameters"]
+    working = counted["active_matmul_parameters_with_head"]
+    working += counted["mtp_active_matmul_parameters"]
     return (
         f"{short(total)} parameters, {short(working)} at work on a token; {m.dense_layers} dense +"
         f" {m.moe_layers} mixture layers, {m.experts} experts, {m.experts_per_token} a token;"

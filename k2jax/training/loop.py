@@ -179,7 +179,7 @@ class _Training:
         metrics = Metrics(file, start, self.program.schedule, self.say)
         saves = Saves(saved, self.say)
         progress = Progress(run, start, self.say, self.began)
-        speed, step = speed_of(run, self.program.specs), start
+        speed, step = speed_of(run), start
         with (
             rows as ready, metrics, progress, trackers.opened(run, self.out, start) as track,
             profiler(run, self.out, watch.events) as profile,

@@ -14,8 +14,7 @@ from jax.experimental import multihost_utils
 
 from k2jax.config import ConfigError, RunConfig
 from k2jax.params.arrays import Params
-from k2jax.params.counts import counts, flops
-from k2jax.params.spec import ParamSpec
+from k2jax.params.counts import count_flops
 from k2jax.runtime.hardware import peak_of
 from k2jax.training.health import Events, Health, Order
 from k2jax.training.metrics import Speed
@@ -26,10 +25,10 @@ REPLAY = "replay"
 PROFILE = "profile"
 
 
-def speed_of(run: RunConfig, specs: Mapping[str, ParamSpec]) -> Speed:
+def speed_of(run: RunConfig) -> Speed:
     """How a run's seconds become rates, on the devices that are here."""
     peak = peak_of(jax.devices()[0].device_kind) * run.mesh.devices
-    work = flops(run.model, counts(run.model, specs), run.data.context)
+    work = count_flops(run.model, run.data.context)
     return Speed(run.data.rows * run.data.context, work["train_flops_per_token"], peak)
 
 
