@@ -34,12 +34,13 @@ def convert(
             difference; one line says where.
     """
     from k2jax.conversion.execute import run
-    from k2jax.conversion.prepare import LARGEST, Options, beside, make_plan
+    from k2jax.conversion.prepare import Options, make_plan
     from k2jax.weights.object_store import fetched
+    from k2jax.weights.source import LARGEST_COMPANION, is_companion
 
     began = time.perf_counter()
     try:
-        with fetched(str(source), beside, LARGEST) as (folder, bucket):
+        with fetched(str(source), is_companion, LARGEST_COMPANION) as (folder, bucket):
             plan = make_plan(folder, target, Options(**options), bucket)
             return run(plan, say or (lambda line: None), began)
     except OSError as error:

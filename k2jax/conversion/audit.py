@@ -39,7 +39,7 @@ def audit(plan: Plan, folder: Path, say: Any) -> dict[str, Any]:
         _compare(plan, found, name, budget)
         progress.add(math.prod(found.shape(name)) * found.dtype(name).itemsize)
 
-    place = {name: n for n, name in enumerate(plan.origin.tensors)}
+    place = {name: n for n, name in enumerate(plan.source.tensors)}
     each(sorted(plan.view, key=lambda name: place.get(name, 0)), compare, THREADS)
     progress.close()
     _check_beside(plan, folder)
@@ -104,8 +104,8 @@ def _compare(plan: Plan, found: Tensors, name: str, budget: Budget) -> None:
 
 
 def _check_beside(plan: Plan, folder: Path) -> None:
-    for name in plan.origin.copied:
+    for name in plan.source.companions:
         if not (folder / name).is_file():
             raise ConfigError(f"{folder / name} is missing")
-        if (folder / name).read_bytes() != (plan.origin.folder / name).read_bytes():
+        if (folder / name).read_bytes() != (plan.source.folder / name).read_bytes():
             raise ConfigError(f"{folder / name} differs from the source's")

@@ -57,7 +57,7 @@ def run(plan: Plan, say: Any, began: float) -> dict[str, Any]:
 def describe(plan: Plan) -> dict[str, Any]:
     """What is known before anything is written."""
     return {
-        "source": plan.origin.name,
+        "source": plan.source.name,
         "target": str(plan.target),
         "to": plan.to,
         "format": plan.options.format,
@@ -67,7 +67,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "files_out": _count_files(plan),
         "skipped": plan.skipped(),
         "beside": len(plan.extras()) if plan.to == "orbax" else 0,
-        "copied": list(plan.origin.copied),
+        "copied": list(plan.source.companions),
         "notes": plan.notes,
     }
 
@@ -83,11 +83,11 @@ def _attest(plan: Plan, say: Any) -> str:
     if not plan.options.manifest:
         say("values of the source are unattested: no --manifest was given")
         return "no: values of the source are taken as they are"
-    tensors, folder = plan.origin.tensors, plan.origin.folder
+    tensors, folder = plan.source.tensors, plan.source.folder
     if isinstance(tensors, Folder):
         needed = ["config.json", *tensors.files]
     else:
-        step = plan.origin.step
+        step = plan.source.path
         needed = [str(p.relative_to(folder)) for p in step.rglob("*") if p.is_file()]
     listed = set(manifest.read(Path(plan.options.manifest)))
     # A publisher's list is often of the large files alone.
@@ -114,8 +114,8 @@ def _make(plan: Plan, say: Any) -> Path:
         budget = Budget(int(plan.options.memory * GB))
         (write_chunks if plan.to == "orbax" else write_files)(plan, work, budget, progress)
         progress.close()
-        for name in plan.origin.copied:
-            shutil.copyfile(plan.origin.folder / name, work / name)
+        for name in plan.source.companions:
+            shutil.copyfile(plan.source.folder / name, work / name)
     return work
 
 

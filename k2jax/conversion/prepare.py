@@ -6,25 +6,21 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from k2jax.checkpoint import Checkpoints
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig, nearest
 from k2jax.conversion.hf_files import exported_config
 from k2jax.model import Kimi
 from k2jax.params.declare import specs
 from k2jax.params.spec import ParamSpec
 from k2jax.weights import mapping as published
-from k2jax.weights.converted_read import ConvertedCheckpoint
 from k2jax.weights.converted_write import WHOLE, Leaf, layout
-from k2jax.weights.encodings import FORMATS, PLAIN, ReencodedTensors, Tensors, encoding, weight_of
-from k2jax.weights.hf_config import published_fields
+from k2jax.weights.encodings import FORMATS, PLAIN, ReencodedTensors, encoding, weight_of
 from k2jax.weights.hf_folder import Folder
 from k2jax.weights.mapping import VISION, stack_slots
 from k2jax.weights.object_store import REMOTE, Bucket
-from k2jax.weights.source import find
+from k2jax.weights.source import Source, open_source
 
 TO = ("orbax", "hf")
 OURS = ("keep", "bfloat16", "float32")
@@ -56,38 +52,11 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Origin:
-    """An opened source.
-
-    Attributes:
-        folder: of the published files, or of the run.
-        tensors: in it.
-        model: their sizes.
-        fields: of its published `config.json`; empty for runs.
-        ours: whether it is one of our checkpoints.
-        copied: files to take along, by name.
-        step: of our checkpoint; the folder itself for published ones.
-        identity: text that changes when the source does.
-        name: of the source, for reports.
-    """
-
-    folder: Path
-    tensors: Tensors
-    model: ModelConfig
-    fields: dict[str, Any]
-    ours: bool
-    copied: tuple[str, ...]
-    step: Path
-    identity: str
-    name: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a conversion will do.
 
     Attributes:
-        origin: the source.
+        source: where the weights are read.
         target: the folder to make.
         to: "orbax" or "hf".
         options: as given, `format` filled in.
@@ -98,7 +67,7 @@ class Plan:
         notes: what is odd, but does no harm.
     """
 
-    origin: Origin
+    source: Source
     target: Path
     to: str
     options: Options
@@ -117,7 +86,7 @@ class Plan:
     def fingerprint(self) -> str:
         """Changes with the source's headers and with what is to be made of it."""
         asked = [self.to, self.options.format, self.options.mesh, self.options.skip_mtp]
-        text = json.dumps([self.origin.identity, asked])
+        text = json.dumps([self.source.identity, asked])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def extras(self) -> list[str]:
@@ -133,7 +102,7 @@ class Plan:
 
     def bytes_in(self) -> int:
         """Bytes of the source's tensors."""
-        tensors = self.origin.tensors
+        tensors = self.source.tensors
         return sum(math.prod(tensors.shape(n)) * tensors.dtype(n).itemsize for n in tensors)
 
     def largest(self) -> int:
@@ -142,7 +111,7 @@ class Plan:
 
     def skipped(self) -> dict[str, int]:
         """How many tensors of each kind are left out, and kept though no parameter has them."""
-        names = list(self.origin.tensors)
+        names = list(self.source.tensors)
         counts = {
             "vision": sum(name.startswith(VISION) for name in names),
             "mtp": sum(name.startswith(self.mtp) for name in names) if self.mtp else 0,
@@ -153,12 +122,12 @@ class Plan:
 
 
 def make_plan(
-    source: Path, target: str | Path, options: Options, bucket: Bucket | None = None
+    path: Path, target: str | Path, options: Options, bucket: Bucket | None = None
 ) -> Plan:
     """Read every header of the source, and say what will be done.
 
     Args:
-        source: a folder of this machine.
+        path: of the source, a folder of this machine.
         target: the folder to make.
         options: as given.
         bucket: where the source's weights are, if not in its folder.
@@ -166,6 +135,37 @@ def make_plan(
     Raises:
         ConfigError: anything that can be known to be wrong before data is read.
     """
+    target = _check_target(target)
+    source = open_source(path, bucket)
+    to = options.to or ("hf" if source.is_checkpoint else "orbax")
+    if to == "orbax" and source.is_checkpoint:
+        raise ConfigError(f"{path} is one of our checkpoints already; --to hf writes safetensors")
+    if target == source.folder or source.folder in target.parents:
+        raise ConfigError(f"the target {target} is the source or inside of it")
+    if isinstance(source.tensors, Folder):
+        source.tensors.inspect()
+    leaves = specs(Kimi(without_mtp(source.config)))
+    published.check(source.tensors, leaves, str(source.folder))
+    mtp = published.extra_mtp_prefixes(source.tensors, leaves)
+    options = dataclasses.replace(options, format=_format(options, to, source))
+    view = ReencodedTensors(
+        source.tensors, options.format, VISION + (mtp if options.skip_mtp else ())
+    )
+    _check_options(options, to, mtp)
+    arrays = layout(leaves, view, _mesh(options.mesh)) if to == "orbax" else []
+    notes = source.tensors.notes() if isinstance(source.tensors, Folder) else []
+    plan = Plan(source, target, to, options, view, leaves, arrays, mtp, notes)
+    if plan.largest() > options.memory * GB:
+        raise ConfigError(
+            f"--memory is {options.memory:g} GB; the largest tensor takes"
+            f" {plan.largest() / GB:.2f} GB on its way"
+        )
+    if to == "hf":
+        exported_config(source.fields, source.config, options.format, ())
+    return plan
+
+
+def _check_target(target: str | Path) -> Path:
     if str(target).startswith(REMOTE):
         raise ConfigError(
             f"the target {target} is not on this machine; convert into a folder here and copy that"
@@ -174,31 +174,7 @@ def make_plan(
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
             raise ConfigError(f"the target {target} cannot be made: {path} is a file")
-    origin = _open(source, bucket)
-    to = options.to or ("hf" if origin.ours else "orbax")
-    if to == "orbax" and origin.ours:
-        raise ConfigError(f"{source} is one of our checkpoints already; --to hf writes safetensors")
-    if target == origin.folder or origin.folder in target.parents:
-        raise ConfigError(f"the target {target} is the source or inside of it")
-    leaves = specs(Kimi(_bare(origin.model)))
-    published.check(origin.tensors, leaves, str(origin.folder))
-    mtp = published.extra_mtp_prefixes(origin.tensors, leaves)
-    options = dataclasses.replace(options, format=_format(options, to, origin))
-    view = ReencodedTensors(
-        origin.tensors, options.format, VISION + (mtp if options.skip_mtp else ())
-    )
-    _check_options(options, to, mtp)
-    arrays = layout(leaves, view, _mesh(options.mesh)) if to == "orbax" else []
-    notes = origin.tensors.notes() if isinstance(origin.tensors, Folder) else []
-    plan = Plan(origin, target, to, options, view, leaves, arrays, mtp, notes)
-    if plan.largest() > options.memory * GB:
-        raise ConfigError(
-            f"--memory is {options.memory:g} GB; the largest tensor takes"
-            f" {plan.largest() / GB:.2f} GB on its way"
-        )
-    if to == "hf":
-        exported_config(plan.origin.fields, plan.origin.model, options.format, ())
-    return plan
+    return target
 
 
 def _check_options(options: Options, to: str, mtp: tuple[str, ...]) -> None:
@@ -212,74 +188,21 @@ def _check_options(options: Options, to: str, mtp: tuple[str, ...]) -> None:
         raise ConfigError("--skip-mtp has no effect: the source has no such layers")
 
 
-def _format(options: Options, to: str, origin: Origin) -> str:
+def _format(options: Options, to: str, source: Source) -> str:
     if options.format:
         return options.format
-    tensors = origin.tensors
+    tensors = source.tensors
     plain = {tensors.dtype(n) for n in tensors if encoding(tensors, n) == "plain"}
     quantised = any(encoding(tensors, weight_of(n)) != "plain" for n in tensors)
     if to == "hf":
-        return "keep" if quantised and origin.ours else "bfloat16"
+        return "keep" if quantised and source.is_checkpoint else "bfloat16"
     wide = not quantised and all(kind in PLAIN[1:] for kind in plain)
     return "float32" if wide else "bfloat16"
 
 
-def _open(path: Path, bucket: Bucket | None) -> Origin:
-    found = find(path)
-    name = bucket.url if bucket else str(found.folder)
-    if found.step is None:
-        folder = Folder(found.folder, bucket)
-        folder.inspect()
-        model = _bare(found.config())
-        fields = published_fields(found.folder)
-        text = json.dumps(fields, sort_keys=True)
-        identity = hashlib.sha256("\n".join([text, *folder.headers()]).encode()).hexdigest()
-        copied = companions(found.folder)
-        return Origin(
-            found.folder, folder, model, json.loads(text), False, copied, found.folder, identity,
-            name,
-        )  # fmt: skip
-    checkpoints = Checkpoints(found.folder)
-    meta = checkpoints.meta(found.step)
-    model = found.config()
-    step = Path(checkpoints.root) / str(found.step)
-    tensors = ConvertedCheckpoint(step, meta, specs(Kimi(model)))
-    copied = tuple(meta.get("copied", companions(found.folder)))
-    identity = hashlib.sha256(json.dumps([str(step), meta], sort_keys=True).encode()).hexdigest()
-    fields = meta.get("published", {})
-    return Origin(found.folder, tensors, model, fields, True, copied, step, identity, name)
-
-
-def _bare(model: ModelConfig) -> ModelConfig:
-    """Without the layers that predict further: they are carried by name, as `extras`."""
+def without_mtp(model: ModelConfig) -> ModelConfig:
+    """The model without its MTP layers: a conversion carries them by name, as `extras`."""
     return dataclasses.replace(model, mtp_layers=0)
-
-
-# What may stand beside weights and is no code of ours to write. Weights of other kinds and what
-# could be a pickle stay behind.
-LEFT = (".safetensors", ".bin", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".ot", ".gguf", ".onnx")
-OWN = ("config.json", "manifest.sha256", "conversion.json", "model.safetensors.index.json")
-RUN = ("metrics.jsonl", "events.jsonl", "run.json", "loss.png", "report.html")
-LARGEST = 64 * 2**20
-
-
-def companions(folder: Path) -> tuple[str, ...]:
-    """Small files beside the weights: tokenizer, LICENSE, model card, chat template."""
-    return tuple(
-        sorted(
-            p.name
-            for p in folder.iterdir()
-            if p.is_file()
-            and beside(p.name)
-            and p.name not in (*OWN, *RUN)
-            and p.stat().st_size <= LARGEST
-        )
-    )
-
-
-def beside(name: str) -> bool:
-    """Whether a file is none of weights."""
-    return not name.startswith(".") and Path(name).suffix not in LEFT
 
 
 def _mesh(text: str) -> jax.sharding.AbstractMesh | None:

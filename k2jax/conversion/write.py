@@ -13,7 +13,7 @@ import numpy as np
 from k2jax.checkpoint import steps
 from k2jax.config import RunConfig, to_json
 from k2jax.conversion.hf_files import exported_config, file_names
-from k2jax.conversion.prepare import COPIES, Plan
+from k2jax.conversion.prepare import COPIES, Plan, without_mtp
 from k2jax.conversion.threads import Budget, Progress, each
 from k2jax.weights.converted_read import EXTRA
 from k2jax.weights.converted_write import WHOLE, Leaf, tree_metadata, write_tensor
@@ -41,7 +41,7 @@ def write_chunks(plan: Plan, work: Path, budget: Budget, progress: Progress) -> 
         for where, _ in stack_slots(leaf.spec)
     ]
     # File after file, and each from its beginning.
-    place = {name: n for n, name in enumerate(plan.origin.tensors)}
+    place = {name: n for n, name in enumerate(plan.source.tensors)}
     jobs.sort(key=lambda job: (str(plan.view.file(job[2])), place.get(job[2], 0)))
 
     def write(job: tuple[Leaf, StackIndex, str]) -> None:
@@ -57,8 +57,8 @@ def write_chunks(plan: Plan, work: Path, budget: Budget, progress: Progress) -> 
     (params / "_METADATA").write_text(tree_metadata(plan.leaves))
     (step / steps.META).mkdir(exist_ok=True)
     (step / steps.META / "metadata").write_text(json.dumps(metadata(plan)))
-    if plan.origin.fields:
-        (work / "config.json").write_text(json.dumps(plan.origin.fields, indent=2) + "\n")
+    if plan.source.fields:
+        (work / "config.json").write_text(json.dumps(plan.source.fields, indent=2) + "\n")
 
 
 def metadata(plan: Plan) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def metadata(plan: Plan) -> dict[str, Any]:
     }
     shapes = [plan.view.dtype(name) for name in plan.view if name.endswith(".weight_shape")]
     return {
-        "config": to_json(RunConfig(name=plan.target.name, model=plan.origin.model)),
+        "config": to_json(RunConfig(name=plan.target.name, model=without_mtp(plan.source.config))),
         "step": 0,
         "format": 1,
         "versions": {"k2jax": importlib.metadata.version("k2jax")},
@@ -78,8 +78,8 @@ def metadata(plan: Plan) -> dict[str, Any]:
         "converted": True,
         "quantised": {ours: how for ours, how in kept.items() if how != "plain"},
         "int4_shape": str(shapes[0]) if shapes else "int32",
-        "published": plan.origin.fields,
-        "copied": list(plan.origin.copied),
+        "published": plan.source.fields,
+        "copied": list(plan.source.companions),
     }
 
 
@@ -100,10 +100,10 @@ def write_files(plan: Plan, work: Path, budget: Budget, progress: Progress) -> N
     index = {"metadata": {"total_size": sum(plan.sizes())}, "weight_map": placed}
     (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     form = plan.options.format
-    if form == "keep" and not plan.origin.fields:
+    if form == "keep" and not plan.source.fields:
         form = str(plan.view.dtype("lm_head.weight"))
     skipped = plan.mtp if plan.options.skip_mtp else ()
-    fields = exported_config(plan.origin.fields, plan.origin.model, form, skipped)
+    fields = exported_config(plan.source.fields, plan.source.config, form, skipped)
     (work / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 

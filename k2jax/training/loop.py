@@ -32,7 +32,7 @@ from k2jax.training.metrics import Metrics, Progress, plot
 from k2jax.training.recovery import Watch, profiler, speed_of, timed
 from k2jax.training.saver import Saves
 from k2jax.training.step import Program, State, build
-from k2jax.weights.source import find, initial_params
+from k2jax.weights.source import initial_params, open_source
 
 Say = Callable[[str], None]
 PROMPT = "def "
@@ -126,7 +126,7 @@ class _Training:
         if jax.default_backend() != "cpu":
             check_kernels(self.program.dispatch, self.run.model, self.run.data.context)
         if init and latest is None:
-            find(init)
+            open_source(init)
         elif init:
             self.say(f"--init {init} is not used: {self.out} has a checkpoint")
 

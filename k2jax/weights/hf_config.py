@@ -125,15 +125,6 @@ def to_published(model: ModelConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_published(path: str | Path) -> ModelConfig:
-    """The model of a published folder or of its `config.json`.
-
-    Raises:
-        ConfigError: no such file, not JSON, or another architecture.
-    """
-    return from_published(published_fields(path))
-
-
 def published_fields(path: str | Path) -> dict[str, Any]:
     """What a published folder's `config.json`, or the file itself, says.
 

@@ -1,9 +1,13 @@
-"""From a path to a model: a run's folder, one of its checkpoints, or published weights."""
+"""One place with weights: a run's folder, one of its checkpoints, or published files."""
 
 import dataclasses
 import difflib
+import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,12 +18,23 @@ from k2jax.model import Kimi, Model
 from k2jax.params.arrays import abstract
 from k2jax.params.declare import specs
 from k2jax.params.spec import ParamSpec
+from k2jax.text.interface import TokenizerLike
 from k2jax.text.jinja_template import open_tokenizer
 from k2jax.weights.converted_read import ConvertedCheckpoint
 from k2jax.weights.converted_write import check_files
-from k2jax.weights.hf_config import read_published
-from k2jax.weights.hf_folder import INDEX, SINGLE, Folder
+from k2jax.weights.encodings import Tensors
+from k2jax.weights.hf_config import from_published, published_fields
+from k2jax.weights.hf_folder import INDEX, SINGLE, Folder, Remote
 from k2jax.weights.mapping import check, extra_mtp_prefixes, load_published, place
+
+# Companions: what may stand beside weights and is no code of ours to write. Weights of other kinds
+# and what could be a pickle stay behind.
+NO_COMPANIONS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".ot", ".gguf", ".onnx"
+)  # fmt: skip
+OWN = ("config.json", "manifest.sha256", "conversion.json", INDEX)
+RUN = ("metrics.jsonl", "events.jsonl", "run.json", "loss.png", "report.html")
+LARGEST_COMPANION = 64 * 2**20  # bytes
 
 
 def load(path: str | Path, dtype: str | None = None) -> Model:
@@ -34,10 +49,7 @@ def load(path: str | Path, dtype: str | None = None) -> Model:
     Raises:
         ConfigError: there is nothing at `path` that can be loaded; the message says what is.
     """
-    source = find(path)
-    config = source.config()
-    params = source.params(specs(Kimi(config)), dtype)
-    return Model(config, params, open_tokenizer(source.folder))
+    return open_source(path).load(dtype)
 
 
 def initial_params(path: str | Path, specs: Mapping[str, ParamSpec]) -> dict[str, jax.Array]:
@@ -50,81 +62,179 @@ def initial_params(path: str | Path, specs: Mapping[str, ParamSpec]) -> dict[str
     Raises:
         ConfigError: as `load`, or the weights are of another architecture.
     """
-    return find(path).params(specs, "float32")
+    return open_source(path).params(specs, "float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A place to load from.
+    """A place with weights, opened: what they are is known, none of them is read yet.
 
     Attributes:
-        folder: of the run, or the published one; the tokenizer is there.
-        step: of the run's checkpoint; None: published weights.
+        folder: of the run, or of the published files; the tokenizer is there.
+        config: sizes of the model, with those MTP layers whose weights are there.
+        step: of the run's checkpoint; None: published files.
+        fields: the published `config.json`; empty for a model trained here.
+        remote: where the published weights are, if not in the folder.
     """
 
     folder: Path
+    config: ModelConfig
     step: int | None = None
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    remote: Remote | None = None
 
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is one of our checkpoints, trained or converted; else published files."""
+        return self.step is not None
+
+    @property
+    def name(self) -> str:
+        """For reports: the folder, or where its weights are."""
+        return getattr(self.remote, "url", "") or str(self.folder)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the arrays: the checkpoint's own, or that of the published files."""
+        return self.folder / CHECKPOINTS / str(self.step) if self.is_checkpoint else self.folder
+
+    @functools.cached_property
     def run(self) -> RunConfig | None:
         """The run that made the checkpoint; None for published weights."""
-        if self.step is None:
-            return None
-        meta = Checkpoints(self.folder).meta(self.step)
-        if "config" not in meta:
-            raise ConfigError(f"checkpoint of step {self.step} in {self.folder} has no config")
-        return from_json(meta["config"])
+        return from_json(self._meta["config"]) if self.is_checkpoint else None
 
-    def config(self) -> ModelConfig:
-        """Sizes of the model."""
-        if (run := self.run()) is not None:
-            return run.model
-        config = read_published(self.folder)
-        bare = dataclasses.replace(config, mtp_layers=0)
-        # What predicts further is often left out, while config.json goes on naming it.
-        kept = config.mtp_layers and extra_mtp_prefixes(Folder(self.folder), specs(Kimi(bare)))
-        return config if kept else bare
+    @functools.cached_property
+    def tensors(self) -> Tensors:
+        """The weights under their published names; read when they are used.
+
+        Raises:
+            ConfigError: files are missing or damaged.
+        """
+        if self.is_checkpoint:
+            return ConvertedCheckpoint(self.path, self._meta, specs(Kimi(self.config)))
+        return Folder(self.folder, self.remote)
+
+    @functools.cached_property
+    def tokenizer(self) -> TokenizerLike | None:
+        """The folder's tokenizer; None where there is none.
+
+        Raises:
+            ConfigError: a file of it is malformed.
+        """
+        return open_tokenizer(self.folder)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """SHA-256 that changes when the weights are others, from headers and metadata alone."""
+        if self.is_checkpoint:
+            text = json.dumps([str(self.path), self._meta], sort_keys=True)
+        else:
+            assert isinstance(self.tensors, Folder)
+            fields = json.dumps(self.fields, sort_keys=True)
+            text = "\n".join([fields, *self.tensors.headers()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @functools.cached_property
+    def companions(self) -> tuple[str, ...]:
+        """Names of small files beside the weights: tokenizer, LICENSE, model card, template."""
+        if self.is_checkpoint and "copied" in self._meta:
+            return tuple(self._meta["copied"])
+        files = [path for path in self.folder.iterdir() if path.is_file()]
+        return tuple(
+            sorted(
+                path.name
+                for path in files
+                if is_companion(path.name)
+                and path.name not in (*OWN, *RUN)
+                and path.stat().st_size <= LARGEST_COMPANION
+            )
+        )
+
+    def load(self, dtype: str | None = None) -> Model:
+        """The model, on the mesh in use if there is one; `dtype` as for `k2jax.load`."""
+        params = self.params(specs(Kimi(self.config)), dtype)
+        return Model(self.config, params, self.tokenizer)
 
     def params(self, specs: Mapping[str, ParamSpec], dtype: str | None) -> dict[str, jax.Array]:
-        """The weights alone; `dtype` as for `load`."""
-        if self.step is None:
+        """The weights alone. On a mesh every process reads what its own devices hold.
+
+        Args:
+            specs: the parameters of the model, which may be another one than the source's.
+            dtype: as for `k2jax.load`.
+
+        Raises:
+            ConfigError: a missing, unknown or damaged tensor, or one of another shape.
+        """
+        if not self.is_checkpoint:
             return load_published(self.folder, specs, dtype)
-        checkpoints = Checkpoints(self.folder)
+        assert self.step is not None
+        meta, checkpoints = self._meta, Checkpoints(self.folder)
         checkpoints.check(self.step, "params")
-        meta = checkpoints.meta(self.step)
-        step = Path(checkpoints.root) / str(self.step)
         saved = meta["arrays"]["params"]
         if meta.get("converted"):
-            check_files(step / "params", saved)
+            check_files(self.path / "params", saved)
         # The converter keeps layers that predict further beside the parameters.
         held = {name: leaf for name, leaf in specs.items() if "mtp_layers" not in leaf.axes}
         beside = len(held) < len(specs) and "mtp.norm" not in saved and meta.get("converted")
         if meta.get("quantised") or beside:
-            stored = ConvertedCheckpoint(step, meta, held if beside else specs)
-            check(stored, specs, str(step))
+            stored = ConvertedCheckpoint(self.path, meta, held if beside else specs)
+            check(stored, specs, str(self.path))
             return place(stored, specs, dtype)
         wanted = abstract(specs, dtype or saved.get("head", ("", "float32"))[1])
         wanted |= abstract({name: leaf for name, leaf in specs.items() if leaf.group == "bias"})
         return checkpoints.restore_params(self.step, wanted)
 
+    @functools.cached_property
+    def _meta(self) -> dict[str, Any]:
+        assert self.step is not None
+        return Checkpoints(self.folder).meta(self.step)
 
-def find(path: str | Path) -> Source:
-    """What can be loaded from `path`.
+
+def open_source(path: str | Path, remote: Remote | None = None) -> Source:
+    """What can be loaded from `path`; no weight is read.
+
+    Args:
+        path: as for `load`.
+        remote: where the weights of a published folder are, if not there too.
 
     Raises:
         ConfigError: nothing; the message has the nearest name beside it, or says what is missing.
     """
+    folder, step = _locate(path)
+    if step is None:
+        fields = published_fields(folder)
+        config = from_published(fields)
+        bare = dataclasses.replace(config, mtp_layers=0)
+        # MTP layers are often left out, while config.json still names them.
+        tensors = Folder(folder, remote) if config.mtp_layers else ()
+        kept = tensors and extra_mtp_prefixes(tensors, specs(Kimi(bare)))
+        return Source(folder, config if kept else bare, fields=fields, remote=remote)
+    meta = Checkpoints(folder).meta(step)
+    if "config" not in meta:
+        raise ConfigError(f"checkpoint of step {step} in {folder} has no config")
+    run = from_json(meta["config"])
+    return Source(folder, run.model, step, meta.get("published") or {})
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file beside weights is none itself."""
+    return not name.startswith(".") and Path(name).suffix not in NO_COMPANIONS
+
+
+def _locate(path: str | Path) -> tuple[Path, int | None]:
+    """The folder of a run and a step, or a published folder and None."""
     path = _folder(path)
     if path.name.isdecimal() and path.parent.name == CHECKPOINTS:
         if not is_step(path):
             raise ConfigError(f"{path} is no complete checkpoint")
-        return Source(path.parent.parent, int(path.name))
+        return path.parent.parent, int(path.name)
     if path.name == CHECKPOINTS:
         path = path.parent
     if (path / CHECKPOINTS).is_dir():
         step = Checkpoints(path).latest()
         if step is None:
             raise ConfigError(f"{path} has no complete checkpoint yet")
-        return Source(path, step)
+        return path, step
     needed = ("config.json",), (INDEX, SINGLE)
     missing = [names for names in needed if not any((path / name).is_file() for name in names)]
     if missing:
@@ -132,7 +242,7 @@ def find(path: str | Path) -> Source:
             f"{path} is neither a run with a checkpoint (no {CHECKPOINTS}/), nor a published folder"
             f" (no {' or '.join(missing[0])})"
         )
-    return Source(path)
+    return path, None
 
 
 def _folder(path: str | Path) -> Path:

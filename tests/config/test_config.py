@@ -23,7 +23,7 @@ from k2jax.config import (
     validate,
 )
 from k2jax.config.suggest import ALIASES
-from k2jax.weights.hf_config import FIXED, PUBLISHED, from_published, read_published
+from k2jax.weights.hf_config import FIXED, PUBLISHED, from_published, published_fields
 
 K2 = {
     "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 61,
@@ -164,9 +164,9 @@ def test_a_missing_beta_fast_is_32_as_in_the_published_code():
 def test_a_file_that_is_no_config_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
-        read_published(tmp_path)
+        published_fields(tmp_path)
     with pytest.raises(ConfigError, match="no file"):
-        read_published(tmp_path / "elsewhere.json")
+        published_fields(tmp_path / "elsewhere.json")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from k2jax.weights.hf_config import from_published
 from k2jax.weights.hf_folder import INDEX, Folder
 from k2jax.weights.mapping import to_published
 from k2jax.weights.safetensors import write
-from k2jax.weights.source import initial_params
+from k2jax.weights.source import initial_params, open_source
 
 CONFIG = {
     "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "vocab_size": 48,
@@ -468,3 +468,30 @@ def test_a_converted_checkpoint_that_lost_a_chunk_does_not_load(tmp_path, source
     chunk.unlink()
     with pytest.raises(ConfigError, match=r"experts.up/1.3.0.0 is missing"):
         k2jax.load(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("kind", ["run", "checkpoint", "converted", *FORMS])
+def test_every_place_with_weights_opens_alike(sources, tmp_path, kind):
+    path = sources[kind] if kind in FORMS else tmp_path / "run"
+    plain = tensors()
+    if kind in ("run", "checkpoint"):
+        state = {"params": initial_params(sources["bf16"], LEAVES)}
+        with Checkpoints(path) as checkpoints:
+            checkpoints.save(7, state, {"config": to_json(RunConfig(model=MODEL))})
+        (path / "LICENSE").write_text("as is")
+        path = path / "checkpoints" / "7" if kind == "checkpoint" else path
+    elif kind == "converted":
+        convert(sources["bf16"], path)
+    source = open_source(path)
+    assert dataclasses.replace(source.config, mtp_layers=0) == MODEL
+    assert source.tokenizer is None and "LICENSE" in source.companions
+    assert "weights.bin" not in source.companions
+    assert source.identity == open_source(path).identity
+    assert source.is_checkpoint == (kind not in FORMS) and (source.run is None) == (kind in FORMS)
+    norm = "model.layers.1.input_layernorm.weight"
+    np.testing.assert_array_equal(source.tensors.read(norm).astype("f4"), plain[norm].astype("f4"))
+    assert source.load("float32").params["embed"].shape == (48, 160)
+
+
+def test_another_source_has_another_identity(sources):
+    assert len({open_source(folder).identity for folder in sources.values()}) == len(FORMS)

@@ -15,7 +15,7 @@ from k2jax.text.kimi_tokenizer import FILE, Tokenizer
 from k2jax.text.train_bpe import train_tokenizer
 from k2jax.weights.mapping import to_published
 from k2jax.weights.safetensors import write
-from k2jax.weights.source import find, initial_params, load
+from k2jax.weights.source import initial_params, load, open_source
 
 # As transformers 5 writes it: rope_theta inside rope_parameters.
 PUBLISHED = {
@@ -70,7 +70,7 @@ def test_a_run_its_checkpoints_folder_and_one_step_are_loadable(run, params):
         assert model.config == CONFIG and model.dtype == "float32"
         assert_same(model.params, params)
         assert isinstance(model.tokenizer, Tokenizer)
-    assert find(run).step == 5 and find(run / "checkpoints" / "3").step == 3
+    assert open_source(run).step == 5 and open_source(run / "checkpoints" / "3").step == 3
 
 
 def test_a_damaged_weight_is_named_with_the_older_step_not_loaded(run):
