@@ -15,7 +15,7 @@ from k2jax.config import ConfigError, ModelConfig
 from k2jax.data import Store, eval_batches
 from k2jax.data.store import write
 from k2jax.inference.sampler import batch_ways
-from k2jax.model import Batch, Dispatch, Kimi, Model, hidden, losses
+from k2jax.model import Batch, Dispatch, Kimi, Model, Policy, hidden, losses
 from k2jax.model.batch import own_parts, to_devices
 from k2jax.params.arrays import Params, bind
 
@@ -113,7 +113,7 @@ def total_loss(
     """
     if dispatch.kind == "alltoall_capacity":
         dispatch = dispatch._replace(kind="alltoall")
-    w = bind(Kimi(cfg), params)
-    x_BTD, _ = hidden(w, batch, cfg, dtype, dispatch=dispatch)
-    nll_BT = losses(w.head, x_BTD, batch.target)
+    w, policy = bind(Kimi(cfg), params), Policy(dtype, dispatch=dispatch)
+    x_BTD, _ = hidden(w, batch, cfg, policy)
+    nll_BT = losses(w.head, x_BTD, batch.target, policy)
     return (nll_BT * batch.weight).sum(), batch.weight.sum()

@@ -22,7 +22,7 @@ from k2jax.model.logits import head
 from k2jax.model.mlp import gated
 from k2jax.model.moe import mixture, moe_small_batch
 from k2jax.model.norm import rms_norm
-from k2jax.model.projection import gather_weight, project
+from k2jax.model.projection import Policy, gather_weight, project
 from k2jax.model.rope import Rotation, rotation
 from k2jax.params.kimi import Attention, Kimi, Layer
 from k2jax.sharding import reshard, spec
@@ -63,7 +63,7 @@ def _apart(stack: Any, depth: int) -> Any:
 
 
 def prefill(
-    w: Kimi, token_BT: jax.Array, length_B: jax.Array, cfg: ModelConfig, slots: int, dtype: str
+    w: Kimi, token_BT: jax.Array, length_B: jax.Array, cfg: ModelConfig, slots: int, policy: Policy
 ) -> tuple[jax.Array, Cache]:
     """Logits after each prompt, float32 [batch, vocab], and the cache it leaves.
 
@@ -73,7 +73,7 @@ def prefill(
         length_B: int32 tokens of each prompt, 1..length.
         cfg: sizes.
         slots: tokens the cache has room for, the row's length included.
-        dtype: to compute in.
+        policy: dtypes, and how weights are read.
     """
     length = token_BT.shape[1]
     order_BT = reshard(jnp.broadcast_to(jnp.arange(length), token_BT.shape), "batch", "length")
@@ -81,15 +81,17 @@ def prefill(
     turn = rotation(order_BT, cfg)
 
     def layer(x_BTD: jax.Array, w: Layer):
-        u_BTD = rms_norm(x_BTD, w.attention_norm[...], cfg.norm_eps)
-        left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg), axis=-1)
-        x_BTD += attend(w.attention, u_BTD, turn, segment_BT, cfg)[0]
-        u_BTD = rms_norm(x_BTD, w.mlp_norm[...], cfg.norm_eps)
-        moe = hasattr(w, "moe")
-        x_BTD += mixture(w.moe, u_BTD, segment_BT, cfg)[0] if moe else gated(w.mlp, u_BTD)
+        u_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, policy)
+        left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg, policy), axis=-1)
+        x_BTD += attend(w.attention, u_BTD, turn, segment_BT, cfg, policy)[0]
+        u_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, policy)
+        if hasattr(w, "moe"):
+            x_BTD += mixture(w.moe, u_BTD, segment_BT, cfg, policy)[0]
+        else:
+            x_BTD += gated(w.mlp, u_BTD, policy)
         return x_BTD, left_BTM
 
-    x_BTD, left = embedded(w, token_BT, dtype), []
+    x_BTD, left = embedded(w, token_BT, policy), []
     room = ((0, 0), (0, 0), (0, slots - length), (0, 0))
     for stack, depth in _whole(w, cfg):
         x_BTD, left_LBTM = jax.lax.scan(layer, x_BTD, stack)
@@ -103,12 +105,12 @@ def prefill(
     )
     last_BT = order_BT == length_B[:, None] - 1
     x_BTD = jnp.where(last_BT[..., None], x_BTD, 0).sum(axis=1, keepdims=True)
-    return _logits(w, x_BTD, cfg), cache
+    return _logits(w, x_BTD, cfg, policy), cache
 
 
 def step(
     w: Kimi, layers: tuple[Stack, ...], cache: Cache, token_B: jax.Array, cfg: ModelConfig,
-    dtype: str,
+    policy: Policy,
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Logits after one more token in every row, float32 [batch, vocab], and the longer cache.
 
@@ -120,7 +122,7 @@ def step(
         cache: from `prefill` or the last step.
         token_B: int32, one a row.
         cfg: sizes.
-        dtype: to compute in.
+        policy: dtypes, and how weights are read.
     """
     seen_BS = cache.seen_BS | (jnp.arange(cache.seen_BS.shape[1]) == cache.slot)
     turn = rotation(cache.position_B[:, None], cfg)
@@ -128,19 +130,19 @@ def step(
 
     def layer(x_BTD: jax.Array, at: Any):
         index, w, latent_BSM = at
-        u_BTD = rms_norm(x_BTD, w.attention_norm[...], cfg.norm_eps)
-        left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg), axis=-1)
+        u_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, policy)
+        left_BTM = jnp.concatenate(latents(w.attention, u_BTD, turn, cfg, policy), axis=-1)
         left_BTM = reshard(left_BTM, "batch", None, None)
         latent_BSM = jax.lax.dynamic_update_slice(latent_BSM, left_BTM, (0, cache.slot, 0))
-        x_BTD += absorbed(w.attention, u_BTD, turn, latent_BSM, seen_BS, cfg)
-        u_BTD = rms_norm(x_BTD, w.mlp_norm[...], cfg.norm_eps)
+        x_BTD += absorbed(w.attention, u_BTD, turn, latent_BSM, seen_BS, cfg, policy)
+        u_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, policy)
         if hasattr(w, "moe"):
-            x_BTD += moe_small_batch(w.moe, experts, jnp.asarray(index), u_BTD, cfg)
+            x_BTD += moe_small_batch(w.moe, experts, jnp.asarray(index), u_BTD, cfg, policy)
         else:
-            x_BTD += gated(w.mlp, u_BTD)
+            x_BTD += gated(w.mlp, u_BTD, policy)
         return x_BTD, latent_BSM
 
-    x_BTD, left = embedded(w, token_B[:, None], dtype), []
+    x_BTD, left = embedded(w, token_B[:, None], policy), []
     for stack, old in zip(layers, cache.latents, strict=True):
         if isinstance(stack, tuple):
             new = []
@@ -156,17 +158,17 @@ def step(
             )
             left.append(latent_LBSM)
     cache = Cache(tuple(left), seen_BS, cache.position_B + 1, cache.slot + 1)
-    return _logits(w, x_BTD, cfg), cache
+    return _logits(w, x_BTD, cfg, policy), cache
 
 
 def absorbed(
     w: Attention, x_BTD: jax.Array, turn: Rotation, latent_BSM: jax.Array, seen_BS: jax.Array,
-    cfg: ModelConfig,
+    cfg: ModelConfig, policy: Policy,
 ) -> jax.Array:  # fmt: skip
     """Attention output of tokens that see every slot in `seen_BS`, from latents alone."""
     heads = spec("batch", "heads", "length", None)
-    q_BHTU, q_BHTP = queries(w, x_BTD, turn, cfg)
-    up_RHW = gather_weight(w.kv_up, x_BTD.dtype)
+    q_BHTU, q_BHTP = queries(w, x_BTD, turn, cfg, policy)
+    up_RHW = gather_weight(w.kv_up, policy)
     q_BHTR = jnp.einsum("bhtu,rhu->bhtr", q_BHTU, up_RHW[..., : cfg.nope], out_sharding=heads)
     q_BHTM = jnp.concatenate([q_BHTR, q_BHTP], axis=-1)
     # The cache first: its rows are then read as they lie, by a CPU too.
@@ -182,8 +184,8 @@ def absorbed(
     sum_BHT1 = weight_BHTS.sum(axis=-1, keepdims=True)
     mixed_BHTR = (mixed_BHTM[..., : cfg.kv_rank] / sum_BHT1).astype(x_BTD.dtype)
     y_BHTV = jnp.einsum("bhtr,rhv->bhtv", mixed_BHTR, up_RHW[..., cfg.nope :], out_sharding=heads)
-    return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None))
+    return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None), policy)
 
 
-def _logits(w: Kimi, x_BTD: jax.Array, cfg: ModelConfig) -> jax.Array:
-    return head(w.head, rms_norm(x_BTD, w.norm[...], cfg.norm_eps))[:, 0]
+def _logits(w: Kimi, x_BTD: jax.Array, cfg: ModelConfig, policy: Policy) -> jax.Array:
+    return head(w.head, rms_norm(x_BTD, w.norm, cfg.norm_eps, policy), policy)[:, 0]

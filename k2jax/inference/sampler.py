@@ -16,6 +16,7 @@ import numpy as np
 
 from k2jax.config import MESH_AXES, ModelConfig
 from k2jax.inference.decode import prefill, stacks, step
+from k2jax.model.projection import Policy
 from k2jax.params.arrays import Params, bind
 from k2jax.params.kimi import Kimi
 from k2jax.sharding import BATCH, meshless, reshard
@@ -51,7 +52,7 @@ def extend(
         room: new tokens there is room for.
         kind: GREEDY, PLAIN (temperature) or NUCLEUS (temperature and top-p).
     """
-    w = bind(Kimi(cfg), params)
+    w, policy = bind(Kimi(cfg), params), Policy(dtype)
     token_BT = reshard(jnp.asarray(request.token_BT), "batch", "length")
     length_B = reshard(jnp.asarray(request.length_B), "batch")
     rows, length = token_BT.shape
@@ -69,10 +70,10 @@ def extend(
 
     def one(state):
         (i, token_B, done_B, new_BN), cache = state
-        y_BX, cache = step(w, layers, cache, reshard(token_B, "batch"), cfg, dtype)
+        y_BX, cache = step(w, layers, cache, reshard(token_B, "batch"), cfg, policy)
         return choose(y_BX, i, done_B, new_BN), cache
 
-    y_BX, cache = prefill(w, token_BT, length_B, cfg, length + room, dtype)
+    y_BX, cache = prefill(w, token_BT, length_B, cfg, length + room, policy)
     new_BN = jnp.full((rows, room), STOPPED, jnp.int32)
     first = choose(y_BX, jnp.int32(0), jnp.zeros(rows, bool), new_BN)
     return jax.lax.while_loop(more, one, (first, cache))[0][3]

@@ -17,6 +17,7 @@ from k2jax.config import ModelConfig
 from k2jax.model.batch import Batch, plain
 from k2jax.model.kimi import Aux, hidden
 from k2jax.model.logits import head, losses
+from k2jax.model.projection import Policy
 from k2jax.ops.moe.dispatch import Dispatch
 from k2jax.params.arrays import bind
 from k2jax.params.kimi import Kimi
@@ -27,6 +28,7 @@ __all__ = [
     "Dispatch",
     "Kimi",
     "Model",
+    "Policy",
     "forward",
     "head",
     "hidden",
@@ -69,5 +71,6 @@ def forward(model: Model, tokens: jax.Array) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _forward(params, token_BT, cfg, dtype):
     w = bind(Kimi(cfg), params)
-    x_BTD, _ = hidden(w, plain(token_BT), cfg, dtype)
-    return head(w.head, x_BTD)
+    policy = Policy(dtype)
+    x_BTD, _ = hidden(w, plain(token_BT), cfg, policy)
+    return head(w.head, x_BTD, policy)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from k2jax.config import ModelConfig
 from k2jax.model.norm import rms_norm
-from k2jax.model.projection import project
+from k2jax.model.projection import Policy, project
 from k2jax.model.rope import Rotation, rotate
 from k2jax.ops.attention.blockwise import causal_attention
 from k2jax.ops.collectives import all_to_all
@@ -16,30 +16,35 @@ INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE mode
 
 
 def queries(
-    w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig
+    w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig, policy: Policy
 ) -> tuple[jax.Array, jax.Array]:
     """Content part `q_BHTU` and rotated part `q_BHTP` of every head's queries."""
     heads = ("batch", "heads", "length", None)
     if cfg.q_rank:
-        q_BTQ = project("btd,dq->btq", x_BTD, w.q_down, ("batch", "length", None))
-        q_BTQ = rms_norm(q_BTQ, w.q_norm[...], INNER_EPS)
-        q_BHTC = project("btq,qhc->bhtc", q_BTQ, w.q_up, heads)
+        q_BTQ = project("btd,dq->btq", x_BTD, w.q_down, ("batch", "length", None), policy)
+        q_BTQ = rms_norm(q_BTQ, w.q_norm, INNER_EPS, policy)
+        q_BHTC = project("btq,qhc->bhtc", q_BTQ, w.q_up, heads, policy)
     else:
-        q_BHTC = project("btd,dhc->bhtc", x_BTD, w.q, heads)
+        q_BHTC = project("btd,dhc->bhtc", x_BTD, w.q, heads, policy)
     return q_BHTC[..., : cfg.nope], rotate(q_BHTC[..., cfg.nope :], turn)
 
 
 def latents(
-    w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig
+    w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig, policy: Policy
 ) -> tuple[jax.Array, jax.Array]:
     """What a token leaves for later ones: normed latent `c_BTR`, rotated shared key `k_BTP`."""
-    kv_BTM = project("btd,dm->btm", x_BTD, w.kv_down, ("batch", "length", None))
-    c_BTR = rms_norm(kv_BTM[..., : cfg.kv_rank], w.kv_norm[...], INNER_EPS)
+    kv_BTM = project("btd,dm->btm", x_BTD, w.kv_down, ("batch", "length", None), policy)
+    c_BTR = rms_norm(kv_BTM[..., : cfg.kv_rank], w.kv_norm, INNER_EPS, policy)
     return c_BTR, rotate(kv_BTM[:, None, :, cfg.kv_rank :], turn)[:, 0]
 
 
 def attend(
-    w: Attention, x_BTD: jax.Array, turn: Rotation, segment_BT: jax.Array, cfg: ModelConfig
+    w: Attention,
+    x_BTD: jax.Array,
+    turn: Rotation,
+    segment_BT: jax.Array,
+    cfg: ModelConfig,
+    policy: Policy,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention output `y_BTD` and the largest logit of each head, `top_H` (float32).
 
@@ -50,19 +55,20 @@ def attend(
         segment_BT: document of each token in its row, from 1; 0 is padding. A token sees only
             earlier tokens of its own document.
         cfg: sizes.
+        policy: how weights are read.
 
     The maximum is signed, includes the softmax scale and leaves out padding: QK-Clip's S_max
     [K2-TR 2.1]. Source: [JLE] modeling_deepseek.py 650-860.
     """
     heads = ("batch", "heads", "length", None)
-    q_BHTC = jnp.concatenate(queries(w, x_BTD, turn, cfg), axis=-1)
-    c_BTR, k_BTP = latents(w, x_BTD, turn, cfg)
-    kv_BHTW = project("btr,rhw->bhtw", c_BTR, w.kv_up, heads)
+    q_BHTC = jnp.concatenate(queries(w, x_BTD, turn, cfg, policy), axis=-1)
+    c_BTR, k_BTP = latents(w, x_BTD, turn, cfg, policy)
+    kv_BHTW = project("btr,rhw->bhtw", c_BTR, w.kv_up, heads, policy)
     shared_BHTP = reshard(jnp.broadcast_to(k_BTP[:, None], (*kv_BHTW.shape[:3], cfg.rope)), *heads)
     k_BHTC = jnp.concatenate([kv_BHTW[..., : cfg.nope], shared_BHTP], axis=-1)
     v_BHTV = kv_BHTW[..., cfg.nope :]
     y_BHTV, top_H = sharded_attention(q_BHTC, k_BHTC, v_BHTV, segment_BT, cfg.softmax_scale)
-    return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None)), top_H
+    return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None), policy), top_H
 
 
 def sharded_attention(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from k2jax.model.cross_entropy import cross_entropy
-from k2jax.model.projection import contract, project
+from k2jax.model.projection import Policy, project, read_weight, sharded_einsum
 from k2jax.ops.collectives import gather_over
 from k2jax.sharding import meshless, storage_spec
 
@@ -15,30 +15,31 @@ LOGITS = 2**29  # bytes of float32 logits that a device may hold
 ROWS, WEIGHT = ("batch", "length"), ("embed", "vocab")
 
 
-def head(w: nnx.Variable, x_BTD: jax.Array) -> jax.Array:
-    """Next-token logits `y_BTX`: a product in `x_BTD`'s dtype, then cast to float32 [JLE 1616]."""
-    return project("btd,dx->btx", x_BTD, w, (*ROWS, "vocab")).astype(jnp.float32)
+def head(w: nnx.Variable, x_BTD: jax.Array, policy: Policy) -> jax.Array:
+    """Next-token logits `y_BTX`: in the compute dtype, then cast to float32 [JLE 1616]."""
+    return project("btd,dx->btx", x_BTD, w, (*ROWS, "vocab"), policy).astype(jnp.float32)
 
 
-def losses(w: nnx.Variable, x_BTD: jax.Array, target_BT: jax.Array) -> jax.Array:
+def losses(w: nnx.Variable, x_BTD: jax.Array, target_BT: jax.Array, policy: Policy) -> jax.Array:
     """Negative log likelihood of each target in nats, float32 [batch, length].
 
     Args:
         w: the head.
         x_BTD: normed activations.
         target_BT: int32 token ids.
+        policy: how weights are read.
 
     Where a device's logits would take more than `LOGITS` bytes, it goes through the vocabulary
     part by part: no more than one part of the logits, and of the gathered head, is ever there.
     """
-    chunks = _chunks(x_BTD, w[...])
+    weight_DX = read_weight(w, policy)
+    chunks = _chunks(x_BTD, weight_DX)
     if chunks == 1:
-        return cross_entropy(head(w, x_BTD), target_BT)
-    weight_DX, travels = w[...].astype(x_BTD.dtype), w.get_metadata("grad_dtype", None)
+        return cross_entropy(head(w, x_BTD, policy), target_BT)
     if meshless():
         return _by_chunks(weight_DX, x_BTD, target_BT, chunks=chunks)
     body = jax.shard_map(
-        functools.partial(_by_chunks, chunks=chunks, mesh=True, travels=travels),
+        functools.partial(_by_chunks, chunks=chunks, policy=policy),
         in_specs=(storage_spec(WEIGHT), storage_spec((*ROWS, None)), storage_spec(ROWS)),
         out_specs=storage_spec(ROWS),
         check_vma=False,  # a custom gradient inside; tests compare with one device
@@ -55,17 +56,23 @@ def _chunks(x_BTD: jax.Array, weight_DX: jax.Array) -> int:
     return next(n for n in range(1, vocab + 1) if fits(n) or n == vocab)
 
 
-def _by_chunks(weight_DX, x_BTD, target_BT, *, chunks: int, mesh: bool = False, travels=None):
-    """One device's losses. Its weights are its share of width and vocabulary."""
+def _by_chunks(weight_DX, x_BTD, target_BT, *, chunks: int, policy: Policy | None = None):
+    """One device's losses, from its share of width and vocabulary.
+
+    With a `policy` there is a mesh.
+    """
+    mesh = policy is not None
     size = weight_DX.shape[1] // chunks
     first = jax.lax.axis_index("model") * weight_DX.shape[1] if mesh else 0
 
     @jax.checkpoint
     def part(weight_DX, x_BTD, i):
         weight_DV = jax.lax.dynamic_slice_in_dim(weight_DX, i * size, size, axis=1)
-        if mesh:
-            weight_DV = gather_over(weight_DV, storage_spec(WEIGHT)[0], 0, travels)
-        y_BTV = contract("btd,dv->btv", None, None, None, x_BTD, weight_DV).astype(jnp.float32)
+        if policy is not None:
+            weight_DV = gather_over(weight_DV, storage_spec(WEIGHT)[0], 0, policy.grad_dtype)
+        y_BTV = sharded_einsum("btd,dv->btv", None, None, None, x_BTD, weight_DV).astype(
+            jnp.float32
+        )
         top_BT = jax.lax.stop_gradient(y_BTV.max(axis=-1))
         hit_BTV = target_BT[..., None] == first + i * size + jnp.arange(size)
         sum_BT = jnp.exp(y_BTV - top_BT[..., None]).sum(axis=-1)

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ModelConfig
 from k2jax.model.mlp import gated
-from k2jax.model.projection import contract, used_spec
+from k2jax.model.projection import Policy, gathered_spec_of, read_weight, sharded_einsum
 from k2jax.model.router import Routing, count, route
 from k2jax.ops.collectives import gather_over
-from k2jax.ops.moe.dispatch import Dispatch, dispatch_allgather, dispatch_alltoall
+from k2jax.ops.moe.dispatch import dispatch_allgather, dispatch_alltoall
 from k2jax.ops.moe.expert_mlp import expert_mlp, side_by_side
 from k2jax.params.kimi import Experts, Moe
 from k2jax.sharding import BATCH, meshless, reshard, spec, storage_spec
@@ -32,42 +32,41 @@ class RouterStats(NamedTuple):
     dropped: jax.Array  # float32 scalar, share of all choices that found no room
 
 
-def router_logits(w: Moe, x_BTD: jax.Array) -> jax.Array:
+def router_logits(w: Moe, x_BTD: jax.Array, policy: Policy) -> jax.Array:
     """`logit_BTE`: float32 whatever the activations are, and so is the gradient of the weight."""
-    layout, wide = spec("batch", "length", None), jnp.float32
-    x_BTD, w_DE = x_BTD.astype(wide), w.router[...].astype(wide)
-    return contract("btd,de->bte", layout, used_spec(w.router), None, x_BTD, w_DE)
+    w_DE, out_spec = read_weight(w.router, policy, "float32"), spec("batch", "length", None)
+    x_BTD = x_BTD.astype(jnp.float32)
+    return sharded_einsum("btd,de->bte", out_spec, gathered_spec_of(w.router), None, x_BTD, w_DE)
 
 
 def mixture(
-    w: Moe, x_BTD: jax.Array, segment_BT: jax.Array, cfg: ModelConfig,
-    dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
-) -> tuple[jax.Array, RouterStats]:  # fmt: skip
+    w: Moe, x_BTD: jax.Array, segment_BT: jax.Array, cfg: ModelConfig, policy: Policy
+) -> tuple[jax.Array, RouterStats]:
     """Weighted sum of each token's experts plus the shared ones; rows with segment 0 count nowhere.
 
     Source: [JLE] modeling_deepseek.py 520-560.
     """
-    choice = (router_logits(w, x_BTD), w.bias[...])
+    choice = (router_logits(w, x_BTD, policy), read_weight(w.bias, policy, "float32"))
     leaves = (w.experts.gate, w.experts.up, w.experts.down)
-    weights = tuple(leaf[...].astype(x_BTD.dtype) for leaf in leaves)
+    weights = tuple(read_weight(leaf, policy) for leaf in leaves)
     if meshless():
         y_BTD, balance = _on_device(x_BTD, segment_BT, *choice, *weights, cfg=cfg)
     else:
-        rows, travels = P(BATCH, "context"), w.experts.gate.get_metadata("grad_dtype", None)
+        rows = P(BATCH, "context")
         body = jax.shard_map(
-            lambda *args: _on_device(*args, cfg=cfg, dispatch=dispatch, travels=travels),
+            lambda *args: _on_device(*args, cfg=cfg, policy=policy),
             in_specs=(rows, rows, rows, P(), *(jax.typeof(a).sharding.spec for a in weights)),
             out_specs=(rows, P()),
             check_vma=False,  # loops and custom gradients inside; tests compare with one device
         )
         y_BTD, balance = body(x_BTD, segment_BT, *choice, *weights)
     if cfg.shared_experts:
-        y_BTD += gated(w.shared, x_BTD)
+        y_BTD += gated(w.shared, x_BTD, policy)
     return y_BTD, balance
 
 
 def moe_small_batch(
-    w: Moe, experts: Experts, layer: jax.Array, x_BTD: jax.Array, cfg: ModelConfig
+    w: Moe, experts: Experts, layer: jax.Array, x_BTD: jax.Array, cfg: ModelConfig, policy: Policy
 ) -> jax.Array:
     """`mixture` without its balance, for decoding: weights of experts nobody chose are not read.
 
@@ -78,14 +77,15 @@ def moe_small_batch(
         x_BTD: normed activations, few rows. All of them go through every chosen expert, which
             costs nothing while reading the expert's weights takes longer.
         cfg: sizes.
+        policy: how weights are read.
     """
     rows = x_BTD.shape[0] * x_BTD.shape[1]
     if not meshless() or rows > SMALL_BATCH_TOKENS:
         segment_BT = reshard(jnp.ones(x_BTD.shape[:2], jnp.int32), "batch", "length")
-        return mixture(w, x_BTD, segment_BT, cfg)[0]
+        return mixture(w, x_BTD, segment_BT, cfg, policy)[0]
     x_ND = x_BTD.reshape(rows, -1)
-    logit_NE = router_logits(w, x_BTD).reshape(rows, -1)
-    routing = route(logit_NE, w.bias[...], cfg)
+    logit_NE = router_logits(w, x_BTD, policy).reshape(rows, -1)
+    routing = route(logit_NE, read_weight(w.bias, policy, "float32"), cfg)
     hit_NKE = routing.expert_NK[..., None] == jnp.arange(cfg.experts)
     weight_NE = jnp.where(hit_NKE, routing.weight_NK[..., None], 0.0).sum(axis=1)
     chosen_E = hit_NKE.any(axis=(0, 1))
@@ -94,7 +94,7 @@ def moe_small_batch(
     def one(i: jax.Array, y_ND: jax.Array) -> jax.Array:
         expert = order_E[i]
         gate_DF, up_DF, down_FD = (
-            leaf[...][layer, expert].astype(x_ND.dtype)
+            read_weight(leaf, policy, index=(layer, expert))
             for leaf in (experts.gate, experts.up, experts.down)
         )
         out_ND = (jax.nn.silu(x_ND @ gate_DF) * (x_ND @ up_DF)) @ down_FD
@@ -103,35 +103,35 @@ def moe_small_batch(
     # Combined in float32, then cast, as the published code does.
     y_ND = jax.lax.fori_loop(0, chosen_E.sum(), one, jnp.zeros(x_ND.shape, jnp.float32))
     y_BTD = y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
-    return y_BTD + gated(w.shared, x_BTD) if cfg.shared_experts else y_BTD
+    return y_BTD + gated(w.shared, x_BTD, policy) if cfg.shared_experts else y_BTD
 
 
 def _on_device(
-    x_BTD, segment_BT, logit_BTE, bias_E, *weights, cfg: ModelConfig, dispatch=None, travels=None
+    x_BTD, segment_BT, logit_BTE, bias_E, *weights, cfg: ModelConfig, policy: Policy | None = None
 ):
     """One device's share of the layer. `weights` are gate_eDF, up_eDF and down_eFD.
 
-    With `dispatch` there is a mesh.
+    With a `policy` there is a mesh.
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
     chosen, weights = (x_ND, routing.expert_NK, routing.weight_NK), side_by_side(*weights)
     dropped = jnp.zeros(())
-    if dispatch is None:
+    if policy is None:
         y_ND = expert_mlp(*chosen, weights)
     else:
         # Gathered in here, where their gradients are scattered as they are summed.
         axes = storage_spec(("expert_embed",))[0]
-        whole = lambda a, dim: gather_over(a, axes, dim, travels)
+        whole = lambda a, dim: gather_over(a, axes, dim, policy.grad_dtype)
         weights = tuple(map(whole, weights, (1, 2)))
-        if dispatch.kind == "allgather" or jax.lax.axis_size("expert") == 1:
+        if policy.dispatch.kind == "allgather" or jax.lax.axis_size("expert") == 1:
             y_ND = dispatch_allgather(*chosen, weights)
         else:
-            y_ND, dropped = dispatch_alltoall(*chosen, weights, dispatch)
+            y_ND, dropped = dispatch_alltoall(*chosen, weights, policy.dispatch)
             dropped = jax.lax.pmean(dropped, (*BATCH, "context"))
         y_ND = jax.lax.psum(y_ND, "model")  # each device has a share of the hidden width
     return y_ND.reshape(x_BTD.shape), _balance(
-        routing, segment_BT, dropped, cfg, dispatch is not None
+        routing, segment_BT, dropped, cfg, policy is not None
     )
 
 

@@ -22,9 +22,8 @@ from k2jax.model.batch import Batch, plain
 from k2jax.model.kimi import Aux, embedded, hidden, mixed, recomputed
 from k2jax.model.logits import head
 from k2jax.model.norm import rms_norm
-from k2jax.model.projection import project
+from k2jax.model.projection import Policy, project
 from k2jax.model.rope import rotation
-from k2jax.ops.moe.dispatch import Dispatch
 from k2jax.params.arrays import Params, bind
 from k2jax.params.kimi import Kimi, Mtp
 from k2jax.sharding import reshard
@@ -38,11 +37,10 @@ class MtpOutput(NamedTuple):
     weight: jax.Array  # float32 [batch, length], 1 where there is one in the document, else 0
 
 
-def mtp_forward(  # noqa: PLR0913, PLR0917, as `hidden` and what it gave
-    w: Kimi, x_BTD: jax.Array, batch: Batch, aux: Aux, cfg: ModelConfig, dtype: str,
-    remat: str = "none", dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
-) -> tuple[list[MtpOutput], Aux]:  # fmt: skip
-    """What every MTP layer gives, and `aux` with these layers added.
+def mtp_forward(
+    w: Kimi, x_BTD: jax.Array, batch: Batch, aux: Aux, cfg: ModelConfig, policy: Policy
+) -> tuple[list[MtpOutput], Aux]:
+    """The output of every MTP layer, and `aux` with these layers added.
 
     Args:
         w: weights.
@@ -50,37 +48,35 @@ def mtp_forward(  # noqa: PLR0913, PLR0917, as `hidden` and what it gave
         batch: what `hidden` read. Positions with weight 0 have no next token: they count nowhere.
         aux: from `hidden`.
         cfg: sizes.
-        dtype: to compute in.
-        remat: as for `hidden`.
-        dispatch: as for `hidden`.
+        policy: as for `hidden`.
     """
     turn = rotation(batch.position, cfg)
 
     def one(x_BTD: jax.Array, e_BTD: jax.Array, layer: Mtp, segment_BT: jax.Array):
-        e_BTD = rms_norm(e_BTD, layer.embed_norm[...], cfg.norm_eps)
-        x_BTD = rms_norm(x_BTD, layer.hidden_norm[...], cfg.norm_eps)
+        e_BTD = rms_norm(e_BTD, layer.embed_norm, cfg.norm_eps, policy)
+        x_BTD = rms_norm(x_BTD, layer.hidden_norm, cfg.norm_eps, policy)
         both_BTJ = jnp.concatenate([e_BTD, x_BTD], axis=-1)
-        x_BTD = project("btj,jd->btd", both_BTJ, layer.join, ("batch", "length", None))
-        return mixed(layer, x_BTD, turn, segment_BT, cfg, dispatch)
+        x_BTD = project("btj,jd->btd", both_BTJ, layer.join, ("batch", "length", None), policy)
+        return mixed(layer, x_BTD, turn, segment_BT, cfg, policy)
 
-    one = recomputed(remat)(one)
-    found, tops, balances = [], [], []
+    one = recomputed(policy.remat)(one)
+    outputs, tops, stats = [], [], []
     token_BT, weight_BT = batch.target, batch.weight
     same_BT = (batch.segment == shifted(batch.segment)) & (batch.segment > 0)
     for k in range(cfg.mtp_layers):
         layer = jax.tree.map(operator.itemgetter(k), w.mtp)
         seen_BT = jnp.where(weight_BT > 0, batch.segment, 0)
-        x_BTD, (top_H, balance) = one(x_BTD, embedded(w, token_BT, dtype), layer, seen_BT)
-        x_BTD = rms_norm(x_BTD, layer.norm[...], cfg.norm_eps)
+        x_BTD, (top_H, layer_stats) = one(x_BTD, embedded(w, token_BT, policy), layer, seen_BT)
+        x_BTD = rms_norm(x_BTD, layer.norm, cfg.norm_eps, policy)
         token_BT = shifted(token_BT)
         weight_BT = jnp.where(same_BT, weight_BT * shifted(weight_BT), 0)
-        found.append(MtpOutput(x_BTD, token_BT, weight_BT))
+        outputs.append(MtpOutput(x_BTD, token_BT, weight_BT))
         tops.append(top_H)
-        balances.append(balance)
-    total = aux.aux_loss * cfg.moe_layers + sum(balance.aux for balance in balances)
-    return found, aux._replace(
+        stats.append(layer_stats)
+    total = aux.aux_loss * cfg.moe_layers + sum(layer.aux for layer in stats)
+    return outputs, aux._replace(
         logit_max=jnp.concatenate([aux.logit_max, jnp.stack(tops)]),
-        load=jnp.concatenate([aux.load, jnp.stack([balance.load_E for balance in balances])]),
+        load=jnp.concatenate([aux.load, jnp.stack([layer.load_E for layer in stats])]),
         aux_loss=total / (cfg.moe_layers + cfg.mtp_layers),
     )
 
@@ -106,6 +102,7 @@ def logits(params: Params, token_BT: jax.Array, *, cfg: ModelConfig, dtype: str)
     w = bind(Kimi(cfg), params)
     ones = plain(token_BT)
     batch = ones._replace(target=shifted(token_BT), weight=shifted(ones.segment).astype("float32"))
-    x_BTD, aux = hidden(w, batch, cfg, dtype)
-    found, _ = mtp_forward(w, x_BTD, batch, aux, cfg, dtype)
-    return [head(w.head, f.x_BTD)[:, :-k] for k, f in enumerate(found, 1)]
+    policy = Policy(dtype)
+    x_BTD, aux = hidden(w, batch, cfg, policy)
+    outputs, _ = mtp_forward(w, x_BTD, batch, aux, cfg, policy)
+    return [head(w.head, out.x_BTD, policy)[:, :-k] for k, out in enumerate(outputs, 1)]

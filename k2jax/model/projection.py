@@ -1,7 +1,14 @@
-"""Multiply by a parameter where it rests split: gather it, cast it, contract."""
+"""Read a weight and multiply by it: the one door to the parameters.
 
+Whatever the network does with a parameter begins with `read_weight`: projections, the router, the
+routed experts, the embedding table, the head, the gains of the norms, and decoding. How it reads
+them is an explicit `Policy`. A parameter that is more than a plain float array (packed integers
+with scales, a base with an adapter) is a further entry of `WEIGHT_FORMATS`.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -10,7 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from k2jax.ops.collectives import all_to_all, scatter_sum
-from k2jax.params.spec import LAYER_AXES
+from k2jax.ops.moe.dispatch import Dispatch
+from k2jax.params.spec import LAYER_AXES, ParamSpec
 from k2jax.sharding import compute_spec, meshless, reshard, spec
 
 if TYPE_CHECKING:
@@ -20,125 +28,188 @@ Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 PROJECTION = "projection"  # name of every product with a weight, for rematerialisation policies
 
 
-def gather_weight(w: "nnx.Variable", dtype: jnp.dtype) -> jax.Array:
-    """The parameter of one layer in the compute dtype, gathered over what only stores it.
+def _plain(stored: Any, _: ParamSpec) -> jax.Array:
+    """The values themselves."""
+    return stored
 
-    It is cast before it travels; its gradient travels back in the compute dtype too.
+
+# From what is stored for a parameter, or a slice of its stack, to its values as a float array.
+WEIGHT_FORMATS: dict[str, Callable[[Any, ParamSpec], jax.Array]] = {"plain": _plain}
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How the network is computed: the settings of a run that no weight and no size tells.
+
+    Attributes:
+        compute_dtype: of activations, and of weights while they are used.
+        grad_dtype: in which gradients of weights are communicated; None: the compute dtype.
+        remat: what the backward pass recomputes: "none", or a key of `kimi.POLICIES`.
+        dispatch: how tokens reach their experts.
+        weight_format: key of `WEIGHT_FORMATS`.
     """
-    return _gathered(w[...].astype(dtype), used_spec(w))
+
+    compute_dtype: str
+    grad_dtype: str | None = None
+    remat: str = "none"
+    dispatch: Dispatch = Dispatch()  # noqa: RUF009, a constant
+    weight_format: str = "plain"
 
 
-def used_spec(w: "nnx.Variable") -> P | None:
+def read_weight(
+    w: "nnx.Variable", policy: Policy, dtype: str = "", index: tuple[Any, ...] = ()
+) -> jax.Array:
+    """The values of a parameter, in the layout in which it is stored.
+
+    Args:
+        w: parameter of one layer, or a whole stack with an `index` into it.
+        policy: how weights are read.
+        dtype: of the result; "": the compute dtype.
+        index: of the leading dims; only this slice is read.
+    """
+    stored = w.get_value()
+    if index:
+        stored = jax.tree.map(lambda a: a[index], stored)
+    values = WEIGHT_FORMATS[policy.weight_format](stored, w.get_metadata("spec"))
+    return values.astype(dtype or policy.compute_dtype)
+
+
+def gather_weight(w: "nnx.Variable", policy: Policy) -> jax.Array:
+    """One layer's parameter in the compute dtype, gathered over the axes that only store it.
+
+    It is cast before it is sent; its gradient comes back in the compute dtype too.
+    """
+    return _gather(read_weight(w, policy), gathered_spec_of(w))
+
+
+def gathered_spec_of(w: "nnx.Variable") -> P | None:
     """Layout of one layer's parameter while it is used."""
     axes = [axis for axis in w.get_metadata("spec").axes if axis not in LAYER_AXES]
     return None if meshless() else compute_spec(axes)
 
 
-def _gathered(value: jax.Array, layout: P | None) -> jax.Array:
-    return value if layout is None else jax.reshard(value, layout)
+def _gather(value: jax.Array, gathered_spec: P | None) -> jax.Array:
+    return value if gathered_spec is None else jax.reshard(value, gathered_spec)
 
 
 def project(
-    einsum: str, x: jax.Array, w: "nnx.Variable", axes: tuple[str | None, ...]
+    einsum: str, x: jax.Array, w: "nnx.Variable", axes: tuple[str | None, ...], policy: Policy
 ) -> jax.Array:
-    """`x` contracted with a parameter, in `x`'s dtype, laid out by the result's logical `axes`."""
-    layout, travels = spec(*axes), w.get_metadata("grad_dtype", None)
-    y = contract(einsum, layout, used_spec(w), travels, x, w[...].astype(x.dtype))
+    """Contract `x` with a parameter in the compute dtype; `axes` name the result's dims."""
+    weight, out_spec = read_weight(w, policy), spec(*axes)
+    y = sharded_einsum(einsum, out_spec, gathered_spec_of(w), policy.grad_dtype, x, weight)
     return checkpoint_name(y, PROJECTION)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def contract(
-    einsum: str, layout: P | None, whole: P | None, travels: str | None, x: jax.Array, w: jax.Array
-) -> jax.Array:
-    """An einsum of activations and weights, accumulated in float32.
+def sharded_einsum(
+    einsum: str, out_spec: P | None, gathered_spec: P | None, grad_comm_dtype: str | None,
+    x: jax.Array, w: jax.Array,
+) -> jax.Array:  # fmt: skip
+    """An einsum of activations and a weight, accumulated in float32.
 
     Args:
-        einsum: activations first.
-        layout: of the result; None where there is no mesh, or inside of `shard_map`.
-        whole: of the weight while it is used; it is gathered for that.
-        travels: dtype of the weight's gradient between devices; None: that of the activations.
+        einsum: subscripts, those of the activations first.
+        out_spec: layout of the result; None where there is no mesh, or inside of `shard_map`.
+        gathered_spec: layout of the weight while it is used.
+        grad_comm_dtype: in which the weight's gradient is communicated; None: as the activations.
         x: activations.
-        w: weight, as it rests.
+        w: weight, as it is stored.
 
-    Its gradient is written out. The weight's is scattered as it is summed, to where the weight
-    rests. And it has the activations first: XLA's CPU backend would else transpose the larger
-    factor in memory.
+    The gradient is written out. The weight's is reduce-scattered to the layout in which the weight
+    is stored. And its product has the activations first: XLA's CPU backend would else transpose
+    the larger factor in memory.
     """
-    return _einsum(einsum, x, _gathered(w, whole), layout)
+    return _einsum(einsum, x, _gather(w, gathered_spec), out_spec)
 
 
-def _einsum(einsum: str, a: jax.Array, b: jax.Array, layout: P | None) -> jax.Array:
-    return _product(einsum, a, b, layout).astype(a.dtype)
+def _einsum(einsum: str, a: jax.Array, b: jax.Array, out_spec: P | None) -> jax.Array:
+    return _product(einsum, a, b, out_spec).astype(a.dtype)
 
 
-def _product(einsum: str, a: jax.Array, b: jax.Array, layout: P | None) -> jax.Array:
-    return jnp.einsum(einsum, a, b, out_sharding=layout, preferred_element_type=jnp.float32)
+def _product(einsum: str, a: jax.Array, b: jax.Array, out_spec: P | None) -> jax.Array:
+    return jnp.einsum(einsum, a, b, out_sharding=out_spec, preferred_element_type=jnp.float32)
 
 
-def _forward(einsum, layout, whole, travels, x, w):
-    return contract(einsum, layout, whole, travels, x, w), (x, w)
+def _forward(einsum, out_spec, gathered_spec, grad_comm_dtype, x, w):
+    return sharded_einsum(einsum, out_spec, gathered_spec, grad_comm_dtype, x, w), (x, w)
 
 
-def _backward(einsum: str, layout: P | None, whole: P | None, travels: str | None, saved, dy):
+def _backward(einsum: str, out_spec, gathered_spec, grad_comm_dtype: str | None, saved, dy):
     x, w = saved
     inputs, y_dims = einsum.split("->")
     x_dims, w_dims = inputs.split(",")
-    rests = (lambda a: None) if layout is None else (lambda a: jax.typeof(a).sharding.spec)
-    dx = _einsum(f"{y_dims},{w_dims}->{x_dims}", dy, _gathered(w, whole), rests(x))
-    of_weight = f"{x_dims},{y_dims}->{w_dims}"
-    if layout is None:
-        return dx, _einsum(of_weight, x, dy, None)
-    return dx, _summed(of_weight, x, dy, jax.typeof(w).sharding.spec, travels or x.dtype)
+    x_spec = None if out_spec is None else jax.typeof(x).sharding.spec
+    dx = _einsum(f"{y_dims},{w_dims}->{x_dims}", dy, _gather(w, gathered_spec), x_spec)
+    weight_einsum = f"{x_dims},{y_dims}->{w_dims}"
+    if out_spec is None:
+        return dx, _einsum(weight_einsum, x, dy, None)
+    stored_spec = jax.typeof(w).sharding.spec
+    return dx, _weight_gradient(weight_einsum, x, dy, stored_spec, grad_comm_dtype or x.dtype)
 
 
-def _summed(einsum: str, x: jax.Array, dy: jax.Array, rests: P, travels: Any) -> jax.Array:
-    """A weight's gradient, summed over all devices' tokens to where the weight rests.
+def _weight_gradient(
+    einsum: str, x: jax.Array, dy: jax.Array, stored_spec: P, grad_comm_dtype: Any
+) -> jax.Array:
+    """A weight's gradient, summed over all devices' tokens, where the weight is stored.
 
-    Each device first sums over its own tokens, in float32. Left to XLA, float32 would travel
+    Each device first sums over its own tokens, in float32. Left to XLA, float32 would be sent
     whatever the dtype, and some of it by all-reduce.
     """
     x_spec, dy_spec = (jax.typeof(a).sharding.spec for a in (x, dy))
     x_dims, w_dims = einsum[: einsum.index(",")], einsum.split("->")[1]
-    over = [entry for dim, entry in zip(x_dims, x_spec, strict=True) if dim not in w_dims]
+    summed = [entry for dim, entry in zip(x_dims, x_spec, strict=True) if dim not in w_dims]
 
-    def own(x: jax.Array, dy: jax.Array) -> jax.Array:
-        dw = _product(einsum, x, dy, None).astype(travels)
-        return _sum_over(dw, over, rests).astype(x.dtype)
+    def on_device(x: jax.Array, dy: jax.Array) -> jax.Array:
+        dw = _product(einsum, x, dy, None).astype(grad_comm_dtype)
+        return _sum_over(dw, summed, stored_spec).astype(x.dtype)
 
-    return jax.shard_map(own, in_specs=(x_spec, dy_spec), out_specs=rests, check_vma=False)(x, dy)
+    return jax.shard_map(
+        on_device, in_specs=(x_spec, dy_spec), out_specs=stored_spec, check_vma=False
+    )(x, dy)
+
+
+sharded_einsum.defvjp(_forward, _backward)
 
 
 @jax.custom_vjp
 def apply_norm_scale(x: jax.Array, gain: jax.Array) -> jax.Array:
-    """`x` times a gain along its last dim, in `x`'s dtype; each device has the whole gain.
+    """Multiply `x` by a gain along its last dim, in `x`'s dtype; each device has the whole gain.
 
-    The gain's gradient is summed as `contract`'s are, in float32.
+    The gain's gradient is reduced as `sharded_einsum`'s weight's is, in float32.
     """
     return x * gain.astype(x.dtype)
 
 
-def _gained_backward(saved, dy: jax.Array):
+def _norm_scale_backward(saved, dy: jax.Array):
     x, gain = saved
-    wide = lambda a: a.astype(jnp.float32)
-    own = lambda x, dy: (wide(x) * wide(dy)).sum(axis=tuple(range(x.ndim - 1)))
-    if not meshless():
-        rows, last = jax.typeof(x).sharding.spec[:-1], jax.typeof(gain).sharding.spec
-        share = lambda x, dy: _sum_over(own(x, dy), rows, last)
-        layouts = tuple(jax.typeof(a).sharding.spec for a in (x, dy))
-        dgain = jax.shard_map(share, in_specs=layouts, out_specs=last, check_vma=False)(x, dy)
+
+    def sum_tokens(x: jax.Array, dy: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32) * dy.astype(jnp.float32)
+        return wide.sum(axis=tuple(range(x.ndim - 1)))
+
+    if meshless():
+        dgain = sum_tokens(x, dy)
     else:
-        dgain = own(x, dy)
+        x_spec, gain_spec, dy_spec = (jax.typeof(a).sharding.spec for a in (x, gain, dy))
+        dgain = jax.shard_map(
+            lambda x, dy: _sum_over(sum_tokens(x, dy), x_spec[:-1], gain_spec),
+            in_specs=(x_spec, dy_spec),
+            out_specs=gain_spec,
+            check_vma=False,
+        )(x, dy)
     return dy * gain.astype(dy.dtype), dgain.astype(gain.dtype)
 
 
-apply_norm_scale.defvjp(lambda x, gain: (apply_norm_scale(x, gain), (x, gain)), _gained_backward)
+apply_norm_scale.defvjp(
+    lambda x, gain: (apply_norm_scale(x, gain), (x, gain)), _norm_scale_backward
+)
 
 
-def _sum_over(dw: jax.Array, over: Iterable[Entry], rests: P) -> jax.Array:
-    """The sum over the mesh axes `over`, which split tokens: each device what rests on it."""
-    names = [name for entry in over for name in _names(entry)]
-    for dim, entry in enumerate(rests):
+def _sum_over(dw: jax.Array, axes: Iterable[Entry], stored_spec: P) -> jax.Array:
+    """Sum over the mesh axes that split tokens; each device keeps the part that it stores."""
+    names = [name for entry in axes for name in _names(entry)]
+    for dim, entry in enumerate(stored_spec):
         for name in _names(entry):
             if name in names:
                 dw = scatter_sum(dw, name, dim)
@@ -151,68 +222,77 @@ def _sum_over(dw: jax.Array, over: Iterable[Entry], rests: P) -> jax.Array:
 
 
 def _names(entry: Entry) -> tuple[str, ...]:
-    """Its mesh axes."""
+    """Mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-contract.defvjp(_forward, _backward)
+def look_up(w: "nnx.Variable", token: jax.Array, policy: Policy) -> jax.Array:
+    """Take the tokens' rows of a table [vocab, embed], in the compute dtype.
 
-
-def look_up(w: "nnx.Variable", token: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of a table [vocab, embed], in `dtype`: [batch, length, embed]."""
-    table, token = w[...].astype(dtype), reshard(token, "batch", "length")
+    Returns:
+        [batch, length, embed].
+    """
+    table, token = read_weight(w, policy), reshard(token, "batch", "length")
     if meshless():
         return table[token]
     table = reshard(table, *w.get_metadata("spec").axes)
-    return _rows(w.get_metadata("grad_dtype", None), token, table)
+    return _take_rows(policy.grad_dtype, token, table)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(travels: str | None, token: jax.Array, table: jax.Array) -> jax.Array:
-    """`look_up` on a mesh, the table where it rests.
+def _take_rows(grad_comm_dtype: str | None, token: jax.Array, table: jax.Array) -> jax.Array:
+    """`look_up` on a mesh, the table as it is stored.
 
     Devices with different columns of it exchange tokens for them: each looks up its own columns
     for the tokens of all. K2's table has 40 times the rows of a device's tokens. The gradient goes
     back the same way, and is summed in float32.
     """
-    tokens, rests = (jax.typeof(a).sharding.spec for a in (token, table))
+    token_spec, table_spec = (jax.typeof(a).sharding.spec for a in (token, table))
 
-    def own(token_BT: jax.Array, table_VX: jax.Array) -> jax.Array:
-        at_EBT = _places(token_BT, table_VX, rests[1])
-        x_EBTX = table_VX.at[at_EBT].get(mode="fill", fill_value=0)
-        x_BTD = all_to_all(x_EBTX, rests[1], 0, 3)[0]
+    def on_device(token_BT: jax.Array, table_VX: jax.Array) -> jax.Array:
+        row_EBT = _local_rows(token_BT, table_VX, table_spec[1])
+        x_EBTX = table_VX.at[row_EBT].get(mode="fill", fill_value=0)
+        x_BTD = all_to_all(x_EBTX, table_spec[1], 0, 3)[0]
         return jax.lax.psum(x_BTD, "model")  # the axis of "vocab": others have zeros
 
-    into = P(*tokens, None)
-    rows = jax.shard_map(own, in_specs=(tokens, rests), out_specs=into, check_vma=False)
-    return rows(token, table)
+    return jax.shard_map(
+        on_device,
+        in_specs=(token_spec, table_spec),
+        out_specs=P(*token_spec, None),
+        check_vma=False,
+    )(token, table)
 
 
-def _places(token_BT: jax.Array, table_VX: jax.Array, axis: str) -> jax.Array:
+def _local_rows(token_BT: jax.Array, table_VX: jax.Array, axis: str) -> jax.Array:
     """Rows of this device's part of the table, for the tokens of all devices of the axis."""
     first = table_VX.shape[0] * jax.lax.axis_index("model")
     token_EBT = jax.lax.all_gather(token_BT, axis)
-    # What others have is out of bounds; below 0 would count from the end.
+    # Rows of other devices are out of bounds; below 0 would count from the end.
     return jnp.where(token_EBT >= first, token_EBT - first, table_VX.shape[0])
 
 
-def _rows_backward(travels: str | None, saved, dy: jax.Array):
+def _take_rows_backward(grad_comm_dtype: str | None, saved, dy: jax.Array):
     token, table = saved
-    specs = tokens, rests, _ = [jax.typeof(a).sharding.spec for a in (token, table, dy)]
-    axis = rests[1]
+    in_specs = tuple(jax.typeof(a).sharding.spec for a in (token, table, dy))
+    token_spec, table_spec, _ = in_specs
+    axis = table_spec[1]
 
-    def own(token_BT: jax.Array, table_VX: jax.Array, dy_BTD: jax.Array) -> jax.Array:
+    def on_device(token_BT: jax.Array, table_VX: jax.Array, dy_BTD: jax.Array) -> jax.Array:
         dy_EBTX = all_to_all(dy_BTD[None], axis, 3, 0).astype(jnp.float32)
         dtable_VX = jnp.zeros(table_VX.shape, jnp.float32)
-        dtable_VX = dtable_VX.at[_places(token_BT, table_VX, axis)].add(dy_EBTX, mode="drop")
-        others = [name for entry in tokens for name in _names(entry) if name != axis]
-        return _sum_over(dtable_VX.astype(travels or dy.dtype), others, P()).astype(dy.dtype)
+        dtable_VX = dtable_VX.at[_local_rows(token_BT, table_VX, axis)].add(dy_EBTX, mode="drop")
+        others = [name for entry in token_spec for name in _names(entry) if name != axis]
+        dtable_VX = dtable_VX.astype(grad_comm_dtype or dy.dtype)
+        return _sum_over(dtable_VX, others, P()).astype(dy.dtype)
 
-    dtable = jax.shard_map(own, in_specs=tuple(specs), out_specs=rests, check_vma=False)
+    dtable = jax.shard_map(on_device, in_specs=in_specs, out_specs=table_spec, check_vma=False)
     return None, dtable(token, table, dy)
 
 
-_rows.defvjp(
-    lambda travels, token, table: (_rows(travels, token, table), (token, table)),
-    _rows_backward,
+_take_rows.defvjp(
+    lambda grad_comm_dtype, token, table: (
+        _take_rows(grad_comm_dtype, token, table),
+        (token, table),
+    ),
+    _take_rows_backward,
 )

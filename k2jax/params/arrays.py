@@ -22,15 +22,12 @@ class RouterBias(nnx.Variable):
     """Steers the choice of experts: moved by counts, never by gradients [DSV3-TR 2.1.2]."""
 
 
-def bind(
-    declared: Module, params: Mapping[str, jax.Array], grad_dtype: str | None = None
-) -> Module:
+def bind(declared: Module, params: Mapping[str, jax.Array]) -> Module:
     """Copy declarations as nnx modules of the same classes, with arrays in the place of specs.
 
     Args:
         declared: says which parameters there are.
         params: arrays by name; more than it declares do not matter.
-        grad_dtype: what gradients of weights travel in between devices; None: the dtype they have.
 
     Raises:
         KeyError: a parameter is missing.
@@ -38,7 +35,7 @@ def bind(
 
     def copy(part: Any, name: str) -> Any:
         if isinstance(part, ParamSpec):
-            return _variable(part, params[name], grad_dtype)
+            return _variable(part, params[name])
         bound = _module_class(type(part))()  # type: ignore[arg-type]  # classes are hashable
         for key, inner in vars(part).items():
             setattr(bound, key, copy(inner, f"{name}.{key}" if name else key))
@@ -47,12 +44,10 @@ def bind(
     return copy(declared, "")
 
 
-def _variable(leaf: ParamSpec, array: jax.Array, grad_dtype: str | None) -> nnx.Variable:
+def _variable(leaf: ParamSpec, array: jax.Array) -> nnx.Variable:
     kind = RouterBias if leaf.group == "bias" else nnx.Param
     # `out_sharding` is Flax's own annotation; the arrays are placed by `initial`.
-    return kind(
-        array, out_sharding=leaf.axes, eager_sharding=False, spec=leaf, grad_dtype=grad_dtype
-    )
+    return kind(array, out_sharding=leaf.axes, eager_sharding=False, spec=leaf)
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 
 from k2jax.config import RunConfig
-from k2jax.model import Aux, Batch, Dispatch, Kimi, hidden, losses, mtp
+from k2jax.model import Aux, Batch, Dispatch, Kimi, Policy, hidden, losses, mtp
 from k2jax.params.arrays import Params, bind
 
 Objective = Callable[[Params, Batch], tuple[jax.Array, Aux]]
@@ -29,18 +29,19 @@ def language_model(run: RunConfig) -> Objective:
     is that micro-batch's share of the step's.
     """
     cfg, optim, train = run.model, run.optim, run.train
-    how = (cfg, train.dtype, train.remat, Dispatch(train.dispatch, train.buffer))
+    dispatch = Dispatch(train.dispatch, train.buffer)
+    policy = Policy(train.dtype, train.grad_dtype, train.remat, dispatch)
 
     def objective(params: Params, batch: Batch) -> tuple[jax.Array, Aux]:
         total = batch.weight.sum() if batch.total is None else batch.total
-        w = bind(Kimi(cfg), params, train.grad_dtype)
-        x_BTD, aux = hidden(w, batch, *how)
-        nll_BT = losses(w.head, x_BTD, batch.target)
+        w = bind(Kimi(cfg), params)
+        x_BTD, aux = hidden(w, batch, cfg, policy)
+        nll_BT = losses(w.head, x_BTD, batch.target, policy)
         loss = (nll_BT * batch.weight).sum() / total
         metrics = {"loss": loss}
         if cfg.mtp_layers:
-            outputs, aux = mtp.mtp_forward(w, x_BTD, batch, aux, *how)
-            sums = [(losses(w.head, o.x_BTD, o.target) * o.weight).sum() for o in outputs]
+            outputs, aux = mtp.mtp_forward(w, x_BTD, batch, aux, cfg, policy)
+            sums = [(losses(w.head, o.x_BTD, o.target, policy) * o.weight).sum() for o in outputs]
             metrics["mtp_loss"] = sum(sums) / total / cfg.mtp_layers
         extra = optim.aux_loss * aux.aux_loss / train.accumulate
         extra += optim.mtp_loss * metrics.get("mtp_loss", 0.0)

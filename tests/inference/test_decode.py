@@ -11,7 +11,7 @@ import pytest
 from k2jax import sharding
 from k2jax.config import MeshConfig, ModelConfig, Yarn
 from k2jax.inference import decode
-from k2jax.model import Kimi, Model, forward, moe
+from k2jax.model import Kimi, Model, Policy, forward, moe
 from k2jax.params.arrays import bind, initial
 from k2jax.params.declare import specs
 
@@ -31,6 +31,7 @@ MODELS = {
 }
 LENGTHS = np.array([5, 1, 8], np.int32)
 STEPS = 4
+FLOAT32 = Policy("float32")
 
 
 def drawn(cfg: ModelConfig) -> dict[str, jax.Array]:
@@ -49,10 +50,8 @@ def stepped(cfg, params, token_BT, lengths, slots, pad=0):
     """Logits of prefill and of each step, [batch, 1 + steps, vocab]."""
     w = functools.partial(bind, Kimi(cfg))
     prompt = np.where(np.arange(8) < lengths[:, None], token_BT[:, :8], pad)
-    prefill = jax.jit(lambda p, t, n: decode.prefill(w(p), t, n, cfg, slots, "float32"))
-    step = jax.jit(
-        lambda p, c, t: decode.step(w(p), decode.stacks(w(p), cfg), c, t, cfg, "float32")
-    )
+    prefill = jax.jit(lambda p, t, n: decode.prefill(w(p), t, n, cfg, slots, FLOAT32))
+    step = jax.jit(lambda p, c, t: decode.step(w(p), decode.stacks(w(p), cfg), c, t, cfg, FLOAT32))
     y_BX, cache = prefill(params, *map(jnp.asarray, (prompt, lengths)))
     found = [y_BX]
     for i in range(STEPS):
@@ -106,9 +105,9 @@ def mixed_few(x_BTD: np.ndarray, few: int, layer: int = 1) -> np.ndarray:
     w = bind(Kimi(KIMI), drawn(KIMI)).layers.moe
     one = bind(moe.Moe(KIMI, "moe_layers"), sliced(layer))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe, "FEW", few)
+        patch.setattr(moe, "SMALL_BATCH_TOKENS", few)
         return np.asarray(
-            moe.moe_small_batch(one, w.experts, jnp.int32(layer), jnp.asarray(x_BTD), KIMI)
+            moe.moe_small_batch(one, w.experts, jnp.int32(layer), jnp.asarray(x_BTD), KIMI, FLOAT32)
         )
 
 
@@ -133,5 +132,5 @@ def test_experts_nobody_chose_are_not_read():
         poisoned[name] = poisoned[name].at[1, idle].set(jnp.nan).at[0].set(jnp.nan)
     w = bind(Kimi(KIMI), poisoned).layers.moe
     one = bind(moe.Moe(KIMI, "moe_layers"), sliced(1))
-    y_BTD = moe.moe_small_batch(one, w.experts, jnp.int32(1), jnp.asarray(x_BTD), KIMI)
+    y_BTD = moe.moe_small_batch(one, w.experts, jnp.int32(1), jnp.asarray(x_BTD), KIMI, FLOAT32)
     assert np.isfinite(np.asarray(y_BTD)).all()

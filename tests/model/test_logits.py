@@ -1,17 +1,24 @@
 """Losses part by part of the vocabulary are losses of whole logits."""
 
 import functools
-import types
 
 import jax
 import numpy as np
 import pytest
 
 from k2jax import sharding
-from k2jax.config import MeshConfig
+from k2jax.config import MeshConfig, ModelConfig
+from k2jax.model import Policy
 from k2jax.model import logits as module
+from k2jax.params.arrays import bind
+from k2jax.params.declare import Declare
 
 ROWS, LENGTH, WIDTH, VOCAB = 4, 6, 8, 48
+
+
+class Head:
+    def __init__(self):
+        self.head = Declare(ModelConfig(vocab=VOCAB, embed=WIDTH))("embed vocab", 1, "head")
 
 
 def drawn():
@@ -23,19 +30,12 @@ def drawn():
 
 
 def differentiated(w, x, target, dy):
-    spec = types.SimpleNamespace(axes=module.WEIGHT)
+    policy = Policy("float32")
 
-    class Leaf:
-        def __init__(self, value):
-            self.value = value
+    def losses(w, x):
+        return module.losses(bind(Head(), {"head": w}).head, x, target, policy)
 
-        def __getitem__(self, _):
-            return self.value
-
-        def get_metadata(self, name, default=None):
-            return spec if name == "spec" else default
-
-    y, back = jax.vjp(lambda w, x: module.losses(Leaf(w), x, target), w, x)
+    y, back = jax.vjp(losses, w, x)
     return [y, *back(dy)]
 
 

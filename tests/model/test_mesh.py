@@ -11,7 +11,7 @@ from golden.read import golden
 
 from k2jax import sharding
 from k2jax.config import MeshConfig
-from k2jax.model import Batch, Dispatch, Kimi, hidden, losses
+from k2jax.model import Batch, Dispatch, Kimi, Policy, hidden, losses
 from k2jax.params.arrays import bind
 from k2jax.params.declare import specs
 
@@ -73,8 +73,9 @@ BIAS = [name for name, leaf in LEAVES.items() if leaf.group == "bias"]
 @functools.partial(jax.value_and_grad, has_aux=True)
 def gradients(trained, fixed, batch, weight, dispatch):
     w = bind(Kimi(GOLD.cfg), trained | fixed)
-    x, aux = hidden(w, batch, GOLD.cfg, "float32", dispatch=dispatch)
-    nll = (losses(w.head, x, batch.target) * batch.weight).sum() / batch.weight.sum()
+    policy = Policy("float32", dispatch=dispatch)
+    x, aux = hidden(w, batch, GOLD.cfg, policy)
+    nll = (losses(w.head, x, batch.target, policy) * batch.weight).sum() / batch.weight.sum()
     return nll + weight * aux.aux_loss, (nll, aux)
 
 

@@ -25,7 +25,7 @@ from k2jax.config import (
     Yarn,
     validate,
 )
-from k2jax.model import Batch, Kimi, hidden, mtp, plain
+from k2jax.model import Batch, Kimi, Policy, hidden, mtp, plain
 from k2jax.model.rope import frequencies
 from k2jax.optim.qk_clip import qk_clip
 from k2jax.params.arrays import bind, initial
@@ -64,7 +64,7 @@ def tokens(rows=2, length=LENGTH, seed=0):
 
 @functools.cache
 def main_output(length=LENGTH):
-    f = jax.jit(lambda p, t: hidden(bind(Kimi(CFG), p), plain(t), CFG, "float32")[0])
+    f = jax.jit(lambda p, t: hidden(bind(Kimi(CFG), p), plain(t), CFG, Policy("float32"))[0])
     return np.asarray(f(params(), tokens(length=length)), np.float64)
 
 
@@ -143,7 +143,7 @@ def trained():
 def test_the_loss_is_the_mean_over_layers_of_what_is_scored_inside_documents():
     _, metrics = trained()
     batch = documents()
-    forward = jax.jit(lambda p, t: hidden(bind(Kimi(CFG), p), plain(t), CFG, "float32")[0])
+    forward = jax.jit(lambda p, t: hidden(bind(Kimi(CFG), p), plain(t), CFG, Policy("float32"))[0])
     nll, load = 0.0, np.zeros((CFG.mtp_layers, CFG.experts))
     tops = []
     for first, last in ((0, 7), (7, 11)):
@@ -213,8 +213,8 @@ def test_one_documents_predictions_do_not_depend_on_another():
     @jax.jit
     def run(p, batch):
         w = bind(Kimi(CFG), p)
-        x, aux = hidden(w, batch, CFG, "float32")
-        return [f.x_BTD for f in mtp.mtp_forward(w, x, batch, aux, CFG, "float32")[0]]
+        x, aux = hidden(w, batch, CFG, Policy("float32"))
+        return [f.x_BTD for f in mtp.mtp_forward(w, x, batch, aux, CFG, Policy("float32"))[0]]
 
     for k, (a, b) in enumerate(zip(run(params(), batch), run(params(), other), strict=True), 1):
         np.testing.assert_array_equal(a[:, : 7 - k], b[:, : 7 - k])  # the rest sees no token i + k

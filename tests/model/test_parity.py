@@ -16,7 +16,7 @@ from golden.cases import CASES, varied
 from golden.read import NAMES, Golden, golden, wrap
 
 import k2jax
-from k2jax.model import Kimi, head, hidden, kimi, moe, plain
+from k2jax.model import Kimi, Policy, head, hidden, kimi, moe, plain
 from k2jax.params.arrays import bind
 from k2jax.weights.safetensors import write
 
@@ -40,8 +40,9 @@ class Ours:
 def loss_of(params, token, cfg, dtype):
     """Mean cross entropy of the next tokens."""
     w = bind(Kimi(cfg), params)
-    x, aux = hidden(w, plain(token), cfg, dtype)
-    logits = head(w.head, x)
+    policy = Policy(dtype)
+    x, aux = hidden(w, plain(token), cfg, policy)
+    logits = head(w.head, x, policy)
     log = jax.nn.log_softmax(logits[:, :-1])
     loss = -jnp.take_along_axis(log, token[:, 1:, None], axis=-1).mean()
     return loss, (logits, x, aux)
@@ -60,9 +61,9 @@ def computed(gold: Golden, dtype: str = "float32") -> Ours:
     residual, choice = [], []
     norm, route = kimi.rms_norm, moe.route
 
-    def recording_norm(x, gain, eps):
+    def recording_norm(x, *args):
         jax.debug.callback(lambda v: residual.append(np.array(v, np.float32)), x, ordered=True)
-        return norm(x, gain, eps)
+        return norm(x, *args)
 
     def recording_route(*args):
         routing = route(*args)

@@ -1,5 +1,10 @@
-"""A weight's gradient travels once, in the dtype that was asked for, to where the weight rests."""
+"""The door to the weights: every reader goes through it, and every gradient comes back through it.
 
+A gradient is communicated once, in the dtype that was asked for, to where the weight is stored.
+"""
+
+import contextlib
+import dataclasses
 import re
 
 import jax
@@ -10,9 +15,9 @@ from golden.read import golden
 
 from k2jax import sharding
 from k2jax.config import MeshConfig
-from k2jax.model import Kimi
-from k2jax.model import projection as layout
-from k2jax.params.arrays import bind
+from k2jax.inference import decode
+from k2jax.model import Dispatch, Kimi, Policy, hidden, logits, losses, mtp, plain, projection
+from k2jax.params.arrays import bind, initial
 from k2jax.params.declare import specs
 
 GOLD = golden("kimi")
@@ -22,15 +27,15 @@ MESH = MeshConfig(data=2, expert=2, context=2)
 HEADS = ("batch", "heads", "length", None)
 
 
-def loss(params, token, grad_dtype):
+def loss(params, token, policy):
     """Through a table, and weights whose first, last and only dims are stored split."""
-    w = bind(Kimi(GOLD.cfg), params, grad_dtype)
-    x = layout.look_up(w.embed, token, jnp.bfloat16)
+    w = bind(Kimi(GOLD.cfg), params)
+    x = projection.look_up(w.embed, token, policy)
     layer = jax.tree.map(lambda a: a[0], w.layers.attention)
-    q = layout.project("btd,dq->btq", x, layer.q_down, ("batch", "length", None))
-    heads = layout.project("btq,qhc->bhtc", q, layer.q_up, HEADS)
+    q = projection.project("btd,dq->btq", x, layer.q_down, ("batch", "length", None), policy)
+    heads = projection.project("btq,qhc->bhtc", q, layer.q_up, HEADS, policy)
     value = heads[..., : GOLD.cfg.value]
-    y = layout.project("bhtv,hvd->btd", value, layer.out, ("batch", "length", None))
+    y = projection.project("bhtv,hvd->btd", value, layer.out, ("batch", "length", None), policy)
     return (y.astype(jnp.float32) ** 2).mean()
 
 
@@ -46,14 +51,15 @@ def with_gradient(grad_dtype, mesh):
         )
         own = {name: put(a, LEAVES[name].axes) for name, a in own.items()}
         token = put(token, ("batch", "length"))
-    return jax.jit(jax.grad(lambda own, token: loss(params | own, token, grad_dtype))), own, token
+    policy = Policy("bfloat16", grad_dtype)
+    return jax.jit(jax.grad(lambda own, token: loss(params | own, token, policy))), own, token
 
 
 # In bfloat16 (8 bits) each device's sum is rounded before they are added up, and their total again.
-TRAVELS = [(None, "bf16", 2**-7), ("float32", "f32", 1e-5)]
+COMMUNICATED = [(None, "bf16", 2**-7), ("float32", "f32", 1e-5)]
 
 
-@pytest.mark.parametrize(("grad_dtype", "name", "tolerance"), TRAVELS)
+@pytest.mark.parametrize(("grad_dtype", "name", "tolerance"), COMMUNICATED)
 def test_gradients_are_scattered_as_they_are_summed_and_in_that_dtype(grad_dtype, name, tolerance):
     mesh = sharding.make_mesh(MESH)
     with jax.set_mesh(mesh):
@@ -69,3 +75,100 @@ def test_gradients_are_scattered_as_they_are_summed_and_in_that_dtype(grad_dtype
     for leaf in found:
         a, b = np.asarray(found[leaf]), np.asarray(right[leaf])
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max(), leaf
+
+
+# Without q_rank there is a projection `q` in the place of three weights.
+LATENT = dataclasses.replace(golden("kimi").cfg, mtp_layers=1)
+DIRECT = dataclasses.replace(LATENT, q_rank=0, dense_layers=0, mtp_layers=0)
+TOKEN = np.random.default_rng(0).integers(1, LATENT.vocab, (8, 16)).astype(np.int32)
+
+
+def train(w, cfg, policy):
+    """Losses of every token, of the main model and of the MTP layers."""
+    batch = plain(jnp.asarray(TOKEN))
+    batch = batch._replace(weight=jnp.ones(TOKEN.shape))
+    x, aux = hidden(w, batch, cfg, policy)
+    outputs, aux = mtp.mtp_forward(w, x, batch, aux, cfg, policy) if cfg.mtp_layers else ([], aux)
+    pairs = [(x, batch.target), *((out.x_BTD, out.target) for out in outputs)]
+    return [losses(w.head, x, target, policy) for x, target in pairs], aux.aux_loss
+
+
+def decode_two(w, cfg, policy):
+    """Logits of two tokens after a prompt; few enough for the path of small batches."""
+    token = jnp.asarray(TOKEN[:2])
+    length = jnp.full(2, 9, jnp.int32)
+    y, cache = decode.prefill(w, token[:, :9], length, cfg, 12, policy)
+    both = [y]
+    for i in (9, 10):
+        y, cache = decode.step(w, decode.stacks(w, cfg), cache, token[:, i], cfg, policy)
+        both.append(y)
+    return both
+
+
+def draw(cfg):
+    """Weights that all matter: biases that change choices, no gain of exactly 1."""
+    params = initial(specs(Kimi(cfg)), seed=3, std=0.2)
+    rng = np.random.default_rng(4)
+    for name, leaf in specs(Kimi(cfg)).items():
+        if leaf.init != "normal":
+            noise = rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+            params[name] = jax.device_put(noise, params[name].sharding)
+    return params
+
+
+def scaled_reader(cfg, run, policy):
+    """`run`, with factors along each weight's last dim that `read_weight` applies."""
+    names = {(leaf.axes[0], leaf.published): name for name, leaf in specs(Kimi(cfg)).items()}
+    policy = dataclasses.replace(policy, weight_format="scaled")
+
+    @jax.jit
+    def reader(params, factors):
+        with pytest.MonkeyPatch.context() as patch:
+            scale = lambda stored, leaf: stored * factors[names[leaf.axes[0], leaf.published]]
+            patch.setitem(projection.WEIGHT_FORMATS, "scaled", scale)
+            return run(bind(Kimi(cfg), params), cfg, policy)
+
+    return reader
+
+
+ALLTOALL = Policy("float32", remat="full", dispatch=Dispatch("alltoall"))
+CASES = {
+    "training": (LATENT, train, Policy("float32"), None),
+    "training without q_rank": (DIRECT, train, Policy("float32"), None),
+    "training on a mesh": (LATENT, train, ALLTOALL, MeshConfig(data=2, expert=2, model=2)),
+    "decoding": (LATENT, decode_two, Policy("float32"), None),
+    "decoding on a mesh": (LATENT, decode_two, Policy("float32"), MeshConfig(expert=2, model=2)),
+}
+HEAD_IN_PARTS = ("training", "training on a mesh")
+
+
+@pytest.mark.parametrize(
+    ("case", "in_parts"),
+    [*((case, False) for case in CASES), *((case, True) for case in HEAD_IN_PARTS)],
+)
+def test_a_weight_scaled_where_it_is_read_is_scaled_for_every_reader(case, in_parts, monkeypatch):
+    cfg, run, policy, mesh = CASES[case]
+    if in_parts:
+        monkeypatch.setattr(logits, "LOGITS", 4 * TOKEN.size * 8)
+    with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else contextlib.nullcontext():
+        params, reader = draw(cfg), scaled_reader(cfg, run, policy)
+        # Not one factor: norms would undo it.
+        factors = {name: jnp.linspace(1, 2, a.shape[-1]) for name, a in params.items()}
+        ones = jax.tree.map(jnp.ones_like, factors)
+        compute = lambda *args: jax.tree.leaves(jax.device_get(reader(*args)))
+        unscaled = compute(params, ones)
+        for name in params:
+            if name.startswith("mtp.") and run is decode_two:
+                continue
+            read = compute(params, ones | {name: factors[name]})
+            stored = compute(params | {name: params[name] * factors[name]}, ones)
+            for a, b in zip(read, stored, strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=name)
+            changes = [np.abs(a - b).max() for a, b in zip(read, unscaled, strict=True)]
+            assert max(changes) > 1e-4, f"{name} changes nothing"
+
+
+def test_a_parameter_carries_no_setting_of_a_run():
+    w = bind(Kimi(LATENT), draw(LATENT))
+    own = w.embed.get_metadata()
+    assert "grad_dtype" not in own and own["spec"] == specs(Kimi(LATENT))["embed"]

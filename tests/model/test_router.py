@@ -9,6 +9,7 @@ import pytest
 
 from k2jax.config import ModelConfig
 from k2jax.model.moe import router_logits
+from k2jax.model.projection import Policy
 from k2jax.model.router import count, route
 from k2jax.params.arrays import bind
 from k2jax.params.kimi import Moe
@@ -28,7 +29,9 @@ def routed(x, w, bias, cfg):
     """Through the layer's own product."""
     rest = dict.fromkeys(("experts.gate", "experts.up", "experts.down"), 0)
     moe = Moe(dataclasses.replace(cfg, shared_experts=0), "")
-    logits = router_logits(bind(moe, {"router": w, "bias": bias} | rest), x[None])
+    logits = router_logits(
+        bind(moe, {"router": w, "bias": bias} | rest), x[None], Policy("float32")
+    )
     return route(logits[0], bias, cfg)
 
 

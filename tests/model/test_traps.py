@@ -15,13 +15,13 @@ from golden.read import golden
 
 from k2jax import configs
 from k2jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from k2jax.model import Kimi, attention, hidden, plain
+from k2jax.model import Kimi, Policy, attention, hidden, plain
 from k2jax.model.norm import rms_norm
 from k2jax.model.rope import frequencies, rotate, rotation
 from k2jax.model.router import route
 from k2jax.optim import clip_factor, muonclip, newton_schulz, qk_clip, scale_by_muon
 from k2jax.params.arrays import bind, initial
-from k2jax.params.declare import specs
+from k2jax.params.declare import Declare, specs
 from k2jax.training.step import build
 
 MODELS = {name: configs.load(name).model for name in configs.NAMES}
@@ -83,7 +83,7 @@ def test_trap_04_inner_norms_have_epsilon_1e_6_whatever_the_config_says():
                               for n, p in gold.params().items()})  # fmt: skip
     x = 0.01 * drawn(4, 1, 3, gold.cfg.embed)
     turn = rotation(jnp.arange(3)[None], gold.cfg)
-    ours, _ = attention.latents(w.dense.attention, x, turn, gold.cfg)
+    ours, _ = attention.latents(w.dense.attention, x, turn, gold.cfg, Policy("float32"))
 
     def latent(eps):
         c = np.asarray(x) @ gold.params()["dense.attention.kv_down"][0]
@@ -95,11 +95,17 @@ def test_trap_04_inner_norms_have_epsilon_1e_6_whatever_the_config_says():
     assert differ(ours, latent(1e-5), by=1e-2)
 
 
+class Norm:
+    def __init__(self):
+        self.gain = Declare(ModelConfig(embed=64))("gain", 0, "norm")
+
+
 def test_trap_05_norm_is_cast_before_it_is_multiplied_by_the_gain():
     x, gain = drawn(5, 4, 64).astype("bfloat16"), drawn(6, 64).astype("bfloat16")
     wide = x.astype("float32")
     unit = wide * jax.lax.rsqrt((wide**2).mean(axis=-1, keepdims=True) + 1e-6)
-    ours = rms_norm(x, gain, 1e-6)
+    leaf = bind(Norm(), {"gain": gain}).gain
+    ours = rms_norm(x, leaf, 1e-6, Policy("bfloat16"))
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_array_equal(ours, unit.astype("bfloat16") * gain)
     assert differ(ours, (unit * gain).astype("bfloat16"))
@@ -295,7 +301,7 @@ def test_design_trap_21_layers_are_numbered_through_with_any_number_of_dense_one
         assert all((leaf == 1).all() for leaf in new.values())
         shapes = jax.eval_shape(
             lambda p, cfg=cfg: hidden(bind(Kimi(cfg), p), plain(jnp.zeros((1, 4), "int32")), cfg,
-                                      "float32")[1],
+                                      Policy("float32"))[1],
             {name: jnp.ones(leaf.shape) for name, leaf in leaves.items()},
         )  # fmt: skip
         assert shapes.logit_max.shape == (dense + 2, 3)
