@@ -97,7 +97,7 @@ def read_conversation(file: str) -> Conversation:
     Raises:
         ConfigError: it is missing or malformed; one line says how.
     """
-    from k2jax.text.messages import checked, checked_tools
+    from k2jax.text.messages import check_messages, check_tools
 
     try:
         content = json.loads(Path(file).read_text("utf-8"))
@@ -113,6 +113,6 @@ def read_conversation(file: str) -> Conversation:
     if other := [key for key in content if key not in known]:
         raise ConfigError(f"{file} has {other[0]!r}; {nearest(other[0], known)}")
     try:
-        return checked(content["messages"]), checked_tools(content.get("tools") or [])
+        return check_messages(content["messages"]), check_tools(content.get("tools") or [])
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None

@@ -29,8 +29,9 @@ from k2jax.data.shards import SUFFIX, ShardWriter, array_record, publish
 from k2jax.data.sources import HELD_OUT_ONE_IN, TOKENS, WORK, Source, find, held_out
 from k2jax.data.stream import ID, UNSCORED, document
 from k2jax.data.token_folder import Manifest, Split
-from k2jax.text import jinja_template as chat_folder
+from k2jax.text.jinja_template import TEMPLATE
 from k2jax.text.kimi_tokenizer import CONFIG, FILE, Tokenizer
+from k2jax.text.open_tokenizer import open_tokenizer
 from k2jax.text.supervised import encode_supervised
 from k2jax.text.train_bpe import train_tokenizer
 
@@ -39,7 +40,7 @@ SAMPLES = 64  # parts that a tokenizer is trained on a little of each
 SIDES = ("train", "heldout")
 PLAN = "plan.json"
 LOCK = ".lock"
-TEMPLATE_FILES = (CONFIG, chat_folder.TEMPLATE)
+TEMPLATE_FILES = (CONFIG, TEMPLATE)
 
 # Told documents and bytes done by this call, and the share of its work that is.
 Watch = Callable[[int, int, float], None]
@@ -106,7 +107,7 @@ class Job:
     @functools.cached_property
     def tools(self) -> tuple[Tokenizer, np.ndarray]:
         """The tokenizer in the folder, and the bytes that each of its ids stands for."""
-        tokenizer = chat_folder.open_tokenizer(self.folder)
+        tokenizer = open_tokenizer(self.folder)
         assert isinstance(tokenizer, Tokenizer), "it was put there first"
         return tokenizer, tokenizer.byte_lengths()
 

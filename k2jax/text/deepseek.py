@@ -42,10 +42,10 @@ class Written:
         if not self._begun and not self._opened():
             return ""
         end = len(self._held)
-        if self._fenced and (found := CLOSING.search(self._held)):
-            end = found.start()
-        said, self._held = self._held[:end], self._held[end:]
-        return said
+        if self._fenced and (closing := CLOSING.search(self._held)):
+            end = closing.start()
+        arguments, self._held = self._held[:end], self._held[end:]
+        return arguments
 
     def close(self) -> str:
         """Arguments that were held back, when the call has ended."""

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from k2jax.config import ConfigError
-from k2jax.text.interface import Template, known
+from k2jax.text.interface import Template, check_ids
+from k2jax.text.unicode import replace_surrogates
 
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -68,7 +69,7 @@ class HfTokenizer:
             missing = ("bos_token", "eos_token")[names.index(None)]
             raise ConfigError(f"{folder / CONFIG} names no {missing}")
         try:
-            return cls(content, str(names[0]), str(names[1]), published_stops(folder))
+            return cls(content, str(names[0]), str(names[1]), read_published_stops(folder))
         except ConfigError as error:
             raise ConfigError(f"{folder / FILE}: {error}") from None
 
@@ -81,12 +82,13 @@ class HfTokenizer:
                 outside, which could otherwise write control tokens.
         """
         tokenizer = self._whole if special else self._plain
-        return tokenizer.encode(_valid(text), add_special_tokens=False).ids
+        return tokenizer.encode(replace_surrogates(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores; control tokens are never read."""
-        found = self._plain.encode_batch([*map(_valid, texts)], add_special_tokens=False)
-        return [encoding.ids for encoding in found]
+        valid = [replace_surrogates(text) for text in texts]
+        encodings = self._plain.encode_batch(valid, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, control tokens their names."""
@@ -98,7 +100,7 @@ class HfTokenizer:
         Raises:
             ValueError: an id outside 0..vocab-1.
         """
-        return b"".join(self._bytes.get(i, b"") for i in known(ids, self.vocab))
+        return b"".join(self._bytes.get(i, b"") for i in check_ids(ids, self.vocab))
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text each id stands for, int32 [vocab]; 0 for control tokens and unused ids."""
@@ -109,13 +111,13 @@ class HfTokenizer:
         return lengths
 
 
-def published_stops(folder: Path) -> list[int]:
+def read_published_stops(folder: Path) -> list[int]:
     """Ids that a published folder's configs call `eos_token_id`."""
-    found: list[int] = []
+    stops: list[int] = []
     for file in (folder / "generation_config.json", folder / "config.json"):
         ids = read_json(file).get("eos_token_id") if file.is_file() else None
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return found
+        stops += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return stops
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} does not hold a JSON object")
@@ -140,7 +142,7 @@ def read_text(file: Path) -> str:
         ConfigError: it is missing, or no UTF-8.
     """
     try:
-        return file.read_text("utf-8")
+        return file.read_text("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"no file {file}") from None
     except (ValueError, OSError) as error:
@@ -176,8 +178,3 @@ def _kinds(step: Any) -> set[str]:
 
 def _name(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _valid(text: str) -> str:
-    """`text` with halves of surrogate pairs replaced: they are no characters."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -51,13 +51,13 @@ class TokenizerLike(Protocol):
         """Bytes of text each id stands for, int32 [vocab]; 0 for control tokens."""
 
 
-def known(ids: Iterable[int], vocab: int) -> list[int]:
-    """The ids as Python's integers.
+def check_ids(ids: Iterable[int], vocab: int) -> list[int]:
+    """See that ids are in 0..vocab-1; the ids as Python's integers.
 
     Raises:
         ValueError: one is outside 0..vocab-1.
     """
-    found = [int(i) for i in ids]
-    if wrong := [i for i in found if not 0 <= i < vocab]:
+    integers = [int(i) for i in ids]
+    if wrong := [i for i in integers if not 0 <= i < vocab]:
         raise ValueError(f"token id {wrong[0]} is outside 0..{vocab - 1}")
-    return found
+    return integers

@@ -1,4 +1,4 @@
-"""What a published folder says of its text: its tokenizer, and its own chat template.
+"""A published folder's own chat template.
 
 Templates are Jinja, rendered in jinja2's sandbox: no code of the folder is run otherwise.
 """
@@ -13,40 +13,15 @@ from typing import Any, NoReturn
 
 from k2jax.config import ConfigError
 from k2jax.text import hf_tokenizer as hf
-from k2jax.text import kimi_tokenizer as tokenizer
 from k2jax.text import typescript
-from k2jax.text.interface import Part, TokenizerLike
+from k2jax.text.interface import Part
 from k2jax.text.kimi_template import SPELLED_OUT
-from k2jax.text.messages import Message, checked, checked_tools
+from k2jax.text.messages import Message, check_messages, check_tools
 
 TEMPLATE = "chat_template.jinja"
 # Where a template asks for this, published code gives it the tools as TypeScript (K2.5 and later).
 TYPESCRIPT = "tools_ts_str"
 PRIVATE = range(0xE000, 0xF8FF)  # characters that mean nothing
-
-
-def open_tokenizer(folder: str | os.PathLike[str]) -> TokenizerLike | None:
-    """The tokenizer of a folder, with the folder's chat template if it has one.
-
-    `tiktoken.model` wins over `tokenizer.json`. Kimi's tokenizer keeps K2's template where the
-    folder has none; others then have none.
-
-    Returns:
-        None where the folder has no tokenizer.
-
-    Raises:
-        ConfigError: a file is malformed; one line says which.
-    """
-    folder = Path(folder)
-    found: TokenizerLike
-    if (folder / tokenizer.FILE).is_file():
-        found = tokenizer.Tokenizer.load(folder)
-    elif (folder / hf.FILE).is_file():
-        found = hf.HfTokenizer.load(folder)
-    else:
-        return None
-    found.template = FolderTemplate.load(folder, found.specials) or found.template
-    return found
 
 
 class FolderTemplate:
@@ -71,13 +46,13 @@ class FolderTemplate:
 
         self.variables: dict[str, Any] = {}
         self._name, self._sources = name, sources
-        self._control = _any_of(specials)
+        self._control = _match_any(specials)
         # Templates look for the marks around a thought in what an assistant said.
-        self._unthought = _any_of(set(specials) - set(SPELLED_OUT))
-        environment = _environment()
+        self._unthought = _match_any(set(specials) - set(SPELLED_OUT))
+        environment = _make_environment()
         try:
             self._compiled = {kind: environment.from_string(s) for kind, s in sources.items()}
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
             raise ConfigError(f"{name} is no template that jinja2 reads: {_line(error)}") from None
 
     @classmethod
@@ -91,18 +66,20 @@ class FolderTemplate:
         """
         file, config = Path(folder, TEMPLATE), Path(folder, hf.CONFIG)
         fields = hf.read_json(config) if config.is_file() else {}
-        found: Any = hf.read_text(file) if file.is_file() else fields.get("chat_template")
+        source: Any = hf.read_text(file) if file.is_file() else fields.get("chat_template")
         name = str(file if file.is_file() else config)
-        if isinstance(found, list):
-            found = {item.get("name"): item.get("template") for item in found}
-        sources = {"default": found} if isinstance(found, str) else found
+        if isinstance(source, list):
+            named = [item for item in source if isinstance(item, dict)]
+            source = {item.get("name"): item.get("template") for item in named}
+        sources = {"default": source} if isinstance(source, str) else source
         if not sources:
             return None
-        if not isinstance(sources, dict) or not isinstance(sources.get("default"), str):
+        texts = isinstance(sources, dict) and all(isinstance(s, str) for s in sources.values())
+        if not texts or "default" not in sources:
             raise ConfigError(f"{name}: chat_template must be a text, or have one named 'default'")
         template = cls(sources, specials, name)
         template.variables |= {
-            key: value["content"] if isinstance(value, dict) else value
+            key: value.get("content", "") if isinstance(value, dict) else value
             for key, value in fields.items()
             if key.endswith("_token") and value is not None
         }
@@ -124,20 +101,20 @@ class FolderTemplate:
         Raises:
             ConfigError: a message or a tool is malformed, or the template cannot say it.
         """
-        turns, declared = checked(messages), checked_tools(tools)
+        turns, declared = check_messages(messages), check_tools(tools)
         kind = "tool_use" if declared and "tool_use" in self._compiled else "default"
         called = any(turn.get("tool_calls") or turn["role"] == "tool" for turn in turns)
         for word, needed in (("tools", bool(declared)), ("tool_calls", called)):
             if needed and word not in self._sources[kind]:
                 raise ConfigError(f"{self._name} leaves out {word}; this model cannot be told them")
         everything = json.dumps([turns, declared], ensure_ascii=False) + self._sources[kind]
-        joint, trace = _unused(everything)
+        joint, trace = _pick_unused(everything)
         variables = {**self.variables, "add_generation_prompt": prompt, "documents": None}
         if TYPESCRIPT in self._sources[kind]:
-            declared = typescript.in_order(declared)
-            if (said := typescript.declared(declared)) is not None:
-                variables[TYPESCRIPT] = _guarded(said, self._control, joint)
-        variables["tools"] = _guarded(declared, self._control, joint) or None
+            declared = typescript.sort_keys(declared)
+            if (namespace := typescript.declare_tools(declared)) is not None:
+                variables[TYPESCRIPT] = _guard_names(namespace, self._control, joint)
+        variables["tools"] = _guard_names(declared, self._control, joint) or None
         calls = sum(len(turn.get("tool_calls") or []) for turn in turns)
         for nothing in ("", None):  # DeepSeek's first template has calls only where content is none
             guarded = [self._guard(turn, joint, trace, nothing) for turn in turns]
@@ -149,21 +126,22 @@ class FolderTemplate:
             raise ConfigError(f"{self._name} leaves out tool calls of this conversation")
         pieces = self._control.split(text)
         marks = "|".join([joint, trace, *(rf"\\u{ord(char):04x}" for char in (joint, trace))])
-        clean = lambda piece: re.sub(marks, "", piece)
-        return [Part(clean(piece), i % 2 == 1) for i, piece in enumerate(pieces) if piece]
+        return [
+            Part(re.sub(marks, "", piece), i % 2 == 1) for i, piece in enumerate(pieces) if piece
+        ]
 
     def _guard(self, turn: Message, joint: str, trace: str, nothing: str | None) -> Message:
         """A message without names of control tokens, `trace` at the end of each call's arguments.
 
         Args:
-            turn: from `checked`.
+            turn: from `check_messages`.
             joint: breaks the names up.
             trace: shows whether the template writes a call.
             nothing: the content of an assistant that only calls.
         """
-        guarded = _guarded(turn, self._control, joint)
+        guarded = _guard_names(turn, self._control, joint)
         if turn["role"] == "assistant":
-            guarded["content"] = _guarded(turn["content"], self._unthought, joint)
+            guarded["content"] = _guard_names(turn["content"], self._unthought, joint)
         for call in guarded.get("tool_calls") or []:
             arguments = call["function"]["arguments"]
             if not isinstance(arguments, str):
@@ -181,31 +159,31 @@ class FolderTemplate:
             ) from None
 
 
-def _guarded(value: Any, names: re.Pattern[str], joint: str) -> Any:
+def _guard_names(value: Any, names: re.Pattern[str], joint: str) -> Any:
     """`value` with `joint` inside every name of a control token, so that none is left."""
     if isinstance(value, str):
         return names.sub(lambda match: match[0][:1] + joint + match[0][1:], value)
     if isinstance(value, Mapping):
         each = value.items()
-        return {_guarded(k, names, joint): _guarded(v, names, joint) for k, v in each}
+        return {_guard_names(k, names, joint): _guard_names(v, names, joint) for k, v in each}
     if isinstance(value, list | tuple):
-        return [_guarded(item, names, joint) for item in value]
+        return [_guard_names(item, names, joint) for item in value]
     return value
 
 
-def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+def _match_any(names: Iterable[str]) -> re.Pattern[str]:
     """Matches any of the names, the longest first."""
     longest_first = sorted(names, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
-def _unused(text: str) -> tuple[str, str]:
+def _pick_unused(text: str) -> tuple[str, str]:
     """Two characters of no meaning that the text does not have."""
     free = (chr(code) for code in PRIVATE if chr(code) not in text)
     return next(free), next(free)
 
 
-def _environment() -> Any:
+def _make_environment() -> Any:
     """Jinja as templates of published models expect it."""
     from jinja2 import TemplateError, sandbox
 
@@ -213,12 +191,31 @@ def _environment() -> Any:
         raise TemplateError(message)
 
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _make_generation_tag()],
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
+
+
+def _make_generation_tag() -> Any:
+    """`{% generation %}...{% endgeneration %}`, around what a model is to learn; prints nothing."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            """The tag's body; what is set in it stays in it, as in transformers."""
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    return Generation
 
 
 def _to_json(

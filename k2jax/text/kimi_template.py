@@ -12,7 +12,7 @@ from typing import Any
 
 from k2jax.config import ConfigError
 from k2jax.text.interface import Part, TokenizerLike
-from k2jax.text.messages import Message, checked, checked_tools, renumbered
+from k2jax.text.messages import Message, check_messages, check_tools, renumber_calls
 
 # Text in K2-Thinking, tokens in K2.5: what a tokenizer has no token for is written out.
 THINK, END_THINK = Part("<think>", True), Part("</think>", True)
@@ -56,7 +56,7 @@ class KimiTemplate:
         Raises:
             ConfigError: a message or a tool is malformed.
         """
-        turns, declared = checked(messages), checked_tools(tools)
+        turns, declared = check_messages(messages), check_tools(tools)
         out: list[Part] = []
         if declared:
             listed = json.dumps(declared, ensure_ascii=False, separators=self.separators)
@@ -116,7 +116,7 @@ def encode(
     """
     if tokenizer.template is None:
         raise ConfigError("this model has no chat template; give prompts as plain text")
-    turns = renumbered(checked(messages))
+    turns = renumber_calls(check_messages(messages))
     return to_ids(tokenizer, tokenizer.template.parts(turns, tools, prompt))
 
 

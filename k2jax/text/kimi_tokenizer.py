@@ -19,7 +19,7 @@ import tiktoken
 from k2jax.config import ConfigError
 from k2jax.runtime.files import replace
 from k2jax.text.hf_tokenizer import CONFIG, read_json
-from k2jax.text.interface import Template, known
+from k2jax.text.interface import Template, check_ids
 from k2jax.text.kimi_template import KIMI_K2
 
 FILE = "tiktoken.model"
@@ -80,7 +80,7 @@ class Tokenizer:
         """
         self.base = len(ranks)
         self.vocab = self.base + SPECIALS
-        self.specials = _names(self.base, names or {})
+        self.specials = _name_specials(self.base, names or {})
         self.bos, self.eos, self.im_end = range(self.base, self.base + 3)
         self.pad = self.vocab - 1
         # The configs say [EOS], chats end with <|im_end|> (trap 23).
@@ -108,7 +108,7 @@ class Tokenizer:
         if file.is_dir():
             if not (file / FILE).is_file():
                 raise ConfigError(f"folder {path} has no {FILE}")
-            names = _published_names(file / CONFIG)
+            names = _read_names(file / CONFIG)
             file = file / FILE
         if not file.is_file():
             raise ConfigError(f"no tokenizer at {path}: give a {FILE} file or a folder with one")
@@ -142,7 +142,7 @@ class Tokenizer:
                 by default; spec trap 28).
         """
         ids: list[int] = []
-        for piece in pieces(text):
+        for piece in cut_pieces(text):
             if special:
                 ids += self._encoding.encode(piece, allowed_special="all")
             else:
@@ -152,19 +152,19 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` of ordinary text, uint32 [tokens]: less work for long texts."""
         try:
-            found = [
+            encoded = [
                 self._encoding.encode_to_numpy(piece, disallowed_special=())
-                for piece in pieces(text)
+                for piece in cut_pieces(text)
             ]
         except UnicodeEncodeError:  # half a surrogate pair, which `encode` replaces
             return np.array(self.encode(text), np.uint32)
-        return np.concatenate([*found, np.zeros(0, np.uint32)])
+        return np.concatenate([*encoded, np.zeros(0, np.uint32)])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on all cores; special tokens are never read."""
         parts, owner = [], []
         for index, text in enumerate(texts):
-            for piece in pieces(text):
+            for piece in cut_pieces(text):
                 parts.append(piece)
                 owner.append(index)
         threads = os.cpu_count() or 1
@@ -184,7 +184,7 @@ class Tokenizer:
         Raises:
             ValueError: an id outside 0..vocab-1.
         """
-        return self._encoding.decode_bytes(known(ids, self.vocab))
+        return self._encoding.decode_bytes(check_ids(ids, self.vocab))
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text each id stands for, int32 [vocab]; 0 for special tokens."""
@@ -194,7 +194,7 @@ class Tokenizer:
         return lengths
 
 
-def pieces(text: str) -> Iterator[str]:
+def cut_pieces(text: str) -> Iterator[str]:
     """Cut `text` where Kimi's encoder cuts it; pieces are encoded on their own.
 
     No piece is longer than MAX_PIECE characters, or has more than MAX_RUN characters of white
@@ -231,14 +231,14 @@ def _cut_runs(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _names(base: int, given: Mapping[int, str]) -> dict[str, int]:
+def _name_specials(base: int, names: Mapping[int, str]) -> dict[str, int]:
     """Every special token by name; one that nobody named is called after its id."""
-    named = {base + at: name for at, name in NAMED_SPECIALS.items() if name not in given.values()}
-    named |= {id_: name for id_, name in given.items() if base <= id_ < base + SPECIALS}
+    named = {base + at: name for at, name in NAMED_SPECIALS.items() if name not in names.values()}
+    named |= {id_: name for id_, name in names.items() if base <= id_ < base + SPECIALS}
     return {named.get(i, f"<|reserved_token_{i}|>"): i for i in range(base, base + SPECIALS)}
 
 
-def _published_names(config: Path) -> dict[int, str]:
+def _read_names(config: Path) -> dict[int, str]:
     added = read_json(config).get("added_tokens_decoder", {}) if config.is_file() else {}
     try:
         names = {int(id_): str(token["content"]) for id_, token in added.items()}

@@ -1,4 +1,4 @@
-"""What a model answered: thought, text and tool calls, taken from token ids as they come.
+"""A model's answer: thought, text and tool calls, taken from token ids as they come.
 
 Control tokens are told apart by their ids, so text that spells them stays text.
 Source: [K2-TOOL] (spec 5.3), without its weak points (trap 27); `deepseek.py` for DeepSeek's.
@@ -12,10 +12,16 @@ from k2jax.text import deepseek
 from k2jax.text import kimi_template as marks
 from k2jax.text.incremental_decode import TextStream
 from k2jax.text.interface import TokenizerLike
+from k2jax.text.messages import function_name
 
 # Control tokens by what they do, Kimi's and DeepSeek's.
 CALLS, END_CALLS = (marks.CALLS.text, deepseek.CALLS), (marks.END_CALLS.text, deepseek.END_CALLS)
 CALL, END_CALL = (marks.CALL.text, deepseek.CALL), (marks.END_CALL.text, deepseek.END_CALL)
+ARGUMENTS = (marks.ARGUMENTS.text, deepseek.SEPARATOR)
+ROLES = (marks.USER.text, marks.ASSISTANT.text, marks.SYSTEM.text)
+IN_CALLS = ("section", "id", "arguments")
+# What marks enclose where they have no meaning is no content either.
+DROPPED = ("section", "stray call", "head", "other turn")
 TAIL = 16  # tokens of a prompt that are looked at for an open thought
 
 
@@ -25,7 +31,7 @@ class Call(NamedTuple):
     id: str  # as the model wrote it; DeepSeek's write none, theirs count on from the prompt
     name: str
     arguments: str  # should be a JSON object; what the model wrote
-    complete: bool  # the model ended it
+    complete: bool  # the model ended it, and named a function
 
     def message(self) -> dict[str, Any]:
         """As the OpenAI API has it."""
@@ -42,12 +48,12 @@ class Reply(NamedTuple):
 
     def message(self) -> dict[str, Any]:
         """The assistant's message for a conversation; calls that were not ended are left out."""
-        found: dict[str, Any] = {"role": "assistant", "content": self.content}
+        message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.reasoning:
-            found["reasoning_content"] = self.reasoning
+            message["reasoning_content"] = self.reasoning
         if calls := [call.message() for call in self.calls if call.complete]:
-            found["tool_calls"] = calls
-        return found
+            message["tool_calls"] = calls
+        return message
 
 
 class Delta(NamedTuple):
@@ -59,7 +65,7 @@ class Delta(NamedTuple):
 
 
 def parse(tokenizer: TokenizerLike, ids: Iterable[int], prompt: Sequence[int] = ()) -> Reply:
-    """What generated ids say.
+    """Read generated ids as an answer.
 
     Args:
         tokenizer: of the model.
@@ -83,7 +89,7 @@ class _Open:
 
 
 class ReplyStream:
-    """Reads an answer in any portions of ids; nothing it gives is ever taken back."""
+    """Reads an answer in any portions of ids; nothing it emits is ever taken back."""
 
     def __init__(self, tokenizer: TokenizerLike, prompt: Sequence[int] = ()):
         """Start before the first generated id; `prompt` as for `parse`."""
@@ -93,15 +99,16 @@ class ReplyStream:
         opened = tokenizer.decode(prompt[-TAIL:]).rstrip().endswith(marks.THINK.text)
         past = tokenizer.specials.get(deepseek.CALL)
         self._before = sum(id_ == past for id_ in prompt)  # calls of DeepSeek's in the prompt
-        # "start" (a thought may begin), "reasoning", "content", "section", "id", "arguments"
+        # "start" (a thought may begin), "reasoning", "content", "section", "id", "arguments"; and
+        # text that is dropped: "stray call", "head" of a turn, "other turn" than the assistant's
         self._state = "reasoning" if opened else "start"
         self._held = ""  # may become the mark that ends or begins a thought
-        self._said = {"reasoning": "", "content": ""}
+        self._texts = {"reasoning": "", "content": ""}
         self._calls: list[_Open] = []
         self.ended = False
 
     def feed(self, ids: Iterable[int]) -> list[Delta]:
-        """What these ids add to the answer."""
+        """Take ids; the bits that they add to the answer."""
         out: list[Delta] = []
         for id_ in map(int, ids):
             if self.ended:
@@ -117,27 +124,38 @@ class ReplyStream:
         return out
 
     def close(self) -> list[Delta]:
-        """What was held back."""
+        """End the answer; the bits that were held back."""
         self.ended = True
         return [*self._add(self._text.close()), *self._release()]
 
     def reply(self) -> Reply:
         """The answer so far; complete after `close`."""
-        calls = tuple(
-            Call(call.id.strip(), _name(call.id), call.arguments.strip(), call.complete)
-            for call in self._calls
-        )
-        return Reply(self._said["content"], self._said["reasoning"], calls)
+        calls = tuple(_close(call) for call in self._calls)
+        return Reply(self._texts["content"], self._texts["reasoning"], calls)
 
     def _mark(self, name: str) -> list[Delta]:
         """A control token."""
         if name in marks.SPELLED_OUT:
             return self._add(name)
         out = self._release()
-        in_calls = self._state in ("section", "id", "arguments")
+        if self._state in IN_CALLS:
+            return [*out, *self._mark_in_calls(name)]
         if name in CALLS:
             self._state = "section"
-        elif name in CALL and in_calls:
+        elif name in CALL or name in ARGUMENTS:
+            self._state = "stray call"
+        elif name in ROLES:
+            self._state = "head" if name == marks.ASSISTANT.text else "other turn"
+        elif self._state == "head" and name == marks.MIDDLE.text:
+            self._state = "content" if any(self._texts.values()) else "start"
+        elif self._state == "stray call" and name in (*END_CALL, *END_CALLS):
+            self._state = "content"
+        return out
+
+    def _mark_in_calls(self, name: str) -> list[Delta]:
+        """A control token in a section of calls."""
+        out: list[Delta] = []
+        if name in CALL:
             self._calls.append(_Open())
             self._state = "id"
         elif name == marks.ARGUMENTS.text and self._state == "id":
@@ -148,16 +166,16 @@ class ReplyStream:
             self._calls[-1].id = ""
             self._state = "arguments"
             out += self._argue("")
-        elif name in END_CALL and self._state == "arguments":
-            out += self._end_call()
+        elif name in END_CALL:
+            out += self._end_call() if self._state == "arguments" else []
             self._state = "section"
-        elif name in END_CALLS and in_calls:
-            self._state = "content"
+        elif name in (*END_CALLS, *ROLES):
+            self._state = "content" if name in END_CALLS else "other turn"
         return out
 
     def _add(self, text: str) -> list[Delta]:
         """Text, to where the answer is."""
-        if not text or self._state == "section":
+        if not text or self._state in DROPPED:
             return []
         if self._state == "id":
             self._calls[-1].id += text
@@ -180,7 +198,7 @@ class ReplyStream:
     def _end_call(self) -> list[Delta]:
         """The model ended a call."""
         call, number = self._calls[-1], len(self._calls) - 1
-        call.complete = call.written is None or bool(call.id)
+        call.complete = bool(function_name(call.id))
         text = call.written.close() if call.written is not None and call.id else ""
         call.arguments += text
         return [Delta("arguments", text, number)] if text else []
@@ -197,23 +215,23 @@ class ReplyStream:
             self._state = "reasoning" if thinks else "content"
             text = begun.removeprefix(marks.THINK.text) if thinks else text
         if self._state == "reasoning":
-            thought, found, rest = text.partition(marks.END_THINK.text)
-            if found:
+            thought, end, rest = text.partition(marks.END_THINK.text)
+            if end:
                 self._state = "content"
-                return [*self._say("reasoning", thought), *self._say("content", rest)]
+                return [*self._emit("reasoning", thought), *self._emit("content", rest)]
             keep = _overlap(text, marks.END_THINK.text)
             text, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        return self._say(self._state, text)
+        return self._emit(self._state, text)
 
     def _release(self) -> list[Delta]:
         """What was held back was no mark."""
         text, self._held = self._held, ""
         if self._state == "start":
             self._state = "content"
-        return self._say(self._state, text) if text else []
+        return self._emit(self._state, text) if text else []
 
-    def _say(self, kind: str, text: str) -> list[Delta]:
-        self._said[kind] += text
+    def _emit(self, kind: str, text: str) -> list[Delta]:
+        self._texts[kind] += text
         return [Delta(kind, text)] if text else []
 
 
@@ -226,6 +244,5 @@ def _overlap(text: str, mark: str) -> int:
     return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
 
 
-def _name(id_: str) -> str:
-    """The function of a call `functions.NAME:INDEX`; names may have dots, hyphens and colons."""
-    return id_.strip().removeprefix("functions.").rpartition(":")[0] or id_.strip()
+def _close(call: _Open) -> Call:
+    return Call(call.id.strip(), function_name(call.id), call.arguments.strip(), call.complete)

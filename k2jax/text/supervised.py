@@ -1,4 +1,4 @@
-"""Conversations to learn from: which of their tokens the assistant said."""
+"""Conversations to learn from: which of their tokens the assistant wrote."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 from k2jax.config import ConfigError
 from k2jax.text.interface import Part, TokenizerLike
 from k2jax.text.kimi_template import ASSISTANT, END, MIDDLE, THINK, to_ids
-from k2jax.text.messages import checked, renumbered
+from k2jax.text.messages import check_messages, renumber_calls
 
 
 def encode_supervised(
@@ -19,8 +19,9 @@ def encode_supervised(
     """Token ids of a conversation, and which of them are learned.
 
     Learned are the bodies of the assistant's turns and the `<|im_end|>` that closes them. A turn is
-    not learned where the template writes marks of thought but leaves out what was thought in it:
-    the model would learn not to think.
+    not learned where its `weight` is 0, or where the template writes marks of thought but leaves
+    out what was thought in it: the model would learn not to think. So a conversation may teach
+    nothing at all.
 
     Args:
         tokenizer: with the template of the model.
@@ -31,30 +32,30 @@ def encode_supervised(
         The ids, which `k2jax.text.kimi_template.encode` gives too, and bool [ids].
 
     Raises:
-        ConfigError: a message is malformed, nothing is learned, or the template is not Kimi's.
+        ConfigError: a message is malformed, or the template is not Kimi's.
     """
     if tokenizer.template is None:
         raise ConfigError("this tokenizer has no chat template; conversations need one")
-    turns = renumbered(checked(messages))
-    said = [turn for turn in turns if turn["role"] == "assistant"]
-    if not said:
-        raise ConfigError("the conversation has no assistant's turn to learn")
+    turns = renumber_calls(check_messages(messages))
+    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    runs = list(_split_runs(tokenizer.template.parts(turns, tools, prompt=False)))
+    written = sum(is_reply for _, is_reply in runs)
+    if written != len(answers):
+        raise ConfigError(
+            f"the template writes {written} of {len(answers)} assistant's turns as Kimi's do: it is"
+            " not one of Kimi's, and what is to be learned cannot be seen"
+        )
     ids: list[int] = []
     learned: list[bool] = []
-    replies = iter(said)
-    for run, reply in _runs(tokenizer.template.parts(turns, tools, prompt=False)):
-        part = to_ids(tokenizer, run)
-        ids += part
-        learned += [reply and not _thoughtless(next(replies, {}), run)] * len(part)
-    if not any(learned):
-        raise ConfigError(
-            "nothing of the conversation would be learned: the template is not one of Kimi's, or"
-            " leaves out what the assistant thought"
-        )
-    return ids, np.array(learned)
+    following = iter(answers)
+    for run, is_reply in runs:
+        run_ids = to_ids(tokenizer, run)
+        ids += run_ids
+        learned += [is_reply and _is_learned(next(following), run)] * len(run_ids)
+    return ids, np.array(learned, bool)
 
 
-def _runs(parts: Sequence[Part]) -> Iterator[tuple[list[Part], bool]]:
+def _split_runs(parts: Sequence[Part]) -> Iterator[tuple[list[Part], bool]]:
     """Stretches of parts, and whether each is a reply; they meet at control tokens."""
     run: list[Part] = []
     head = reply = False
@@ -69,7 +70,7 @@ def _runs(parts: Sequence[Part]) -> Iterator[tuple[list[Part], bool]]:
         yield run, reply
 
 
-def _thoughtless(turn: Mapping[str, Any], run: Sequence[Part]) -> bool:
-    thought = turn.get("reasoning_content") or ""
+def _is_learned(turn: Mapping[str, Any], run: Sequence[Part]) -> bool:
+    thought = turn.get("reasoning_content", "")
     text = "".join(part.text for part in run)
-    return thought not in text and THINK.text in text
+    return bool(turn.get("weight", 1)) and (thought in text or THINK.text not in text)

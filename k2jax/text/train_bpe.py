@@ -6,7 +6,8 @@ from typing import Any
 
 from k2jax.config import ConfigError
 from k2jax.text.hf_tokenizer import printable_bytes
-from k2jax.text.kimi_tokenizer import PATTERN, SPECIALS, Tokenizer, pieces
+from k2jax.text.kimi_tokenizer import PATTERN, SPECIALS, Tokenizer, cut_pieces
+from k2jax.text.unicode import replace_surrogates
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int, path: str | os.PathLike[str]) -> Tokenizer:
@@ -32,8 +33,8 @@ def train_tokenizer(texts: Iterable[str], vocab: int, path: str | os.PathLike[st
     return tokenizer
 
 
-def trainable(base: int) -> tuple[Any, Any]:
-    """An untrained tokenizer of the `tokenizers` package with Kimi's pre-split, and its trainer."""
+def make_bpe(base: int) -> tuple[Any, Any]:
+    """Make an untrained tokenizer with Kimi's pre-split, and its trainer (package `tokenizers`)."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -53,8 +54,9 @@ def trainable(base: int) -> tuple[Any, Any]:
 
 
 def _train(texts: Iterable[str], base: int) -> dict[bytes, int]:
-    bpe, trainer = trainable(base)
-    bpe.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    bpe, trainer = make_bpe(base)
+    valid = (replace_surrogates(text) for text in texts)
+    bpe.train_from_iterator((piece for text in valid for piece in cut_pieces(text)), trainer)
     byte = printable_bytes()
     # An id there is the order in which a token was made, which is what a rank means here.
     return {bytes(byte[c] for c in token): rank for token, rank in bpe.get_vocab().items()}

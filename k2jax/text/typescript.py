@@ -31,26 +31,26 @@ DEFINITIONS = "#/$defs/"
 EMPTY = "interface parameters {}"
 
 
-def in_order(value: Any) -> Any:
+def sort_keys(value: Any) -> Any:
     """The value with the keys of every object in alphabetical order, as the tokenizer puts them."""
     if isinstance(value, Mapping):
-        return {key: in_order(value[key]) for key in sorted(value)}
-    return [in_order(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: sort_keys(value[key]) for key in sorted(value)}
+    return [sort_keys(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def declared(tools: Sequence[Mapping[str, Any]]) -> str | None:
+def declare_tools(tools: Sequence[Mapping[str, Any]]) -> str | None:
     """The declaration of tools; None where a schema has no such form, or there is nothing to say.
 
     Args:
-        tools: from `messages.checked_tools`, `in_order`.
+        tools: from `messages.check_tools`, `sort_keys`.
     """
     functions = [tool["function"] for tool in tools if tool.get("type") == "function"]
     try:
-        said = [_Function(function).text() for function in functions]
+        declarations = [_Function(function).text() for function in functions]
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return None  # schemas are anybody's JSON: whatever does not fit has no such form
-    lines = ("# Tools", "", "## functions", "namespace functions {", *said, "}", "")
-    return "\n".join(lines) if said else None
+    lines = ("# Tools", "", "## functions", "namespace functions {", *declarations, "}", "")
+    return "\n".join(lines) if declarations else None
 
 
 class _Function:
@@ -127,8 +127,8 @@ class _Function:
             default = of.get("default") if isinstance(of, Mapping) else None
             if default is not None:
                 plain = isinstance(default, int | float)  # as Python writes them
-                said = repr(default) if plain else json.dumps(default, ensure_ascii=False)
-                lines.append(f"{indent}// Default: {said}")
+                shown = repr(default) if plain else json.dumps(default, ensure_ascii=False)
+                lines.append(f"{indent}// Default: {shown}")
             mark = "" if name in required else "?"
             yield "\n".join([*lines, f"{indent}{name}{mark}: {self._type(of, indent)}"])
 
@@ -149,8 +149,8 @@ def _comment(schema: Any, indent: str) -> list[str]:
     plain = not any(word in schema for word in ("$ref", "anyOf", "enum"))
     kind = schema.get("type") if plain else None
     limits = LIMITS.get(kind, ()) if isinstance(kind, str) else ()
-    if found := [f"{name}: {schema[name]}" for name in limits if name in schema]:
-        lines.append(f"{indent}// {', '.join(found)}")
+    if limited := [f"{name}: {schema[name]}" for name in limits if name in schema]:
+        lines.append(f"{indent}// {', '.join(limited)}")
     return lines
 
 

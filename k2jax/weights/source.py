@@ -19,7 +19,7 @@ from k2jax.params.arrays import abstract
 from k2jax.params.declare import specs
 from k2jax.params.spec import ParamSpec
 from k2jax.text.interface import TokenizerLike
-from k2jax.text.jinja_template import open_tokenizer
+from k2jax.text.open_tokenizer import open_tokenizer
 from k2jax.weights.converted_read import ConvertedCheckpoint
 from k2jax.weights.converted_write import check_files
 from k2jax.weights.encodings import Tensors

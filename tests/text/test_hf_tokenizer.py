@@ -6,7 +6,7 @@ import pytest
 from k2jax.config import ConfigError
 from k2jax.text.hf_tokenizer import HfTokenizer
 from k2jax.text.incremental_decode import TextStream
-from k2jax.text.train_bpe import trainable
+from k2jax.text.train_bpe import make_bpe
 
 TEXTS = [
     "def f(x):\n    return x + 1\n",
@@ -23,7 +23,7 @@ def write(folder, **config):
     """A small byte-level `tokenizer.json` and its config; the package's own tokenizer."""
     from tokenizers import AddedToken, decoders
 
-    bpe, trainer = trainable(300)
+    bpe, trainer = make_bpe(300)
     bpe.train_from_iterator(TEXTS * 3, trainer)
     bpe.decoder = decoders.ByteLevel()
     for name, special in ADDED:

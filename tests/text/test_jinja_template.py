@@ -8,9 +8,10 @@ import pytest
 from k2jax.config import ConfigError
 from k2jax.text import jinja_template as module
 from k2jax.text.hf_tokenizer import HfTokenizer
-from k2jax.text.jinja_template import FolderTemplate, open_tokenizer
+from k2jax.text.jinja_template import FolderTemplate
 from k2jax.text.kimi_template import KIMI_K2, encode, to_ids, to_text
 from k2jax.text.kimi_tokenizer import Tokenizer
+from k2jax.text.open_tokenizer import open_tokenizer
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 SOURCE = """\
@@ -95,11 +96,12 @@ def test_it_takes_the_template_for_tools_where_there_is_one():
 def test_what_it_cannot_say_is_refused_and_not_left_out():
     """The oldest K2 template drops tool calls without a word (rule 4)."""
     call = {"id": "functions.f:0", "function": {"name": "f", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": "functions.f:0", "content": "1"}
     old = made("{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(ConfigError, match="leaves out tool_calls"):
         old.parts([{"role": "assistant", "content": "", "tool_calls": [call]}])
     with pytest.raises(ConfigError, match="leaves out tool_calls"):
-        old.parts([{"role": "tool", "tool_call_id": "functions.f:0", "content": "1"}])
+        old.parts([{"role": "assistant", "tool_calls": [call]}, result])
     with pytest.raises(ConfigError, match="leaves out tools"):
         old.parts(USER, [TOOL])
 
@@ -159,9 +161,24 @@ def test_tools_are_typescript_where_the_template_asks_for_it():
     assert "// <|im_end|>[EOS]\ntype f" in to_text(parts)
 
 
+def test_the_generation_tag_prints_nothing_and_keeps_what_is_set_in_it():
+    """transformers marks with it what is learned; rendered as if the tags were not there."""
+    source = (
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}"
+        "{%- generation %}{% set x = 2 %}{{ m.content }}[EOS]{%- endgeneration %}{{ x }}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    talk = [*USER, {"role": "assistant", "content": "ho"}]
+    parts = made(source).parts(talk)
+    assert to_text(parts) == "user: Hi <b> \u00e9assistant: ho[EOS]"
+    assert controls(parts) == ["[EOS]"]
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("{% generation %}x", "is no template that jinja2 reads"),
+        ("{% break %}", "is no template that jinja2 reads"),
         ("{% if %}", "is no template that jinja2 reads: Expected an expression"),
         ("{{ raise_exception('roles must\nalternate') }}", "conversation: roles must alternate"),
         ("{{ messages[5].content.x }}", "cannot say this conversation"),

@@ -9,7 +9,7 @@ from k2jax.config import ConfigError
 from k2jax.text.interface import Part
 from k2jax.text.kimi_template import KIMI_K2, TEMPLATES, encode, to_ids, to_text
 from k2jax.text.kimi_tokenizer import Tokenizer
-from k2jax.text.messages import renumbered
+from k2jax.text.messages import renumber_calls
 
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 WEATHER = {
@@ -80,9 +80,11 @@ def test_a_system_message_replaces_the_default_one_and_names_stand_for_roles():
         "<|im_system|>system<|im_middle|>S<|im_end|><|im_user|>ann<|im_middle|>U<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|>"
     )
+    call = {"id": "functions.f:0", "function": {"name": "f", "arguments": "{}"}}
+    asked = {"role": "assistant", "tool_calls": [call]}
     result = {"role": "tool", "name": "f", "tool_call_id": "functions.f:0", "content": "R"}
     assert "<|im_system|>f<|im_middle|>## Return of functions.f:0\nR<|im_end|>" in to_text(
-        KIMI_K2.parts([result])
+        KIMI_K2.parts([asked, result])
     )
 
 
@@ -152,13 +154,13 @@ def test_foreign_ids_of_calls_are_renamed_over_the_whole_conversation():
         {"role": "tool", "tool_call_id": "call_b", "content": ""},
     ]
     names = ["functions.f:0", "functions.g:1", "functions.f:2"]
-    found = renumbered(talk)
+    found = renumber_calls(talk)
     assert [c["id"] for m in found for c in m.get("tool_calls", [])] == names
     assert [m["tool_call_id"] for m in found if m["role"] == "tool"] == [
         names[1], names[0], names[2]
     ]  # fmt: skip
-    assert renumbered(found) == found
-    assert renumbered(TALK) == TALK
+    assert renumber_calls(found) == found
+    assert renumber_calls(TALK) == TALK
     ids = encode(BYTES, talk)
     assert "## Return of functions.f:2\n" in BYTES.decode(ids)
 
@@ -173,7 +175,7 @@ MISTAKES = {
     ],
     r"messages\[0\].name must be a text": [{"role": "user", "content": "", "name": 3}],
     "needs the 'tool_call_id' of its call": [{"role": "tool", "content": "15C"}],
-    "only an assistant calls tools": [{"role": "user", "content": "", "tool_calls": [CALL]}],
+    "has tool_calls; only an assistant": [{"role": "user", "content": "", "tool_calls": [CALL]}],
     r"tool_calls must be a list": [{"role": "assistant", "content": "", "tool_calls": {"a": 1}}],
     r"tool_calls\[0\] must have an 'id' and a 'function'": [
         {"role": "assistant", "content": "", "tool_calls": [{"id": "a"}]}

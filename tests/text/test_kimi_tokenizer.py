@@ -11,8 +11,8 @@ import tiktoken
 
 from k2jax.config import ConfigError
 from k2jax.text import kimi_tokenizer as module
-from k2jax.text.kimi_tokenizer import ALTERNATIVES, MAX_RUN, PATTERN, Tokenizer, pieces
-from k2jax.text.train_bpe import train_tokenizer, trainable
+from k2jax.text.kimi_tokenizer import ALTERNATIVES, MAX_RUN, PATTERN, Tokenizer, cut_pieces
+from k2jax.text.train_bpe import make_bpe, train_tokenizer
 
 VOCAB = 512 + 300
 SAMPLES = [
@@ -153,17 +153,17 @@ def test_long_text_is_cut_where_the_published_code_cuts_it(monkeypatch):
     for _ in range(300):
         parts = [rng.choice("ab \n") * rng.choice([1, 2, 6, 7, 8, 14, 15, 40]) for _ in range(12)]
         text = "".join(parts)
-        assert list(pieces(text)) == reference_pieces(text, 60, 7)
+        assert list(cut_pieces(text)) == reference_pieces(text, 60, 7)
 
 
 def test_a_run_of_one_character_is_encoded_quickly_and_whole(tokenizer):
     text = "=" * (2 * MAX_RUN + 5) + " " * (MAX_RUN + 1)
-    assert [len(piece) for piece in pieces(text)] == [MAX_RUN, MAX_RUN, 5 + MAX_RUN, 1]
+    assert [len(piece) for piece in cut_pieces(text)] == [MAX_RUN, MAX_RUN, 5 + MAX_RUN, 1]
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_training_gives_what_the_trainer_itself_would_encode(texts, tokenizer):
-    bpe, trainer = trainable(VOCAB - 256)
+    bpe, trainer = make_bpe(VOCAB - 256)
     bpe.train_from_iterator(texts, trainer)
     for text in [*texts, *SAMPLES[1:4]]:
         assert tokenizer.encode(text) == bpe.encode(text).ids

@@ -123,7 +123,54 @@ def test_nonsense_neither_fails_nor_invents_calls():
     for _ in range(300):
         reply = parse(BYTES, rng.choices(tokens, k=12))
         assert len(reply.message()) <= 3
-    assert not parse(BYTES, ids(call("functions.f:0", "{}"))).calls  # outside of a section
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("Let me look." + call("functions.f:0", '{"a": 1}'), "Let me look."),
+        ("a" + call("functions.f:0", "{}") + "b", "ab"),
+        ("a<|tool_call_begin|>functions.f:0<|tool_call_end|>b", "ab"),
+        ('a<|tool_call_argument_begin|>{"a": 1}<|tool_call_end|>b', "ab"),
+        ("a<|tool_call_begin|>functions.f:0", "a"),
+        ("a<|im_assistant|>assistant<|im_middle|>b", "ab"),
+        ("<|im_assistant|>assistant<|im_middle|><think>t</think>b", "b"),
+        ("a<|im_system|>tool<|im_middle|>## Return of functions.f:0\n1", "a"),
+        ("a<|tool_calls_section_begin|>x<|tool_call_argument_begin|>{}<|tool_call_end|>"
+         "<|tool_calls_section_end|>b", "ab"),
+    ],
+)  # fmt: skip
+def test_what_stray_marks_enclose_is_neither_content_nor_a_call(text, content):
+    """That a call outside of a section is no call is this project's decision."""
+    reply = parse(BYTES, ids(text))
+    assert (reply.content, reply.calls) == (content, ())
+
+
+def test_a_call_without_arguments_ends_at_its_mark():
+    begun = "<|tool_call_begin|>functions.f:0<|tool_call_end|>\n"
+    reply = parse(BYTES, ids(section(begun, call("functions.g:1", "{}"))))
+    assert [(c.id, c.complete) for c in reply.calls] == [
+        ("functions.f:0", False), ("functions.g:1", True)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("id_", "name"),
+    [
+        ("functions.get_weather", "get_weather"), ("functions.f\n:0", "f"), ("f:0", "f"),
+        ("functions.ns:tool", "ns:tool"), ("functions.ns:tool:3", "ns:tool"), ("f", "f"),
+        ("functions.a.b:1", "a.b"), (" functions.f : 0 ", "f"), ("functions.f:\u0663", "f:\u0663"),
+        ("functions.f:-1", "f:-1"), ("functions.functions.f:0", "functions.f"),
+    ],
+)  # fmt: skip
+def test_the_name_of_a_call_is_its_id_without_prefix_and_index(id_, name):
+    assert parse(BYTES, ids(section(call(id_, "{}")))).calls[0].name == name
+
+
+@pytest.mark.parametrize("id_", ["", "functions.:0", " :0", "functions."])
+def test_a_call_of_no_function_is_not_complete(id_):
+    reply = parse(BYTES, ids(section(call(id_, "{}"))))
+    assert not reply.calls[0].complete and "tool_calls" not in reply.message()
 
 
 def test_what_follows_the_section_is_content():

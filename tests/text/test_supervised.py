@@ -66,20 +66,48 @@ def test_a_turn_without_its_thought_is_not_learned(tokenizer):
         {**TALK[2], "reasoning_content": "hmm"}, TALK[3],
     ]  # fmt: skip
     assert learned(tokenizer, running).startswith("<think>hmm</think>Let me see.")
-    with pytest.raises(ConfigError, match="leaves out what the assistant thought"):
-        encode_supervised(tokenizer, running[:2])
+    assert learned(tokenizer, running[:2]) == ""
+
+
+def test_a_turn_of_weight_0_is_not_learned(tokenizer):
+    talk = [{**turn, "weight": 0} if turn is TALK[4] else turn for turn in TALK]
+    assert learned(tokenizer, talk) == LEARNED.replace("Two.<|im_end|>", "")
+    assert learned(tokenizer, [TALK[1], {**TALK[4], "weight": 0}]) == ""
+
+
+@pytest.mark.parametrize("talk", [TALK[:2], [], [TALK[0]]])
+def test_a_conversation_that_teaches_nothing_is_legal(tokenizer, talk):
+    assert learned(tokenizer, talk) == ""
 
 
 @pytest.mark.parametrize(
-    ("talk", "says"),
-    [
-        (TALK[:2], "no assistant's turn"), ([], "no assistant's turn"), ("hi", "must be a list"),
-        ([{"role": "robot", "content": ""}], "has the role 'robot'"),
-    ],
-)  # fmt: skip
-def test_a_conversation_that_teaches_nothing_is_refused(tokenizer, talk, says):
-    with pytest.raises(ConfigError, match=says):
+    ("talk", "line"),
+    [("hi", "must be a list"), ([{"role": "robot", "content": ""}], "has the role 'robot'")],
+)
+def test_a_malformed_conversation_is_refused(tokenizer, talk, line):
+    with pytest.raises(ConfigError, match=line):
         encode_supervised(tokenizer, talk)
+
+
+def test_a_function_call_and_a_reasoning_are_learned_as_their_newer_spellings(tokenizer):
+    tokenizer.template = TEMPLATES["kimi_k2_thinking"]
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    old = [
+        TALK[1],
+        {"role": "assistant", "content": None, "function_call": function, "reasoning": "hm"},
+        {"role": "function", "name": "add", "content": "2"},
+        {"role": "assistant", "content": "2", "reasoning": "done"},
+    ]
+    call = {"id": "functions.add:0", "type": "function", "function": function}
+    new = [
+        TALK[1],
+        {"role": "assistant", "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "name": "add", "tool_call_id": call["id"], "content": "2"},
+        {"role": "assistant", "content": "2", "reasoning_content": "done"},
+    ]
+    assert learned(tokenizer, old) == learned(tokenizer, new)
+    assert encode(tokenizer, old) == encode(tokenizer, new)
+    assert "<think>hm</think>" in learned(tokenizer, old[:2])
 
 
 def test_other_templates_are_refused(tokenizer):

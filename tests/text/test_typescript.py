@@ -2,7 +2,7 @@
 
 import pytest
 
-from k2jax.text.typescript import declared, in_order
+from k2jax.text.typescript import declare_tools, sort_keys
 
 
 def tool(parameters, name="f", **function):
@@ -11,7 +11,7 @@ def tool(parameters, name="f", **function):
 
 def types(properties, **schema):
     """The lines between `type f = (_: {` and `}) => any;`."""
-    text = declared([tool({"type": "object", "properties": properties, **schema})])
+    text = declare_tools([tool({"type": "object", "properties": properties, **schema})])
     start, end = "namespace functions {\ntype f = (_: {\n", "\n}) => any;\n}\n"
     assert text is not None and text.startswith("# Tools\n\n## functions\n" + start), text
     assert text.endswith(end)
@@ -33,7 +33,7 @@ def test_a_whole_declaration():
         description="Forecast of\na town.",
     )
     plugin = {"type": "_plugin", "function": {"name": "left out"}}
-    assert declared([weather, plugin, tool({}, "now")]) == (
+    assert declare_tools([weather, plugin, tool({}, "now")]) == (
         "# Tools\n\n## functions\nnamespace functions {\n// Forecast of\n// a town.\n"
         "type weather = (_: {\n  // Where.\n\n  // Any town.\n  // minLength: 2\n  city: string,\n"
         "  // maximum: 7, minimum: 1\n  // Default: 1\n  days?: number,\n"
@@ -94,7 +94,7 @@ def test_definitions_become_interfaces_and_a_tree_names_itself():
         "properties": {"n": {"$ref": "#/$defs/Node"}, "up": {"$ref": "#"}},
         "required": ["n"],
     }
-    assert declared([tool(schema)]) == (
+    assert declare_tools([tool(schema)]) == (
         "# Tools\n\n## functions\nnamespace functions {\n"
         "interface parameters {\n  n: Node,\n  up?: parameters\n}\n"
         "// A node.\ninterface Node {\n  v?: number\n}\ninterface Word string\n"
@@ -117,13 +117,13 @@ def test_definitions_become_interfaces_and_a_tree_names_itself():
     ],
 )
 def test_what_has_no_such_form_is_left_to_json(schema):
-    assert declared([tool({"properties": {"x": schema}})]) is None
+    assert declare_tools([tool({"properties": {"x": schema}})]) is None
 
 
 def test_nothing_is_said_of_nothing():
-    assert declared([]) is None
+    assert declare_tools([]) is None
 
 
 def test_keys_are_put_in_order_at_every_depth():
     mixed = [{"b": 1, "a": [{"d": 1, "c": {"z": 1, "y": 2}}]}]
-    assert repr(in_order(mixed)) == "[{'a': [{'c': {'y': 2, 'z': 1}, 'd': 1}], 'b': 1}]"
+    assert repr(sort_keys(mixed)) == "[{'a': [{'c': {'y': 2, 'z': 1}, 'd': 1}], 'b': 1}]"
