@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written in the background, complete or not there, restored on any mesh.
+"""Checkpoints of a run: written in the background, complete or absent, restored on any mesh.
 
 A step has one part per entry of the state ("params", "opt"), each an OCDBT database of chunked
 arrays, so that weights are read without the optimizer's state, and `meta`, a JSON file. Orbax
@@ -16,10 +16,9 @@ from typing import Any
 import jax
 from etils import epath
 
-from k2jax.checkpoint import integrity, steps
-from k2jax.checkpoint import orbax_io as engine
-from k2jax.checkpoint.tree import Flat, compare, concrete, flatten, inventory, unflatten
-from k2jax.config import ConfigError
+from k2jax.checkpoint import integrity, orbax_io, steps
+from k2jax.checkpoint.tree import Flat, compare, flatten, inventory, place_concretely, unflatten
+from k2jax.config import ConfigError, one_line
 from k2jax.runtime import memory
 from k2jax.runtime.versions import versions
 
@@ -39,8 +38,8 @@ class Checkpoints:
 
         Args:
             folder: of the run; steps live in `<folder>/checkpoints/<step>/`.
-            keep: newest steps to keep. One more is there while the next is being written.
-            keep_every: steps that it divides are kept for ever; 0: none.
+            keep: newest steps to keep, and one more while the next is being written.
+            keep_every: multiples of this step are kept for ever; 0: none.
         """
         self.folder = epath.Path(folder).absolute()
         self.root = self.folder / steps.CHECKPOINTS
@@ -49,54 +48,54 @@ class Checkpoints:
         self._saving: int | None = None
 
     def steps(self) -> list[int]:
-        """Complete steps, oldest first."""
-        return steps.complete(self.root)
+        """Return the complete steps, oldest first."""
+        return steps.list_complete(self.root)
 
     def latest(self) -> int | None:
-        """The newest complete step."""
+        """Return the newest complete step; None: there is none."""
         return max(self.steps(), default=None)
 
     def meta(self, step: int) -> dict[str, Any]:
-        """What was given to `save`, with "step", "format", "versions" and "arrays" added.
+        """Return the `meta` of `save`, with "step", "format", "versions" and "arrays" added.
 
         Raises:
             ConfigError: the step is missing, incomplete or unreadable.
         """
-        return steps.read_meta(self._existing(step))
+        return steps.read_meta(self._existing_step(step))
 
     def check(self, step: int, *parts: str) -> None:
         """Read the files of a step and compare them with what was written, on all processes.
 
         Args:
-            step: one that `latest` or `steps` named.
-            parts: those to look at; none: all. What has no record of its files is not looked at.
+            step: one that `latest` or `steps` returned.
+            parts: those to check; none: all. A step without a record of its files passes.
 
         Raises:
             ConfigError: the step is damaged; names the first file.
         """
-        if why := self._damage(step, parts):
-            raise self._damaged(step, why)
+        if why := self._describe_damage(step, parts):
+            raise self._damage_error(step, why)
 
     def recover(self, say: Callable[[str], None]) -> int | None:
-        """The newest step that is as it was written; None: nothing was saved yet.
+        """Return the newest step that is as it was written; None: nothing was saved yet.
 
         Damaged ones above it are set aside as `<step>.damaged`, so that these steps can be saved
-        again, and `say` is told. Only for who goes on saving here.
+        again, and reported to `say`. Only for a run that resumes in this folder.
 
         Raises:
             ConfigError: every step is damaged; nothing is renamed.
         """
         damaged: dict[int, str] = {}
-        for step in reversed(integrity.steps_of_all(steps.numbered(self.root))):
-            if not (why := self._damage(step)):
+        for step in reversed(integrity.broadcast_steps(steps.list_numbered(self.root))):
+            if not (why := self._describe_damage(step)):
                 break
             damaged[step] = why
         else:
             if damaged:
-                found = "; ".join(f"{step} ({why})" for step, why in damaged.items())
+                each = "; ".join(f"{step} ({why})" for step, why in damaged.items())
                 raise ConfigError(
-                    f"no checkpoint in {self.root} is intact: {found}; move that folder away to"
-                    " begin anew"
+                    f"no checkpoint in {self.root} is intact: {each}; move that folder away to"
+                    " start over"
                 )
             return None
         for number, why in damaged.items():
@@ -104,15 +103,15 @@ class Checkpoints:
                 steps.set_aside(self.root / str(number))
             say(
                 f"checkpoint of step {number} in {self.root} is damaged ({why}); it is kept as"
-                f" {number}{steps.DAMAGED}, and the run goes on from step {step}"
+                f" {number}{steps.DAMAGED}, and the run resumes from step {step}"
             )
         return step
 
-    def _damage(self, step: int, parts: tuple[str, ...] = ()) -> str:
+    def _describe_damage(self, step: int, parts: tuple[str, ...] = ()) -> str:
         path = self.root / str(step)
         try:
-            why = steps.incomplete(path)
-        except OSError as error:  # a stale listing: all processes must still come to agree
+            why = steps.describe_missing(path)
+        except OSError as error:  # a stale listing: all processes must still exchange their result
             why = f"cannot be read ({error.strerror})"
         if not why:
             try:
@@ -121,12 +120,12 @@ class Checkpoints:
                 why = f"{steps.META}/metadata is not JSON"
         if not why:
             share = jax.process_index(), jax.process_count()
-            why = integrity.damage(path, (*parts, steps.META) if parts else (), share)
-        return integrity.agree(why)
+            why = integrity.describe_damage(path, (*parts, steps.META) if parts else (), share)
+        return integrity.first_error_across_processes(why)
 
-    def _damaged(self, step: int, why: str) -> ConfigError:
+    def _damage_error(self, step: int, why: str) -> ConfigError:
         others = [s for s in self.steps() if s < step]
-        older = f"; older complete steps: {_list(others)}" if others else ""
+        older = f"; older complete steps: {_join(others)}" if others else ""
         return ConfigError(f"checkpoint of step {step} in {self.root} is damaged ({why}){older}")
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
@@ -136,13 +135,13 @@ class Checkpoints:
         that is still being written makes XLA copy it.
 
         Args:
-            step: one that is not there yet.
+            step: one that was not saved yet.
             state: pytrees of arrays by name of the part: "params", "opt".
-            meta: JSON-able; whatever is needed to go on.
+            meta: JSON-able; whatever is needed to resume.
 
         Raises:
             ConfigError: this or the previous save failed; one line says why.
-            ValueError: the step is there already.
+            ValueError: the step was saved already.
         """
         self.wait()
         if step in self.steps():
@@ -157,64 +156,65 @@ class Checkpoints:
         }
         self._saving = step
         try:
-            if why := integrity.agree(self._hindered(flat)):
+            if why := integrity.first_error_across_processes(self._why_save_cannot_start(flat)):
                 raise OSError(errno.ENOSPC, why)
-            self._writer.save(self.root / str(step), args=engine.save_args(flat, entry))
+            self._writer.save(self.root / str(step), args=orbax_io.make_save_args(flat, entry))
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._save_error(error) from error
 
-    def _hindered(self, flat: Mapping[str, Flat]) -> str:
-        """Why this process cannot begin to save; empty: it can."""
+    def _why_save_cannot_start(self, flat: Mapping[str, Flat]) -> str:
+        """Return why this process cannot start to save; empty: it can."""
         try:
             self._open(tuple(flat))
-            return _no_room(self.root, flat)
+            return _describe_lack_of_room(self.root, flat)
         except OSError as error:
-            return engine.cause(error)
+            return orbax_io.explain_failure(error)
 
     def has(self, step: int) -> bool:
-        """Whether a step is complete, as process 0 sees it; all processes must ask."""
-        return step in integrity.steps_of_all(self.steps())
+        """Return whether a step is complete for process 0; all processes must call this."""
+        return step in integrity.broadcast_steps(self.steps())
 
     def _open(self, parts: tuple[str, ...]) -> None:
         if self._writer is None:
             self.root.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 steps.sweep(self.root)
-            self._writer = engine.writer(parts)
+            self._writer = orbax_io.make_writer(parts)
 
     def wait(self) -> None:
         """Finish the save in progress, then delete old steps and what a failed save left late.
 
         Raises:
-            ConfigError: it failed, and older checkpoints are as they were; or it did not, and these
-                cannot be deleted.
+            ConfigError: it failed, and older checkpoints are untouched; or it succeeded, and old
+                ones cannot be deleted.
         """
         if self._saving is None:
             return
         try:
             self._writer.wait_until_finished()
         except Exception as error:
-            raise self._failed(error) from error
+            raise self._save_error(error) from error
         self._saving = None
         memory.trim_malloc()
         if jax.process_index() == 0:
             try:
                 steps.prune(self.root, self.keep, self.keep_every)
             except OSError as error:
+                why = orbax_io.explain_failure(error)
                 raise ConfigError(
-                    f"old checkpoints in {self.root} cannot be deleted: {engine.cause(error)}"
+                    f"old checkpoints in {self.root} cannot be deleted: {why}"
                 ) from error
             with contextlib.suppress(OSError):  # still being written to; the next save tries again
                 steps.sweep(self.root)
 
     def drop_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps: the run goes another way from `step` on."""
+        """Delete the checkpoints of later steps: the run takes another path from `step` on."""
         self.wait()
         if jax.process_index() == 0:
             steps.drop_after(self.root, step)
 
     def close(self) -> None:
-        """`wait`, and free what saving held."""
+        """Wait for the save in progress, and free what saving holds."""
         try:
             self.wait()
         finally:
@@ -234,7 +234,7 @@ class Checkpoints:
         self.close()
 
     def restore(self, step: int, abstract_state: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of a step, bit for bit, laid out as the abstract arrays say.
+        """Return the state of a step, bit for bit, with the shardings of the abstract arrays.
 
         Args:
             step: a complete one.
@@ -247,7 +247,7 @@ class Checkpoints:
         return {part: self._restore(step, part, tree) for part, tree in abstract_state.items()}
 
     def restore_params(self, step: int, abstract_params: Flat) -> Flat:
-        """The weights alone, cast to the abstract arrays' dtypes.
+        """Return the weights alone, cast to the abstract arrays' dtypes.
 
         Raises:
             ConfigError: as `restore`.
@@ -255,38 +255,38 @@ class Checkpoints:
         return self._restore(step, "params", abstract_params, exact=False)
 
     def _restore(self, step: int, part: str, tree: Any, exact: bool = True) -> Any:
-        path = self._existing(step)
-        wanted = {name: concrete(leaf) for name, leaf in flatten(tree).items()}
+        path = self._existing_step(step)
+        wanted = {name: place_concretely(leaf) for name, leaf in flatten(tree).items()}
         saved = steps.read_meta(path)["arrays"].get(part, {})
         compare(f"checkpoint {path}", part, saved, wanted, exact)
         try:
-            flat = engine.restore(path / part, wanted)
+            flat = orbax_io.restore(path / part, wanted)
         except Exception as error:
-            raise self._damaged(step, engine.line(error)) from error
+            raise self._damage_error(step, one_line(error, typed=True)) from error
         return unflatten(tree, flat)
 
-    def _existing(self, step: int) -> epath.Path:
+    def _existing_step(self, step: int) -> epath.Path:
         path = self.root / str(step)
         if not steps.is_step(path):
-            there = self.steps()
-            found = f"complete steps: {_list(there)}" if there else "there is none"
-            raise ConfigError(f"no checkpoint of step {step} in {self.root}; {found}")
+            complete = self.steps()
+            known = f"complete steps: {_join(complete)}" if complete else "there is none"
+            raise ConfigError(f"no checkpoint of step {step} in {self.root}; {known}")
         return path
 
-    def _failed(self, error: Exception) -> ConfigError:
-        """The one line for a failed save; frees the disk it took."""
+    def _save_error(self, error: Exception) -> ConfigError:
+        """Return the error of a failed save; frees the disk space it took."""
         step, self._saving, self._writer = self._saving, None, None
         _sweep_after_failure(self.root)
         latest = self.latest()
         safe = f"step {latest} is complete there" if latest is not None else "none is there yet"
+        why = orbax_io.explain_failure(error)
         return ConfigError(
-            f"checkpoint of step {step} could not be written to {self.root}: {engine.cause(error)};"
-            f" {safe}"
+            f"checkpoint of step {step} could not be written to {self.root}: {why}; {safe}"
         )
 
 
-def _no_room(root: epath.Path, flat: Mapping[str, Flat]) -> str:
-    """Why a save cannot fit, before anything is written; empty: it can."""
+def _describe_lack_of_room(root: epath.Path, flat: Mapping[str, Flat]) -> str:
+    """Return why a save does not fit, before anything is written; empty: it fits."""
     if str(root).startswith("gs://"):
         return ""
     size = sum(leaf.nbytes for leaves in flat.values() for leaf in leaves.values())
@@ -296,7 +296,7 @@ def _no_room(root: epath.Path, flat: Mapping[str, Flat]) -> str:
 
 
 def _sweep_after_failure(root: epath.Path) -> None:
-    """Free what a failed save took, while its other threads may still be writing there."""
+    """Free what a failed save took, while its other threads may still be writing."""
     end = time.monotonic() + PATIENCE
     while jax.process_index() == 0 and time.monotonic() < end:
         try:
@@ -306,5 +306,5 @@ def _sweep_after_failure(root: epath.Path) -> None:
             time.sleep(0.1)
 
 
-def _list(numbers: list[int]) -> str:
+def _join(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))

@@ -1,8 +1,8 @@
-"""What the bytes of a checkpoint were: size and CRC-32 of every file, recorded before it appears.
+"""Size and CRC-32 of every file of a checkpoint, recorded before its folder appears.
 
-The storage has checksums for its indices, none for numbers: a flipped bit of a weight would be
-restored as another weight. Each process sums up the files it wrote while the save is still in the
-background, and the first one everything else; all end in one `files.json`.
+The storage format has checksums for its indices, none for numbers: a flipped bit of a weight would
+be restored as another weight. Each process sums up the files it wrote while the save is still in
+the background, and process 0 all others; the sums end in one `files.json`.
 """
 
 import errno
@@ -23,13 +23,13 @@ OWN = "files.{}.json"
 BLOCK = 2**24
 READERS = 4
 LINE = 200  # bytes of a message from one process to the others
-NEWEST = 64  # steps that a process tells the others of
+NEWEST = 64  # steps that process 0 sends to the others
 
 # Bytes and CRC-32 by the name of the file.
 Sums = dict[str, list[int]]
 
 
-def guard(handler: Any) -> None:
+def record_files(handler: Any) -> None:
     """Make a composite handler of orbax record what it wrote, before the step's folder appears."""
     start, finish = handler.async_save, handler.finalize
 
@@ -54,17 +54,17 @@ class _Own:
         for write in self.writes:
             write.result(timeout=timeout)
         number = jax.process_index()
-        mine = f"ocdbt.process_{number}"
+        own = f"ocdbt.process_{number}"
         sums = {
             name: sums
             for folder in self.directory.iterdir()
-            if folder.is_dir() and (folder / mine).is_dir()
-            for name, sums in _sums(folder / mine, f"{_part(folder)}/{mine}/").items()
+            if folder.is_dir() and (folder / own).is_dir()
+            for name, sums in _sum_files(folder / own, f"{_part(folder)}/{own}/").items()
         }
         (self.directory / OWN.format(number)).write_text(json.dumps(sums))
 
     def cancel(self) -> None:
-        """There is nothing to stop; orbax asks all futures."""
+        """Do nothing: orbax cancels all futures, and this one holds no work."""
 
 
 def _part(folder: epath.Path) -> str:
@@ -80,22 +80,22 @@ def _record(directory: epath.Path) -> None:
             own.unlink()
     for folder in directory.iterdir():
         if folder.is_dir():
-            known |= _sums(folder, f"{_part(folder)}/", known)
+            known |= _sum_files(folder, f"{_part(folder)}/", known)
     (directory / RECORD).write_text(json.dumps(known, indent=0))
 
 
-def _sums(folder: epath.Path, prefix: str, known: Iterable[str] = ()) -> Sums:
-    """Of all files below, by `prefix` and the path from `folder`, without those known."""
-    found: Sums = {}
+def _sum_files(folder: epath.Path, prefix: str, known: Iterable[str] = ()) -> Sums:
+    """Return the sums of all files below a folder, by `prefix` and path, without those known."""
+    sums: Sums = {}
     for path in folder.iterdir():
         if path.is_dir():
-            found |= _sums(path, f"{prefix}{path.name}/", known)
+            sums |= _sum_files(path, f"{prefix}{path.name}/", known)
         elif prefix + path.name not in known:
-            found[prefix + path.name] = _sum(path)
-    return found
+            sums[prefix + path.name] = _sum_file(path)
+    return sums
 
 
-def _sum(path: epath.Path) -> list[int]:
+def _sum_file(path: epath.Path) -> list[int]:
     size = checksum = 0
     with path.open("rb") as file:
         while block := file.read(BLOCK):
@@ -103,8 +103,10 @@ def _sum(path: epath.Path) -> list[int]:
     return [size, checksum]
 
 
-def damage(path: epath.Path, parts: Iterable[str] = (), share: tuple[int, int] = (0, 1)) -> str:
-    """What is wrong with the files of a step; empty: nothing, or there is no record of them.
+def describe_damage(
+    path: epath.Path, parts: Iterable[str] = (), share: tuple[int, int] = (0, 1)
+) -> str:
+    """Return what is wrong with the files of a step; empty: nothing, or they have no record.
 
     Args:
         path: the step's folder.
@@ -122,16 +124,16 @@ def damage(path: epath.Path, parts: Iterable[str] = (), share: tuple[int, int] =
     names = [name for name in wanted if not parts or name.split("/")[0] in parts]
     names = names[share[0] :: share[1]]
     with ThreadPoolExecutor(READERS) as pool:
-        looks = pool.map(lambda name: _look(path / name, *wanted[name]), names)
+        looks = pool.map(lambda name: _check_file(path / name, *wanted[name]), names)
         return next((f"{name} {why}" for name, why in zip(names, looks, strict=True) if why), "")
 
 
-def _look(path: epath.Path, size: int, checksum: int) -> str:
+def _check_file(path: epath.Path, size: int, checksum: int) -> str:
     try:
-        found = path.stat().length
-        if found != size:
-            return f"has {found:,} bytes, not {size:,}"
-        return "" if _sum(path) == [size, checksum] else "has other bytes than were written"
+        actual = path.stat().length
+        if actual != size:
+            return f"has {actual:,} bytes, not {size:,}"
+        return "" if _sum_file(path) == [size, checksum] else "has other bytes than were written"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -140,25 +142,25 @@ def _look(path: epath.Path, size: int, checksum: int) -> str:
         raise
 
 
-def steps_of_all(found: list[int]) -> list[int]:
-    """What process 0 lists, told to all: listings of network folders may be old."""
+def broadcast_steps(listed: list[int]) -> list[int]:
+    """Return to all processes what process 0 lists: listings of network folders may be stale."""
     if jax.process_count() == 1:
-        return found
+        return listed
     from jax.experimental import multihost_utils
 
     newest = np.full(NEWEST, -1, np.int32)
-    newest[: len(found[-NEWEST:])] = found[-NEWEST:]
-    told = np.asarray(multihost_utils.broadcast_one_to_all(newest))
-    return [int(step) for step in told if step >= 0]
+    newest[: len(listed[-NEWEST:])] = listed[-NEWEST:]
+    received = np.asarray(multihost_utils.broadcast_one_to_all(newest))
+    return [int(step) for step in received if step >= 0]
 
 
-def agree(text: str) -> str:
-    """What some process has to say, told to all; the first of several."""
+def first_error_across_processes(text: str) -> str:
+    """Return to all processes the first text that is not empty, in the order of processes."""
     if jax.process_count() == 1:
         return text
     from jax.experimental import multihost_utils
 
-    mine = np.frombuffer(text.encode()[:LINE].ljust(LINE, b"\0"), np.uint8)
-    told = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, LINE)
-    found = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in told]
-    return next(filter(None, found), "")
+    own = np.frombuffer(text.encode()[:LINE].ljust(LINE, b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(own)).reshape(-1, LINE)
+    texts = [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
+    return next(filter(None, texts), "")

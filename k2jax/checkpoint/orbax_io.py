@@ -13,6 +13,7 @@ from etils import epath
 from k2jax.checkpoint import integrity
 from k2jax.checkpoint.steps import META
 from k2jax.checkpoint.tree import CHUNK_BYTES, Flat, split_axes
+from k2jax.config import one_line
 
 # What a full disk, quota or file-size limit looks like, also inside TensorStore's messages.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,55 +24,55 @@ _tamed = False
 
 def preload_orbax() -> threading.Thread:
     """Import orbax in the background (half a second), so that the first save need not."""
-    thread = threading.Thread(target=orbax, name="import orbax", daemon=True)
+    thread = threading.Thread(target=import_orbax, name="import orbax", daemon=True)
     thread.start()
     return thread
 
 
-def orbax() -> Any:
-    """The package, told once to be quiet."""
+def import_orbax() -> Any:
+    """Import orbax; the first time, silence what it logs and also raises."""
     global _tamed  # noqa: PLW0603
     import orbax.checkpoint as ocp
 
     if not _tamed:
         _tamed = True
         # A failure is logged with its traceback by each thread, and raised: once is enough.
-        logging.getLogger("absl").addFilter(_untold)
-        logging.getLogger("asyncio").addFilter(_awaited)
-        _hush()
+        logging.getLogger("absl").addFilter(_drop_orbax_traceback)
+        logging.getLogger("asyncio").addFilter(_drop_unretrieved_exception)
+        _silence_late_writes()
     return ocp
 
 
-def _untold(record: logging.LogRecord) -> bool:
+def _drop_orbax_traceback(record: logging.LogRecord) -> bool:
     return not record.exc_info or "orbax" not in record.pathname
 
 
-def _awaited(record: logging.LogRecord) -> bool:
+def _drop_unretrieved_exception(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
-def _hush() -> None:
-    """Let writes that end after a failed save end in silence: nobody waits for them any more."""
+def _silence_late_writes() -> None:
+    """Let writes that end after a failed save end in silence: nobody waits for them."""
     before = sys.unraisablehook
 
-    def hook(found: Any) -> None:
-        late = isinstance(found.exc_value, RuntimeError)
-        if not (late and str(found.exc_value) == "Event loop is closed"):
-            before(found)
+    def hook(raised: Any) -> None:
+        late = isinstance(raised.exc_value, RuntimeError)
+        if not (late and str(raised.exc_value) == "Event loop is closed"):
+            before(raised)
 
     sys.unraisablehook = hook
 
 
-def writer(parts: tuple[str, ...]) -> Any:
-    """Saves steps with these parts in the background, one after the other."""
-    ocp = orbax()
-    items = {part: _handler(ocp) for part in parts}
+def make_writer(parts: tuple[str, ...]) -> Any:
+    """Return orbax's checkpointer that saves these parts in the background, step after step."""
+    ocp = import_orbax()
+    items = {part: _make_handler(ocp) for part in parts}
     handler = ocp.CompositeCheckpointHandler(**items, **{META: ocp.JsonCheckpointHandler()})
-    integrity.guard(handler)
+    integrity.record_files(handler)
     return ocp.AsyncCheckpointer(handler)
 
 
-def _handler(ocp: Any) -> Any:
+def _make_handler(ocp: Any) -> Any:
     # In one process, sharing out replicated arrays only costs compiled slices: seconds at the
     # first save. Trained float32 weights hardly compress, and the CPU has other work.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
@@ -82,9 +83,9 @@ def _handler(ocp: Any) -> Any:
     )
 
 
-def save_args(flat: Mapping[str, Flat], meta: Mapping[str, Any]) -> Any:
-    """What `writer(...).save` takes; chunks follow `split_axes`."""
-    ocp = orbax()
+def make_save_args(flat: Mapping[str, Flat], meta: Mapping[str, Any]) -> Any:
+    """Return the arguments of `make_writer(...).save`; chunks follow `split_axes`."""
+    ocp = import_orbax()
 
     def chunks(leaf: jax.Array) -> Any:
         axes = split_axes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize)
@@ -98,15 +99,15 @@ def save_args(flat: Mapping[str, Flat], meta: Mapping[str, Any]) -> Any:
 
 
 def restore(path: epath.Path, wanted: Flat) -> Flat:
-    """The arrays of one part, with the layouts and dtypes of `wanted`."""
-    ocp = orbax()
+    """Return the arrays of one part, with the layouts and dtypes of `wanted`."""
+    ocp = import_orbax()
     how = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=how)
-    return _handler(ocp).restore(path, args=args)
+    return _make_handler(ocp).restore(path, args=args)
 
 
-def cause(error: BaseException) -> str:
-    """Why a save failed, on one line; a full disk is recognised in any wrapping."""
+def explain_failure(error: BaseException) -> str:
+    """Return why a save failed, on one line; a full disk is recognised in any wrapping."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -118,10 +119,4 @@ def cause(error: BaseException) -> str:
         for text in FULL_TEXT:
             if text in str(link):
                 return f"the disk is full ({text})"
-    return line(error)
-
-
-def line(error: BaseException) -> str:
-    """The start of an error's message, on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+    return one_line(error, typed=True)

@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: which steps are complete, what to throw away.
+"""The folders of a run's checkpoints: which steps are complete, what to delete.
 
 `<folder>/checkpoints/<step>/` appears by one rename, after all its bytes are written: a folder
 with a plain number and a commit mark is complete. A save that was killed leaves a name with
@@ -22,8 +22,8 @@ DELETED = ".deleted"
 DAMAGED = ".damaged"
 
 
-def complete(root: epath.Path) -> list[int]:
-    """Steps that can be restored, oldest first.
+def list_complete(root: epath.Path) -> list[int]:
+    """Return the steps that can be restored, oldest first.
 
     Args:
         root: the `checkpoints` folder; it may be missing.
@@ -34,47 +34,48 @@ def complete(root: epath.Path) -> list[int]:
 
 
 def is_step(path: epath.Path) -> bool:
-    """Whether `path` holds one complete checkpoint."""
+    """Return whether `path` holds one complete checkpoint."""
     return (path / COMMITTED).exists() and (path / META / "metadata").exists()
 
 
-def incomplete(path: epath.Path) -> str:
-    """What a step's folder lacks; empty: nothing."""
+def describe_missing(path: epath.Path) -> str:
+    """Return what a step's folder lacks; empty: nothing."""
     if not any(path.iterdir()):
         return "the folder is empty"
     needed = (COMMITTED, f"{META}/metadata")
     return next((f"{name} is missing" for name in needed if not (path / name).exists()), "")
 
 
-def numbered(root: epath.Path) -> list[int]:
-    """Steps that were complete once, oldest first: killed saves leave none such, except in gs://.
+def list_numbered(root: epath.Path) -> list[int]:
+    """Return the steps that were complete once, oldest first.
 
-    Without an atomic rename a folder there has its last name from the beginning.
+    A save that was killed leaves no such folder, except in gs://: without an atomic rename a folder
+    has its final name from the start.
     """
-    if _unrenamed(root):
-        return complete(root)
+    if _lacks_rename(root):
+        return list_complete(root)
     return (
         sorted(int(p.name) for p in root.iterdir() if p.name.isdecimal()) if root.is_dir() else []
     )
 
 
-def _unrenamed(root: epath.Path) -> bool:
+def _lacks_rename(root: epath.Path) -> bool:
     return str(root).startswith("gs://")
 
 
 def sweep(root: epath.Path) -> None:
-    """Delete what killed saves and deletions left. Only for the process that saves here."""
+    """Delete what killed saves and deletions left; call it only in the process that saves."""
     if not root.is_dir():
         return
     for path in root.iterdir():
         if TEMPORARY in path.name or path.name.endswith(DELETED):
             path.rmtree(missing_ok=True)
         elif path.name.isdecimal() and not is_step(path):
-            _delete(path) if _unrenamed(root) else set_aside(path)
+            _delete(path) if _lacks_rename(root) else set_aside(path)
 
 
 def set_aside(path: epath.Path) -> str:
-    """Rename a damaged step, so that the number is free again; its new name."""
+    """Rename a damaged step, so that its number is free again, and return the new name."""
     name = path.name + DAMAGED
     while (path.parent / name).exists():
         name += "+"
@@ -84,14 +85,14 @@ def set_aside(path: epath.Path) -> str:
 
 def prune(root: epath.Path, keep: int, keep_every: int = 0) -> None:
     """Delete all but the `keep` newest complete steps and the multiples of `keep_every`."""
-    for step in complete(root)[:-keep]:
+    for step in list_complete(root)[:-keep]:
         if not keep_every or step % keep_every:
             _delete(root / str(step))
 
 
 def drop_after(root: epath.Path, step: int) -> None:
     """Delete the complete steps after `step`, newest first."""
-    for later in reversed([done for done in complete(root) if done > step]):
+    for later in reversed([done for done in list_complete(root) if done > step]):
         _delete(root / str(later))
 
 
@@ -102,7 +103,7 @@ def _delete(path: epath.Path) -> None:
 
 
 def read_meta(path: epath.Path) -> dict[str, Any]:
-    """What was saved beside the arrays of the step at `path`.
+    """Return what was saved with the arrays of the step at `path`.
 
     Raises:
         ConfigError: it is not a complete checkpoint, or its description is not JSON.

@@ -1,4 +1,4 @@
-"""A state as a flat dict of named arrays, compared with what a checkpoint holds."""
+"""A state as a flat dict of named arrays, and its comparison with a checkpoint."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import jax
 from k2jax.config import ConfigError
 
 Flat = dict[str, Any]
-# name: [shape, dtype], as written beside the arrays
+# name: [shape, dtype], as written with the arrays
 Inventory = Mapping[str, tuple[list[int], str]]
 
 # A chunk is the smallest thing that restore reads. 64 MiB holds one K2 expert matrix in float32.
@@ -19,7 +19,7 @@ SLICE_BYTES = 2**20
 
 
 def flatten(tree: Any) -> Flat:
-    """Leaves by dotted path: a dict's keys, a NamedTuple's fields, a tuple's positions."""
+    """Return leaves by dotted path: a dict's keys, a NamedTuple's fields, a tuple's positions."""
     paths, _ = jax.tree.flatten_with_path(tree)
     flat = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in paths}
     assert len(flat) == len(paths), "two leaves of a state have one name"
@@ -27,12 +27,12 @@ def flatten(tree: Any) -> Flat:
 
 
 def unflatten(tree: Any, flat: Flat) -> Any:
-    """`tree` with its leaves replaced by those of `flat`, which has the names of `flatten`."""
+    """Return `tree` with its leaves replaced by those of `flat`, by the names of `flatten`."""
     return jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in flatten(tree)])
 
 
 def inventory(flat: Flat) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype of every leaf, for JSON."""
+    """Return shape and dtype of every leaf, for JSON."""
     return {name: (list(leaf.shape), str(leaf.dtype)) for name, leaf in flat.items()}
 
 
@@ -74,7 +74,7 @@ def _text(shape: Any) -> str:
 
 
 def split_axes(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Leading axes along which a device's part is stored one by one: layers, then experts.
+    """Return the leading axes whose slices are stored separately: layers, then experts.
 
     Orbax alone would cut the longest dims first, through every layer and expert. An axis is split
     while a chunk is larger than CHUNK_BYTES and the slices are not smaller than SLICE_BYTES.
@@ -89,8 +89,8 @@ def split_axes(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The abstract array with a layout on real devices; without one, whole on the first device."""
+def place_concretely(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Return the abstract array with a sharding on real devices; without one, on the first."""
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -4,7 +4,7 @@ import argparse
 import os
 from typing import Any, NamedTuple
 
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, one_line
 
 ARRIVAL = 300.0  # seconds that processes may come after each other
 
@@ -76,9 +76,8 @@ def _detect() -> Place | None:
             None, None, None, None, None, int(ARRIVAL)
         )
     except Exception as error:
-        text = " ".join(str(error).split())
         raise ConfigError(
-            f"this cluster does not say which process this is ({type(error).__name__}: {text});"
+            f"this cluster does not say which process this is ({one_line(error, typed=True)});"
             f" give {BY_HAND}, or --processes 1 for one alone"
         ) from error
     coordinator, processes, process, devices = found

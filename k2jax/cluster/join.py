@@ -13,7 +13,7 @@ from k2jax.cluster import preflight
 from k2jax.cluster.detect import Place
 from k2jax.cluster.group import Group
 from k2jax.cluster.rendezvous import EXIT_RETRY, Lost
-from k2jax.config import ConfigError, RunConfig
+from k2jax.config import ConfigError, RunConfig, one_line
 
 
 @contextlib.contextmanager
@@ -110,5 +110,4 @@ def _said(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return error.code, f"exit code {error.code}"
-    text = " ".join(str(error).split())[:300]
-    return 1, f"{type(error).__name__}: {text}"
+    return 1, one_line(error, typed=True)

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+LENGTH = 300  # characters of another package's message
+
 
 class ConfigError(ValueError):
     """A run was described in a way that cannot work; the message says what to change."""
@@ -15,7 +17,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """Return an error's message on one line of at most `limit` characters; without one its type."""
-    text = " ".join(str(error).split())
-    return text[:limit] if text else type(error).__name__
+def one_line(error: BaseException, typed: bool = False) -> str:
+    """Return the start of an error's message on one line.
+
+    Args:
+        error: any exception; without a message its type is returned.
+        typed: put the type in front, for errors of other packages that say little without it.
+    """
+    text, name = " ".join(str(error).split())[:LENGTH], type(error).__name__
+    if not text:
+        return name
+    return f"{name}: {text}" if typed else text

@@ -44,9 +44,10 @@ def convert(
             plan = make_plan(folder, target, Options(**options), bucket)
             return run(plan, say or (lambda line: None), began)
     except OSError as error:
-        from k2jax.checkpoint.orbax_io import cause
+        from k2jax.checkpoint.orbax_io import explain_failure
 
+        why = explain_failure(error)
         raise ConfigError(
-            f"converting {source} to {target} stopped: {cause(error)}; once that is mended, the"
-            " same command goes on"
+            f"converting {source} to {target} stopped: {why}; once that is mended, the same command"
+            " goes on"
         ) from error

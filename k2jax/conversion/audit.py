@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from k2jax.checkpoint import steps
-from k2jax.checkpoint.orbax_io import line
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, one_line
 from k2jax.conversion.prepare import COPIES, GB, Plan
 from k2jax.conversion.threads import Budget, Progress, each
 from k2jax.conversion.write import STEP, THREADS, metadata, pieces
@@ -74,7 +73,7 @@ def _check_meta(plan: Plan, path: Path) -> dict[str, Any]:
         ours = json.loads(json.dumps(metadata(plan)))
         same = {**meta, "versions": {}} == {**ours, "versions": {}}
     except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged: {line(error)}") from None
+        raise ConfigError(f"{path} is damaged: {one_line(error, typed=True)}") from None
     if not same:
         raise ConfigError(f"{path} is not what the source gives")
     return meta

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, NamedTuple
 
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, one_line
 
 TEXT = (".txt", ".text", ".md", ".rst", ".py")
 PACKED = (".gz", ".zst")
@@ -107,17 +107,12 @@ def _explained(file: Path) -> Iterator[None]:
     except ConfigError:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{file} is damaged or cut short: {first_line(error)}") from None
+        raise ConfigError(f"{file} is damaged or cut short: {one_line(error)}") from None
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         if getattr(error, "filename", None):
             raise  # the system's: no such file, no permission
         noun = _NOUNS.get(kind(file), f"readable {file.suffix}")
-        raise ConfigError(f"{file} is no {noun} file, or damaged: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{file} is no {noun} file, or damaged: {one_line(error)}") from None
 
 
 def _unpacked(file: Path) -> IO[bytes]:
@@ -159,7 +154,7 @@ def _read_jsonl(file: Path, field: str, share: Share) -> Records:
         try:
             record = json.loads(line.decode("utf-8", errors="replace"))
         except (ValueError, RecursionError) as error:
-            said = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+            said = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
             raise ConfigError(f"{where} is not JSON: {said}") from None
         yield number, _value(record, field, where)
 

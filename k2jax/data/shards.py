@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from k2jax.config import ConfigError
-from k2jax.data.readers import first_line, module
+from k2jax.config import ConfigError, one_line
+from k2jax.data.readers import module
 from k2jax.data.store import Store
 from k2jax.data.stream import ID, PADDING, UNSCORED
 
@@ -120,7 +120,7 @@ class Shards:
             try:
                 lengths = np.load(file, allow_pickle=False)
             except (OSError, ValueError, EOFError) as error:
-                raise ConfigError(f"{file} is missing or damaged: {first_line(error)}") from None
+                raise ConfigError(f"{file} is missing or damaged: {one_line(error)}") from None
             if lengths.sum(dtype=np.int64) != tokens:
                 raise ConfigError(f"{file} does not add up to the {tokens} tokens of {path.name}")
             found.append(lengths.astype(np.int64))
@@ -184,7 +184,7 @@ class Shards:
             self._readers.move_to_end(shard)
             return self._readers[shard].read(records)
         except (OSError, RuntimeError, ValueError, IndexError) as error:
-            raise ConfigError(f"{self.paths[shard]} is damaged: {first_line(error)}") from None
+            raise ConfigError(f"{self.paths[shard]} is damaged: {one_line(error)}") from None
 
 
 def lengths_of(path: Path) -> Path:

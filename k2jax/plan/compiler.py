@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from k2jax.config import ConfigError, RunConfig
+from k2jax.config import ConfigError, RunConfig, one_line
 from k2jax.plan.hlo import Account, account
 from k2jax.plan.targets import Target
 from k2jax.runtime import memory
@@ -177,7 +177,7 @@ def _tpus(target: Target) -> list[Any]:
     try:
         found = topologies.get_topology_desc(name, platform="tpu", **options)
     except Exception as error:  # libtpu is missing, or refuses the shape in its own words
-        text = str(error).splitlines()[0]
+        text = one_line(error)
         if "not installed" in text:
             raise ConfigError(MISSING.format("TPUs", "libtpu")) from None
         raise ConfigError(f"libtpu has no topology {name!r}: {text}") from None

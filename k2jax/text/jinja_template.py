@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, one_line
 from k2jax.text import hf_tokenizer as hf
 from k2jax.text import typescript
 from k2jax.text.interface import Part
@@ -53,7 +53,9 @@ class FolderTemplate:
         try:
             self._compiled = {kind: environment.from_string(s) for kind, s in sources.items()}
         except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
-            raise ConfigError(f"{name} is no template that jinja2 reads: {_line(error)}") from None
+            raise ConfigError(
+                f"{name} is no template that jinja2 reads: {one_line(error)}"
+            ) from None
 
     @classmethod
     def load(
@@ -155,7 +157,7 @@ class FolderTemplate:
             return str(self._compiled[kind].render(**variables))
         except Exception as error:  # whatever a foreign template raises is its answer
             raise ConfigError(
-                f"{self._name} cannot say this conversation: {_line(error)}"
+                f"{self._name} cannot say this conversation: {one_line(error)}"
             ) from None
 
 
@@ -229,8 +231,3 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-def _line(error: Exception) -> str:
-    """An error in one line."""
-    return " ".join(f"{error or type(error).__name__}".split())

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from k2jax.config import ConfigError, RunConfig
+from k2jax.config import ConfigError, RunConfig, one_line
 from k2jax.params.arrays import Params
 from k2jax.params.counts import count_flops
 from k2jax.runtime.hardware import peak_of
@@ -181,8 +181,7 @@ def profiler(run: RunConfig, out: Path, events: Events) -> Iterator[Any]:
             try:
                 jax.profiler.start_trace(out / PROFILE)
             except Exception as error:
-                line = str(error).splitlines()[0]
-                raise ConfigError(f"train.profile cannot start: {line}") from error
+                raise ConfigError(f"train.profile cannot start: {one_line(error)}") from error
         if step in window:
             taken.append(step)
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from k2jax.checkpoint.orbax_io import line
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, one_line
 from k2jax.params.spec import ParamSpec
 from k2jax.weights import quant
 from k2jax.weights.converted_write import LEAVES, key
@@ -122,7 +121,7 @@ def _open(params: Path, leaf: str) -> Any:
     try:
         return ts.open(spec, open=True, read=True, context=_context()).result()
     except Exception as error:
-        raise ConfigError(f"{params / leaf} is damaged: {line(error)}") from None
+        raise ConfigError(f"{params / leaf} is damaged: {one_line(error, typed=True)}") from None
 
 
 def _context() -> Any:

@@ -20,9 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from k2jax.checkpoint.orbax_io import line
 from k2jax.checkpoint.tree import CHUNK_BYTES
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, one_line
 from k2jax.params.spec import ParamSpec
 from k2jax.sharding import storage_spec
 from k2jax.weights import quant
@@ -259,7 +258,7 @@ def check_files(params: Path, names: Iterable[str]) -> None:
             grid = [range(n // c) for n, c in zip(shape, chunk, strict=True)]
             found = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-            raise ConfigError(f"{folder} is damaged: {line(error)}") from None
+            raise ConfigError(f"{folder} is damaged: {one_line(error, typed=True)}") from None
         for at in itertools.product(*grid):
             if (there := found.get(key(at))) != size:
                 state = "is missing" if there is None else f"has {there} bytes"

@@ -7,8 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from k2jax.checkpoint.orbax_io import line
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, one_line
 from k2jax.weights.safetensors import Data, Reader, near, once
 
 INDEX = "model.safetensors.index.json"
@@ -157,7 +156,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         files = json.loads(index.read_text(), object_pairs_hook=once)["weight_map"]
     except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{index} is not a readable index of tensors: {line(error)}") from None
+        raise ConfigError(
+            f"{index} is not a readable index of tensors: {one_line(error, typed=True)}"
+        ) from None
     plain = isinstance(files, dict) and all(
         isinstance(file, str) and Path(file).name == file and file.isprintable()
         for file in files.values()

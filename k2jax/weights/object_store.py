@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, one_line
 from k2jax.weights.hf_folder import INDEX, SINGLE
 from k2jax.weights.safetensors import Reader
 
@@ -117,10 +117,10 @@ class Bucket:
         try:
             return question().result()
         except Exception as error:  # tensorstore tells kinds by words only
-            text = " ".join(str(error).split())
+            text = one_line(error)
             if "OUT_OF_RANGE" in text:
                 raise _Beyond from None
-            raise ConfigError(f"cannot read {where}: {text[:300]}") from None
+            raise ConfigError(f"cannot read {where}: {text}") from None
 
 
 class _Beyond(Exception):

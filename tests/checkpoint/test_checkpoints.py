@@ -14,8 +14,7 @@ import optax
 import pytest
 import tensorstore
 
-from k2jax.checkpoint import Checkpoints, tree
-from k2jax.checkpoint import orbax_io as engine
+from k2jax.checkpoint import Checkpoints, orbax_io, tree
 from k2jax.checkpoint.tree import CHUNK_BYTES, flatten, split_axes, unflatten
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
 
@@ -340,7 +339,7 @@ def test_chunks_of_a_stack_are_single_layers_and_experts():
 
 
 def test_a_stored_expert_leaf_is_chunked_by_matrix(tmp_path, monkeypatch):
-    for module in (engine, tree):
+    for module in (orbax_io, tree):
         monkeypatch.setattr(module, "CHUNK_BYTES", 2**20)
     leaf = jnp.zeros((2, 3, 512, 512), "float32")  # 1 MiB a matrix
     with Checkpoints(tmp_path, 1) as checkpoints:

@@ -87,7 +87,7 @@ def test_a_damaged_newest_step_is_set_aside_in_one_line(name, folder):
     assert checkpoints.recover(lines.append) == 4
     says = (
         rf"checkpoint of step 8 in {folder}/checkpoints is damaged \({why}\); it is kept as"
-        r" 8\.damaged, and the run goes on from step 4"
+        r" 8\.damaged, and the run resumes from step 4"
     )
     assert len(lines) == 1
     assert re.fullmatch(says, lines[0]), lines[0]
@@ -145,7 +145,7 @@ def test_the_record_names_every_file_of_every_part(folder):
 def test_processes_share_the_files_and_miss_none(folder):
     step = epath.Path(folder / "checkpoints/8")
     flip(folder / "checkpoints/8")
-    found = [integrity.damage(step, share=(i, 3)) for i in range(3)]
+    found = [integrity.describe_damage(step, share=(i, 3)) for i in range(3)]
     assert sorted(map(bool, found)) == [False, False, True]
 
 

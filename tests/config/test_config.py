@@ -213,7 +213,8 @@ def test_a_value_that_is_not_a_number_is_out_of_bounds():
 
 def test_an_error_of_many_lines_becomes_one():
     assert one_line(ValueError("a\n  b\n")) == "a b"
-    assert one_line(ValueError()) == "ValueError"
+    assert one_line(ValueError("a"), typed=True) == "ValueError: a"
+    assert one_line(ValueError()) == one_line(ValueError(), typed=True) == "ValueError"
     assert len(one_line(ValueError("x" * 999))) == 300
 
 

@@ -309,7 +309,7 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_nothing_else(run, whole
     damage(out / "checkpoints/6/params")
     train(run, out, say=lines.append)
     assert lines[0].startswith(f"checkpoint of step 6 in {out}/checkpoints is damaged (params/")
-    assert lines[0].endswith("; it is kept as 6.damaged, and the run goes on from step 3")
+    assert lines[0].endswith("; it is kept as 6.damaged, and the run resumes from step 3")
     assert Checkpoints(out).steps() == [3, 6] and (out / "checkpoints/6.damaged").is_dir()
     assert losses(out) == losses(whole[0])
     found, right = state(run, out, 6), state(run, whole[0], 6)
