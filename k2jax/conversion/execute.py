@@ -4,7 +4,6 @@ Everything is written into `<target>.unfinished`, files one by one by renames, s
 whole. What marks the target as loadable comes last, then the folder gets its name.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from k2jax.conversion.hf_files import file_names
 from k2jax.conversion.prepare import GB, Plan
 from k2jax.conversion.threads import Budget, Progress
 from k2jax.conversion.write import STEP, write_chunks, write_files
+from k2jax.runtime.files import hold_lock
 from k2jax.weights import manifest
 from k2jax.weights.hf_folder import Folder
 
@@ -102,21 +102,25 @@ def _make(plan: Plan, say: Any) -> Path:
     work = plan.work
     _check_room(plan)
     work.mkdir(parents=True, exist_ok=True)
-    with (work / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another process is writing {work}") from None
-        _check_unfinished(plan)
-        (work / manifest.NAME).unlink(missing_ok=True)  # of a run that was killed at its end
-        (work / NOTE).write_text(json.dumps(_note(plan), indent=1))
-        progress = Progress(sum(plan.sizes()), "converted", say)
-        budget = Budget(int(plan.options.memory * GB))
-        (write_chunks if plan.to == "orbax" else write_files)(plan, work, budget, progress)
-        progress.close()
-        for name in plan.source.companions:
-            shutil.copyfile(plan.source.folder / name, work / name)
+    try:
+        with hold_lock(work / LOCK):
+            _write_work(plan, say)
+    except BlockingIOError:
+        raise ConfigError(f"another process is writing {work}") from None
     return work
+
+
+def _write_work(plan: Plan, say: Any) -> None:
+    work = plan.work
+    _check_unfinished(plan)
+    (work / manifest.NAME).unlink(missing_ok=True)  # of a run that was killed at its end
+    (work / NOTE).write_text(json.dumps(_note(plan), indent=1))
+    progress = Progress(sum(plan.sizes()), "converted", say)
+    budget = Budget(int(plan.options.memory * GB))
+    (write_chunks if plan.to == "orbax" else write_files)(plan, work, budget, progress)
+    progress.close()
+    for name in plan.source.companions:
+        shutil.copyfile(plan.source.folder / name, work / name)
 
 
 def _note(plan: Plan) -> dict[str, Any]:

@@ -7,7 +7,6 @@ a file's documents are beside it (`.lengths.npy`, uint32), for those who need wh
 """
 
 import functools
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from k2jax.config import ConfigError, one_line
 from k2jax.data.readers import module
 from k2jax.data.store import Store
 from k2jax.data.stream import ID, PADDING, UNSCORED
+from k2jax.runtime.files import rename_durably
 
 RECORD = 4_096
 SUFFIX = ".arrayrecord"
@@ -66,8 +66,8 @@ class ShardWriter:
             return None
         lengths = lengths_of(self._temporary)
         np.save(lengths, np.array(self._lengths, np.uint32))
-        publish(lengths, lengths_of(self.path))
-        publish(self._temporary, self.path)
+        rename_durably(lengths, lengths_of(self.path))
+        rename_durably(self._temporary, self.path)
         return Shard(self.path.name, self.tokens, self.path.stat().st_size)
 
     def _flush(self, count: int) -> None:
@@ -190,13 +190,6 @@ class Shards:
 def lengths_of(path: Path) -> Path:
     """The file of the lengths of a file's documents."""
     return path.with_name(path.name.removesuffix(SUFFIX) + ".lengths.npy")
-
-
-def publish(temporary: Path, path: Path) -> None:
-    """Give a written file its name, once its content is on the disk."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def array_record() -> Any:

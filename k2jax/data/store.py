@@ -19,6 +19,7 @@ import numpy as np
 
 from k2jax.config import ConfigError
 from k2jax.data.stream import BEGIN, PADDING, UNSCORED
+from k2jax.runtime.files import rename_durably
 from k2jax.text.kimi_tokenizer import Tokenizer
 
 FORMAT = 1  # part of every cache key: raise it when what is stored changes
@@ -160,12 +161,9 @@ def cached(
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    for file in temporary.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
     temporary.chmod(0o755)
     try:
-        temporary.rename(folder)
+        rename_durably(temporary, folder)
     except OSError:
         # A folder cannot replace one with files in it: another process was first.
         if not folder.is_dir():

@@ -6,7 +6,6 @@ comes last. So a killed call loses the parts that were being written, and the sa
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -25,10 +24,11 @@ from k2jax.data.dataset import TRAIN_CHARACTERS
 from k2jax.data.parts import Part
 from k2jax.data.pool import Counters
 from k2jax.data.readers import Chat, Value, kind
-from k2jax.data.shards import SUFFIX, ShardWriter, array_record, publish
+from k2jax.data.shards import SUFFIX, ShardWriter, array_record
 from k2jax.data.sources import HELD_OUT_ONE_IN, TOKENS, WORK, Source, find, held_out
 from k2jax.data.stream import ID, UNSCORED, document
 from k2jax.data.token_folder import Manifest, Split
+from k2jax.runtime.files import hold_lock, write_atomic
 from k2jax.text.jinja_template import TEMPLATE
 from k2jax.text.kimi_tokenizer import CONFIG, FILE, Tokenizer
 from k2jax.text.open_tokenizer import open_tokenizer
@@ -146,7 +146,7 @@ class Job:
             documents, chats, tokens, scored, size = totals[side].tolist()
             split = Split(documents, chats, tokens, scored, size, shards)
             splits[side] = dataclasses.asdict(split)
-        _write(self.facts(number), json.dumps(splits))
+        write_atomic(self.facts(number), json.dumps(splits), durable=True)
 
 
 def _without(source: Source, folder: Path) -> Source:
@@ -209,14 +209,14 @@ def _prepare(folder: Path, plan: dict[str, Any]) -> None:
     before = folder / WORK / PLAN
     if before.is_file():
         _check_plan(folder, json.loads(before.read_text()), plan)
-        for pattern in (".train-*", ".heldout-*", f".{FILE}.*"):
+        for pattern in (".train-*", ".heldout-*", f".{FILE}.*", f".{TOKENS}.*"):
             for left in folder.glob(pattern):
                 left.unlink()
         return
     if others := [entry.name for entry in folder.iterdir() if entry.name not in (WORK, LOCK)]:
         raise ConfigError(f"{folder} is not empty: it has {min(others)}; give another folder")
     (folder / WORK).mkdir(exist_ok=True)
-    _write(before, json.dumps(plan))
+    write_atomic(before, json.dumps(plan), durable=True)
 
 
 def _keep_tokenizer(job: Job, path: str, given: Tokenizer | None, vocab: int) -> None:
@@ -270,15 +270,9 @@ def _finish(job: Job, plan: dict[str, Any]) -> Manifest:
         )
     tokenizer = Tokenizer.load(job.folder)
     manifest = Manifest(plan, tokenizer.digest(), tokenizer.vocab, **sides)
-    _write(job.folder / TOKENS, manifest.to_json())
+    write_atomic(job.folder / TOKENS, manifest.to_json(), durable=True)
     shutil.rmtree(job.folder / WORK)
     return manifest
-
-
-def _write(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(content)
-    publish(temporary, path)
 
 
 @contextlib.contextmanager
@@ -286,12 +280,10 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep other calls out; a killed process holds no lock. The system's errors get one line."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(f"another process is writing {folder}") from None
+        with hold_lock(folder / LOCK):
             yield
+    except BlockingIOError:
+        raise ConfigError(f"another process is writing {folder}") from None
     except OSError as error:
         what = os.fsdecode(error.filename) if error.filename else str(folder)
         raise ConfigError(f"cannot read or write {what}: {error.strerror or error}") from None

@@ -5,7 +5,7 @@ from pathlib import Path
 from k2jax.config import ConfigError
 from k2jax.report.page import page
 from k2jax.report.read import read
-from k2jax.runtime.files import replace
+from k2jax.runtime.files import write_atomic
 
 NAME = "report.html"
 
@@ -23,7 +23,7 @@ def report(run: str | Path, out: str | Path = "") -> Path:
     found = read(Path(run))
     target = Path(out or Path(run) / NAME)
     try:
-        replace(target, page(found))  # a page that is open in a browser is never half there
+        write_atomic(target, page(found))  # a page that is open in a browser is never half there
     except OSError as error:
         raise ConfigError(f"{target} cannot be written: {error.strerror}") from None
     return target

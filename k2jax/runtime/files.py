@@ -1,10 +1,13 @@
-"""Files of a run that outlive a kill, and a disk that is full for a while."""
+"""The one way to write files that survive a kill: whole or not at all, locked, appended to."""
 
+import contextlib
 import errno
+import fcntl
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 # What a user can put right, where the program is not at fault.
 OUTSIDE = (
@@ -13,28 +16,74 @@ OUTSIDE = (
 )  # fmt: skip
 
 
-def replace(path: Path, content: str | bytes) -> None:
-    """Write a file that is the old one or the new one at any moment; text as UTF-8."""
+@contextlib.contextmanager
+def open_atomic(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
+    """Open a new file that becomes `path` when the block ends without an error.
+
+    Until then, and after an error, `path` is what it was. A process that is killed leaves
+    `.<name>.<process>.<thread>`.
+
+    Args:
+        path: of the file; its folder exists.
+        durable: wait until the content is on the disk, so that a power cut cannot empty the file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
+        with temporary.open("wb") as file:
+            yield file
+        rename_durably(temporary, path) if durable else temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes, durable: bool = False) -> None:
+    """Write a file that is the old one or the new one at any moment; text as UTF-8.
+
+    Args:
+        path: as for `open_atomic`.
+        content: of the whole file.
+        durable: as for `open_atomic`.
+    """
+    with open_atomic(path, durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def rename_durably(temporary: Path, path: Path) -> None:
+    """Give a file or a flat folder its final name, once its content is on the disk.
+
+    Raises:
+        OSError: also where `path` is a folder that is not empty.
+    """
+    for part in temporary.iterdir() if temporary.is_dir() else [temporary]:
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold the lock file `path` during the block; the system frees it when the process ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
 
 
 class Lines:
     """Appends to a file; what cannot be written now is kept and written with the next line."""
 
     def __init__(self, path: Path, say: Callable[[str], None]):
-        """`say` is told once when writing begins to fail, and when it works again."""
+        """Report to `say` once when writing starts to fail, and when it works again."""
         self.path, self.say = path, say
         self.waiting = b""
         self.failed = False
         self.file = path.open("ab", buffering=0)
 
     def write(self, line: str) -> None:
-        """One line, without its end; it is with the system when this returns, or waits."""
+        """Write one line, without its end; the system has it when this returns, or it waits."""
         self.waiting += line.encode() + b"\n"
         try:
             while self.waiting:
@@ -49,7 +98,7 @@ class Lines:
         self.failed = False
 
     def close(self) -> None:
-        """Say what is lost, if anything is."""
+        """Close the file and report what is lost, if anything is."""
         self.file.close()
         if self.waiting:
             lost = self.waiting.count(b"\n")
@@ -57,7 +106,7 @@ class Lines:
 
 
 def default_cache() -> Path:
-    """$K2JAX_CACHE, else $XDG_CACHE_HOME/k2jax, else ~/.cache/k2jax."""
+    """Return $K2JAX_CACHE, else $XDG_CACHE_HOME/k2jax, else ~/.cache/k2jax."""
     if chosen := os.environ.get("K2JAX_CACHE"):
         return Path(chosen)
     shared = os.environ.get("XDG_CACHE_HOME")

@@ -17,7 +17,7 @@ import numpy as np
 import tiktoken
 
 from k2jax.config import ConfigError
-from k2jax.runtime.files import replace
+from k2jax.runtime.files import write_atomic
 from k2jax.text.hf_tokenizer import CONFIG, read_json
 from k2jax.text.interface import Template, check_ids
 from k2jax.text.kimi_template import KIMI_K2
@@ -118,7 +118,7 @@ class Tokenizer:
         """Write the `tiktoken.model` file, all or nothing."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace(path, self.model_bytes())
+        write_atomic(path, self.model_bytes())
 
     def model_bytes(self) -> bytes:
         """The `tiktoken.model` file: a line per base token, in rank order."""

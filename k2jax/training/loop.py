@@ -25,7 +25,7 @@ from k2jax.model.batch import own_parts, to_devices
 from k2jax.model.kernel_check import check_kernels
 from k2jax.params.arrays import initial
 from k2jax.runtime import memory
-from k2jax.runtime.files import OUTSIDE, replace
+from k2jax.runtime.files import OUTSIDE, write_atomic
 from k2jax.runtime.signals import Stop, Stopped
 from k2jax.training import provenance, trackers
 from k2jax.training.metrics import Metrics, Progress, plot
@@ -135,7 +135,7 @@ class _Training:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         data.tokenizer.save(self.out / "tiktoken.model")
-        replace(self.out / "config.json", json.dumps(to_json(self.run), indent=1) + "\n")
+        write_atomic(self.out / "config.json", json.dumps(to_json(self.run), indent=1) + "\n")
         count = sum(math.prod(leaf.shape) for leaf in self.program.specs.values())
         self.say(
             f"{self.run.name}: {count / 1e6:.1f}M parameters on {self.run.mesh};"

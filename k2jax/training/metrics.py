@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k2jax.config import RunConfig
-from k2jax.runtime.files import Lines, replace
+from k2jax.runtime.files import Lines, write_atomic
 from k2jax.runtime.memory import resident
 
 
@@ -35,7 +35,7 @@ class Metrics:
         # A bad disk's bytes must not keep a run from going on: such lines are left out.
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= start] if start else []
-        replace(path, "".join(f"{line}\n" for line in kept))
+        write_atomic(path, "".join(f"{line}\n" for line in kept))
         self.file = Lines(path, say)
 
     def __enter__(self) -> "Metrics":

@@ -14,7 +14,7 @@ import jax
 
 from k2jax.checkpoint.checkpoints import PACKAGES
 from k2jax.config import RunConfig
-from k2jax.runtime.files import replace
+from k2jax.runtime.files import write_atomic
 from k2jax.runtime.versions import source_hash, versions
 
 NAME = "run.json"
@@ -32,7 +32,7 @@ def record(run: RunConfig, out: Path, step: int) -> None:
         step: where it goes on from; 0: it begins.
     """
     if jax.process_index() == 0:
-        replace(out / NAME, json.dumps([*read(out), entry(run, step)], indent=1) + "\n")
+        write_atomic(out / NAME, json.dumps([*read(out), entry(run, step)], indent=1) + "\n")
 
 
 def read(out: Path) -> list[dict[str, Any]]:

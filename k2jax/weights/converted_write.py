@@ -15,7 +15,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +22,7 @@ import numpy as np
 from k2jax.checkpoint.tree import CHUNK_BYTES
 from k2jax.config import ConfigError, one_line
 from k2jax.params.spec import ParamSpec
+from k2jax.runtime.files import write_atomic
 from k2jax.sharding import storage_spec
 from k2jax.weights import quant
 from k2jax.weights.encodings import SCALE, ReencodedTensors
@@ -168,7 +168,7 @@ def write_tensor(folder: Path, leaf: Leaf, where: StackIndex, view: ReencodedTen
             )[len(where) :]
             block = band[cut]
             data = np.ascontiguousarray(block.T if leaf.order == "F" else block)
-            write_bytes(folder / key(at), data.reshape(-1).view(np.uint8))
+            write_atomic(folder / key(at), data.reshape(-1).view(np.uint8).data)
             done += data.nbytes
     return done
 
@@ -208,16 +208,6 @@ def _is_there(path: Path, size: int) -> bool:
         return path.stat().st_size == size
     except FileNotFoundError:
         return False
-
-
-def write_bytes(path: Path, data: Any) -> None:
-    """A file, all or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb", buffering=0) as file:
-        left = memoryview(data)
-        while left:
-            left = left[file.write(left) :]
-    temporary.replace(path)
 
 
 def tree_metadata(leaves: Iterable[Leaf]) -> str:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from k2jax.config import ConfigError
-from k2jax.runtime.files import replace
+from k2jax.runtime.files import write_atomic
 from k2jax.weights.hf_folder import Remote
 
 NAME = "manifest.sha256"
@@ -36,7 +36,7 @@ def make(folder: Path) -> Path:
     sums = _digests(folder, names)
     text = "".join(f"{s}  {name}\n" for s, name in zip(sums, names, strict=True))
     path = folder / NAME
-    replace(path, text)
+    write_atomic(path, text)
     return path
 
 

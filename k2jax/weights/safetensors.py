@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from k2jax.config import ConfigError, nearest
+from k2jax.runtime.files import open_atomic
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -278,15 +279,10 @@ def stream(
         at += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % ALIGNMENT)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in order:
-                for piece in pieces(name):
-                    array = np.ascontiguousarray(piece, kinds[name][0].newbyteorder("<"))
-                    file.write(array.reshape(-1).view(np.uint8).data)
-            assert file.tell() == 8 + len(text) + at, f"{path}: pieces do not add up"
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with open_atomic(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for piece in pieces(name):
+                array = np.ascontiguousarray(piece, kinds[name][0].newbyteorder("<"))
+                file.write(array.reshape(-1).view(np.uint8).data)
+        assert file.tell() == 8 + len(text) + at, f"{path}: pieces do not add up"

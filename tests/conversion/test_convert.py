@@ -313,7 +313,7 @@ from k2jax.weights import converted_write as chunks
 from k2jax.weights import safetensors
 from k2jax.conversion import convert, write as writer
 left = [int(sys.argv[3])]
-before = chunks.write_bytes
+before = chunks.write_atomic
 def write(path, data):
     left[0] -= 1
     if left[0] < 0:
@@ -321,7 +321,7 @@ def write(path, data):
             file.write(bytes(data)[:7])
         os.kill(os.getpid(), 9)
     before(path, data)
-chunks.write_bytes = write
+chunks.write_atomic = write
 stream = writer.stream
 def count(path, kinds, pieces, metadata):
     left[0] -= 1
@@ -433,7 +433,7 @@ def test_a_full_disk_is_told_before_and_while_writing(tmp_path, sources, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(chunks, "write_bytes", full)
+        patch.setattr(chunks, "write_atomic", full)
         refuses("disk is full .*the same command goes on", sources["bf16"], tmp_path / "ours")
     convert(sources["bf16"], tmp_path / "ours", verify=True)
 

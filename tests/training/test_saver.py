@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,6 @@ import pytest
 from k2jax import cluster
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError
-from k2jax.runtime.files import Lines, replace
 from k2jax.training.saver import Saves
 
 
@@ -175,36 +173,3 @@ def test_a_disk_that_fills_while_numbers_are_written(tmp_path):
     assert "Traceback" not in done.stderr
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"1", "3"}
     assert value(tmp_path, 1) == 1 and value(tmp_path, 3) == 3
-
-
-def test_lines_that_cannot_be_written_come_with_the_next(tmp_path):
-    said: list[str] = []
-    lines = Lines(tmp_path / "metrics.jsonl", said.append)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        lines.write("a" * 10)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (15, before[1]))
-        lines.write("b" * 10)  # four bytes still fit
-        lines.write("c" * 10)
-        assert (tmp_path / "metrics.jsonl").stat().st_size == 15
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    lines.write("d")
-    lines.close()
-    wanted = "".join(f"{letter * n}\n" for letter, n in (("a", 10), ("b", 10), ("c", 10), ("d", 1)))
-    assert (tmp_path / "metrics.jsonl").read_text() == wanted
-    assert len(said) == 2 and "cannot be written (File too large)" in said[0]
-    assert said[1].endswith("can be written again; no line is lost")
-
-
-def test_a_replaced_file_is_the_old_one_until_the_new_one_is_whole(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    replace(path, "old")
-
-    def full(self, content):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
-        replace(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
