@@ -81,8 +81,8 @@ class Group:
         if not come():
             raise Lost("the run ends while this process waits for the others")
 
-    def agree(self, topic: str, facts: Mapping[str, Any]) -> None:
-        """Wait for all processes, and see that all of them say the same.
+    def require_equal(self, topic: str, facts: Mapping[str, Any]) -> None:
+        """Wait for all processes, and require that their facts are equal.
 
         Raises:
             ConfigError: on every process: which of them differ from process 0, and in what.

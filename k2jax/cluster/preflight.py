@@ -31,7 +31,7 @@ def compare(group: Group, run: RunConfig, out: Path, init: str) -> None:
     facts: dict[str, Any] = dict.fromkeys(PACKAGES, "not installed") | versions(PACKAGES)
     facts["k2jax's source files"] = source_hash()[:12]
     facts |= _flat(to_json(run)) | {"--out": str(out.absolute()), "--init": init}
-    group.agree("settings", facts)
+    group.require_equal("settings", facts)
     see_folder(group, out)
 
 
@@ -58,7 +58,7 @@ def see_folder(group: Group, out: Path) -> None:
             probe.touch()
         except OSError as error:
             raise ConfigError(f"cannot write to --out {out}: {error.strerror}") from None
-    group.agree("probe written", {})
+    group.require_equal("probe written", {})
     until = time.monotonic() + SIGHT
     while not (seen := probe.exists()) and time.monotonic() < until:
         time.sleep(0.2)
@@ -125,7 +125,7 @@ def network(group: Group) -> str:
     )
     total = jax.jit(lambda x: jnp.sum(x, axis=0), out_shardings=jax.NamedSharding(mesh, jax.P()))
     add = total.lower(ones).compile()
-    group.agree("compiled all-reduce", {})  # gloo waits for nobody longer than 30 s
+    group.require_equal("compiled all-reduce", {})  # gloo waits for nobody longer than 30 s
     with deadline(group, PATIENCE, f"an all-reduce over {len(found)} devices does not end"):
         sums = np.asarray(add(ones))
         began = time.perf_counter()

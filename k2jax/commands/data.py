@@ -2,12 +2,9 @@
 
 import argparse
 import sys
-import time
-from typing import Any
 
 from k2jax.config import ConfigError
-
-LINES = 10.0  # seconds between lines where there is no terminal
+from k2jax.runtime.progress import Progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,65 +36,47 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError(f"--workers is {args.workers}; it must be at least 1")
     from k2jax.data.tokenise import tokenise
 
-    with Progress() as progress:
+    report = _Report()
+    with report.progress:
         manifest = tokenise(
             args.source, args.folder, tokenizer=args.tokenizer, vocab=args.train_tokenizer,
-            field=args.field, workers=args.workers, watch=progress.show,
+            field=args.field, workers=args.workers, watch=report.show,
         )  # fmt: skip
     train, heldout = manifest.train, manifest.heldout
     sys.stdout.write(
         f"{args.folder}: {train.documents + heldout.documents:,} documents,"
         f" {train.tokens + heldout.tokens:,} tokens in {len(train.shards)} shard(s),"
-        f" {heldout.documents:,} documents of them held out; {progress.rate()}\n"
+        f" {heldout.documents:,} documents of them held out; {report.rate()}\n"
     )
     return 0
 
 
-class Progress:
-    """A bar where there is a terminal, else a line now and then."""
+class _Report:
+    """Shows how much text is tokenised, how fast, and how long it will still take."""
 
     def __init__(self) -> None:
-        self.began = self.shown = 0.0
         self.documents = self.bytes = 0
-        self.bar: Any = None
-
-    def __enter__(self) -> "Progress":
-        """Show the bar."""
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as Bar
-
-            self.bar = Bar(BarColumn(None), TextColumn("{task.description}"), expand=True)
-            self.bar.start()
-            self.task = self.bar.add_task("", total=1.0)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Remove the bar."""
-        if self.bar is not None:
-            self.bar.stop()
+        self.progress = Progress(1.0, _say, self._describe)
 
     def show(self, documents: int, size: int, share: float) -> None:
-        """Tell how far it is."""
-        now = time.perf_counter()
+        """Report how far it is."""
         if not self.documents:
-            self.began = self.shown = now  # without starting, or training a tokenizer
+            self.progress.restart()  # the start, or training a tokenizer, is no part of the rate
         self.documents, self.bytes = documents, size
-        if now - self.shown < (LINES if self.bar is None else 0.1):
-            return
-        self.shown = now
-        left = (now - self.began) * (1 - share) / share if share else 0.0
-        minutes, seconds = divmod(round(left), 60)
-        text = f"{documents:,} documents, {self.rate()}, about {minutes}:{seconds:02d} left"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=share, description=text)
-        else:
-            sys.stdout.write(f"{text}\n")
-            sys.stdout.flush()
+        self.progress.update(share)
+
+    def _describe(self, job: Progress) -> str:
+        minutes, seconds = divmod(round(job.seconds_left), 60)
+        return f"{self.documents:,} documents, {self.rate()}, about {minutes}:{seconds:02d} left"
 
     def rate(self) -> str:
-        """Text done by this call, and how fast."""
+        """Describe the text that this call tokenised, and how fast."""
         if not self.bytes:
             return "nothing left to do"
-        seconds = max(time.perf_counter() - self.began, 1e-9)
-        return f"{self.bytes / 1e6:,.1f} MB of text, {self.bytes / 1e6 / seconds:.1f} MB/s"
+        speed = self.bytes / 1e6 / self.progress.elapsed
+        return f"{self.bytes / 1e6:,.1f} MB of text, {speed:.1f} MB/s"
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

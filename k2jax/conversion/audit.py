@@ -10,7 +10,7 @@ import numpy as np
 from k2jax.checkpoint import steps
 from k2jax.config import ConfigError, one_line
 from k2jax.conversion.prepare import COPIES, GB, Plan
-from k2jax.conversion.threads import Budget, Progress, each
+from k2jax.conversion.threads import Budget, each, show_bytes
 from k2jax.conversion.write import STEP, THREADS, metadata, pieces
 from k2jax.weights import manifest
 from k2jax.weights.converted_read import ConvertedCheckpoint
@@ -31,7 +31,7 @@ def audit(plan: Plan, folder: Path, say: Any) -> dict[str, Any]:
     found = _open_target(plan, folder)
     if extra := [name for name in found if name not in plan.view]:
         raise ConfigError(f"{found.file(extra[0])}: the source has no tensor {extra[0]!r}")
-    progress = Progress(sum(plan.sizes()), "verified", say)
+    progress = show_bytes(sum(plan.sizes()), "verified", say)
     budget = Budget(int(plan.options.memory * GB))
 
     def compare(name: str) -> None:
@@ -39,8 +39,8 @@ def audit(plan: Plan, folder: Path, say: Any) -> dict[str, Any]:
         progress.add(math.prod(found.shape(name)) * found.dtype(name).itemsize)
 
     place = {name: n for n, name in enumerate(plan.source.tensors)}
-    each(sorted(plan.view, key=lambda name: place.get(name, 0)), compare, THREADS)
-    progress.close()
+    with progress:
+        each(sorted(plan.view, key=lambda name: place.get(name, 0)), compare, THREADS)
     _check_beside(plan, folder)
     if folder == plan.target and not listed.exists():
         manifest.make(folder)

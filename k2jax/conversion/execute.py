@@ -17,7 +17,7 @@ from k2jax.config import ConfigError
 from k2jax.conversion.audit import audit
 from k2jax.conversion.hf_files import file_names
 from k2jax.conversion.prepare import GB, Plan
-from k2jax.conversion.threads import Budget, Progress
+from k2jax.conversion.threads import Budget, show_bytes
 from k2jax.conversion.write import STEP, write_chunks, write_files
 from k2jax.runtime.files import hold_lock
 from k2jax.weights import manifest
@@ -115,10 +115,9 @@ def _write_work(plan: Plan, say: Any) -> None:
     _check_unfinished(plan)
     (work / manifest.NAME).unlink(missing_ok=True)  # of a run that was killed at its end
     (work / NOTE).write_text(json.dumps(_note(plan), indent=1))
-    progress = Progress(sum(plan.sizes()), "converted", say)
     budget = Budget(int(plan.options.memory * GB))
-    (write_chunks if plan.to == "orbax" else write_files)(plan, work, budget, progress)
-    progress.close()
+    with show_bytes(sum(plan.sizes()), "converted", say) as progress:
+        (write_chunks if plan.to == "orbax" else write_files)(plan, work, budget, progress)
     for name in plan.source.companions:
         shutil.copyfile(plan.source.folder / name, work / name)
 

@@ -1,15 +1,14 @@
 """Many tensors at once, within a ceiling of memory, with progress."""
 
 import contextlib
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+from k2jax.runtime.progress import Progress
+
 GB = 10**9
-QUIET = 10.0  # seconds between lines where there is no terminal
 
 
 class Budget:
@@ -34,39 +33,17 @@ class Budget:
                 self._changed.notify_all()
 
 
-class Progress:
-    """Says how far it is: GB, GB/s, time left. One line that is rewritten on a terminal."""
+def show_bytes(total: int, what: str, say: Callable[[str], None]) -> Progress:
+    """Show how many of `total` bytes are done: GB, GB/s, time left."""
 
-    def __init__(self, total: int, what: str, say: Callable[[str], None]):
-        self.total, self.what, self.say = total, what, say
-        self.done = 0
-        self._terminal = sys.stderr.isatty()
-        self._lock = threading.Lock()
-        self._began = self._told = time.monotonic()
+    def describe(job: Progress) -> str:
+        rate = job.done / job.elapsed
+        return (
+            f"{what} {job.done / GB:.1f} of {job.total / GB:.1f} GB,"
+            f" {rate / GB:.2f} GB/s, {job.seconds_left:.0f} s left"
+        )
 
-    def add(self, size: int) -> None:
-        """`size` more bytes are done."""
-        with self._lock:
-            self.done += size
-            now = time.monotonic()
-            if now - self._told < (0.2 if self._terminal else QUIET):
-                return
-            self._told = now
-            rate = self.done / (now - self._began)
-            left = (self.total - self.done) / rate if rate else 0
-            line = (
-                f"{self.what} {self.done / GB:.1f} of {self.total / GB:.1f} GB,"
-                f" {rate / GB:.2f} GB/s, {left:.0f} s left"
-            )
-        if self._terminal:
-            sys.stderr.write(f"\r{line}\033[K")
-        else:
-            self.say(line)
-
-    def close(self) -> None:
-        """End the line."""
-        if self._terminal and self.done:
-            sys.stderr.write("\r\033[K")
+    return Progress(total, say, describe)
 
 
 def each(jobs: Iterable[Any], do: Callable[[Any], None], threads: int) -> None:

@@ -14,7 +14,8 @@ from k2jax.checkpoint import steps
 from k2jax.config import RunConfig, to_json
 from k2jax.conversion.hf_files import exported_config, file_names
 from k2jax.conversion.prepare import COPIES, Plan, without_mtp
-from k2jax.conversion.threads import Budget, Progress, each
+from k2jax.conversion.threads import Budget, each
+from k2jax.runtime.progress import Progress
 from k2jax.weights.converted_read import EXTRA
 from k2jax.weights.converted_write import WHOLE, Leaf, tree_metadata, write_tensor
 from k2jax.weights.encodings import ReencodedTensors

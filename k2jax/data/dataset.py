@@ -23,7 +23,7 @@ from k2jax.text.train_bpe import train_tokenizer
 # standard library gives 0.3% more tokens on held-out text than all of it does, in half the time.
 TRAIN_CHARACTERS = 6_000_000
 
-Progress = Callable[[str], None]
+Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def open_data(
     vocab: int = 4_096,
     *,
     cache: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Say | None = None,
 ) -> Data:
     """Find, split and tokenise text; the second time, open what the first one left.
 
@@ -179,7 +179,7 @@ def _open_trained(folder: Path) -> None:
 
 
 def _build(
-    folder: Path, source: sources.Source, given: Tokenizer | None, vocab: int, progress: Progress
+    folder: Path, source: sources.Source, given: Tokenizer | None, vocab: int, progress: Say
 ) -> None:
     split = sources.split(source)
     heldout = frozenset(split.heldout)

@@ -45,14 +45,14 @@ def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
     Raises:
         ConfigError: values or gradients differ.
     """
-    _agree("grouped products", PARTS, *_products())
+    _compare_kernel("grouped products", PARTS, *_products())
     if context > BLOCK:
-        _agree("attention", MIXED, *_attention(cfg))
+        _compare_kernel("attention", MIXED, *_attention(cfg))
     if not meshless() and dispatch.kind != "allgather" and jax.sharding.get_mesh().shape[AXIS] > 1:
-        _agree("the exchange of tokens", PARTS, *_layer(dispatch))
+        _compare_kernel("the exchange of tokens", PARTS, *_layer(dispatch))
 
 
-def _agree(
+def _compare_kernel(
     name: str, parts: Sequence[str], fast: Callable, slow: Callable, args: Sequence[jax.Array]
 ) -> None:
     """Compare values and gradients."""

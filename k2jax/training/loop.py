@@ -28,7 +28,8 @@ from k2jax.runtime import memory
 from k2jax.runtime.files import OUTSIDE, write_atomic
 from k2jax.runtime.signals import Stop, Stopped
 from k2jax.training import provenance, trackers
-from k2jax.training.metrics import Metrics, Progress, plot
+from k2jax.training.dashboard import Dashboard
+from k2jax.training.metrics import Metrics, plot
 from k2jax.training.recovery import Watch, profiler, speed_of, timed
 from k2jax.training.saver import Saves
 from k2jax.training.step import Program, State, build
@@ -90,7 +91,7 @@ class _Training:
             ThreadPoolExecutor(1) as pool,
         ):
             latest = saved.recover(self.say)
-            cluster.current().agree("where to begin", {"newest step in --out": latest})
+            cluster.current().require_equal("where to begin", {"newest step in --out": latest})
             if latest is not None:
                 _check_same(self.run, saved.meta(latest)["config"], self.out)
             words = (self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
@@ -178,7 +179,7 @@ class _Training:
         file = self.out / "metrics.jsonl" if self.first else None
         metrics = Metrics(file, start, self.program.schedule, self.say)
         saves = Saves(saved, self.say)
-        progress = Progress(run, start, self.say, self.began)
+        progress = Dashboard(run, start, self.say, self.began)
         speed, step = speed_of(run), start
         with (
             rows as ready, metrics, progress, trackers.opened(run, self.out, start) as track,
@@ -286,7 +287,7 @@ class _Programs:
 def _together(program: Future[Callable[..., Any]], topic: str) -> Callable[..., Any]:
     """A compiled program, once all processes have it: gloo waits for none longer than 30 s."""
     found = program.result()
-    cluster.current().agree(topic, {})
+    cluster.current().require_equal(topic, {})
     return found
 
 
@@ -340,7 +341,7 @@ def _open_alike(path: str, tokenizer: str, vocab: int, progress: Say) -> Data:
         group.tell("the data is prepared")
     size, heldout, digest = data.train.size, data.heldout.bytes, data.tokenizer.digest()[:12]
     facts = {"tokenizer": digest, "tokens to learn from": size, "bytes held out": heldout}
-    group.agree("data", facts)
+    group.require_equal("data", facts)
     return data
 
 

@@ -1,15 +1,12 @@
-"""What a run says of itself: `metrics.jsonl`, a progress bar or plain lines, and a plot."""
+"""The metrics of a run: `metrics.jsonl` and a plot of it."""
 
 import dataclasses
 import json
 import math
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from k2jax.config import RunConfig
 from k2jax.runtime.files import Lines, write_atomic
 from k2jax.runtime.memory import resident
 
@@ -94,68 +91,6 @@ def _step(line: str) -> float:
     except (ValueError, LookupError, TypeError):  # a killed process's last line may be cut off
         return float("inf")
     return step if isinstance(step, int) else float("inf")
-
-
-class Progress:
-    """A bar where there is a terminal, else a plain line every `log_every` steps."""
-
-    def __init__(self, run: RunConfig, start: int, say: Callable[[str], None], began: float):
-        """`began`: when the command started, on `time.perf_counter`'s clock."""
-        self.run, self.start, self.say, self.began = run, start, say, began
-        self.tokens = run.data.rows * run.data.context
-        self.bar: Any = None
-        self.live: Any = None
-        self.heldout, self.measured = "", 0
-        self.newest: dict[str, Any] = {}
-        self.first = 0.0
-
-    def __enter__(self) -> "Progress":
-        """Show the bar."""
-        if sys.stdout.isatty():
-            from rich.live import Live
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self.bar = Bar(
-                MofNCompleteColumn(), BarColumn(None), TextColumn("{task.description}"),
-                TimeRemainingColumn(), expand=True,
-            )  # fmt: skip
-            self.live = Live(self.bar, refresh_per_second=4)
-            self.live.start()
-            self.task = self.bar.add_task("", total=self.run.train.steps, completed=self.start)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Remove the bar."""
-        if self.live is not None:
-            self.live.stop()
-
-    def show(self, step: int, values: dict[str, Any], skipped: int = 0, spikes: int = 0) -> None:
-        """Tell of one finished step, and of how many were skipped or spikes so far."""
-        now = time.perf_counter()
-        if step == self.start + 1:
-            self.first = now
-            self.say(f"first step after {now - self.began:.1f} s")
-        if "heldout_loss" in values:
-            self.measured = step
-            self.heldout = (
-                f", held out {values['heldout_loss']:.4f}"
-                f" ({values['heldout_bits_per_byte']:.3f} bits per byte)"
-            )
-        speed = self.tokens * max(step - self.start - 1, 1) / max(now - self.first, 1e-9)
-        speed = speed if step > self.start + 1 else self.tokens / values["seconds"]
-        when = f" at step {self.measured}" if self.measured not in (0, step) else ""
-        text = f"loss {values['loss']:.4f}{self.heldout}{when}, {speed:,.0f} tokens/s"
-        if self.bar is not None:
-            from rich.console import Group
-
-            from k2jax.training.dashboard import table
-
-            self.newest |= values  # the held-out loss is measured seldom
-            self.bar.update(self.task, completed=step, description=text)
-            self.live.update(Group(self.bar, table(self.newest, skipped, spikes)))
-        elif step % self.run.train.log_every == 0 or step == self.run.train.steps:
-            self.say(f"step {step}/{self.run.train.steps}: {text}")
 
 
 def plot(metrics: Path, picture: Path, title: str) -> None:

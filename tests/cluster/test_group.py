@@ -61,7 +61,7 @@ def together(count: int, what, counts=None, numbers=None, end=note_in):
 def test_processes_that_say_the_same_agree_and_hear_what_the_first_one_says(count):
     def run(group):
         for topic in ("a", "b", "a"):
-            group.agree(topic, {"x": 1, "y": "two"})
+            group.require_equal(topic, {"x": 1, "y": "two"})
         return group.tell("word", "from the first" if group.number == 0 else None)
 
     found, ended = together(count, run)
@@ -73,7 +73,9 @@ def test_a_difference_is_one_line_everywhere_that_names_who_and_what():
     settings = {"optim.tau": 100.0, "data.rows": 8}
 
     def run(group):
-        group.agree("settings", settings | ({"optim.tau": 30.0} if group.number == 2 else {}))
+        group.require_equal(
+            "settings", settings | ({"optim.tau": 30.0} if group.number == 2 else {})
+        )
 
     found, _ = together(3, run)
     host = socket.gethostname()
@@ -151,7 +153,7 @@ CONTRADICTIONS = [
 @pytest.mark.parametrize(("start", "says"), CONTRADICTIONS)
 def test_processes_that_contradict_each_other_are_told(start, says, monkeypatch):
     monkeypatch.setattr(meet, "ARRIVAL", 2.0)
-    found, ended = together(3, lambda group: group.agree("a", {}), **start)
+    found, ended = together(3, lambda group: group.require_equal("a", {}), **start)
     lines = [str(error) for error in found if error] + [line for said in ended for line, _ in said]
     assert any(says in line for line in lines)
 
@@ -176,7 +178,7 @@ def test_a_stranger_at_the_door_is_ignored(monkeypatch):
 
     def first():
         group = Group(Place(f"127.0.0.1:{port}", 2, 0))
-        group.agree("a", {})
+        group.require_equal("a", {})
         group.close()
         done.append(0)
 
@@ -191,7 +193,7 @@ def test_a_stranger_at_the_door_is_ignored(monkeypatch):
             except ConnectionRefusedError:
                 time.sleep(0.1)
     group = Group(Place(f"127.0.0.1:{port}", 2, 1))
-    group.agree("a", {})
+    group.require_equal("a", {})
     group.close()
     thread.join(10)
     assert done == [0]

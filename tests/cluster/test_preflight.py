@@ -40,7 +40,7 @@ def test_a_deadline_ends_the_run_with_its_line():
 def test_one_process_alone_does_nothing():
     said = []
     with member(None, RunConfig(), Path("nowhere"), "", said.append) as group:
-        group.agree("anything", {"x": 1})
+        group.require_equal("anything", {"x": 1})
         assert group.count == 1
     assert said == []
 
