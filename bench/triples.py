@@ -16,11 +16,11 @@ import time
 
 from k2jax import configs
 from k2jax.config import MeshConfig, RunConfig, override
-from k2jax.plan import targets
-from k2jax.plan.estimate import estimate
-from k2jax.plan.search import meshes
-from k2jax.plan.shards import indivisible_axis
-from k2jax.plan.traffic import total
+from k2jax.planner import targets
+from k2jax.planner.estimate import estimate
+from k2jax.planner.search import meshes
+from k2jax.planner.shards import indivisible_axis
+from k2jax.planner.traffic import total
 
 SMALL = ("v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:1x8", "h200:1x8", "b200:1x8")
 MIDDLE = ("v5p:4x4x4", "v6e:8x8", "tpu7x:2x4x4", "h100:8x8", "h200:4x8", "b200:2x8")

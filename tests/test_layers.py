@@ -20,7 +20,7 @@ LAYERS = [  # a room may import from lines above its own, never from its own lin
     {"weights", "inference"},
     {"configs", "conversion", "evals"},
     {"training"},
-    {"plan", "report"},
+    {"planner", "report"},
     {"commands"},
     {"cli"},
 ]

@@ -10,12 +10,12 @@ from typing import Any
 
 from k2jax import configs
 from k2jax.config import MESH_AXES, ConfigError, RunConfig, nearest, override, validate
-from k2jax.plan import cost, targets, traffic
-from k2jax.plan import decoding as decode
-from k2jax.plan import hbm as memory
-from k2jax.plan.estimate import Estimate
-from k2jax.plan.search import Search, indivisible_axis, meshes, reason, remedies, search
-from k2jax.plan.targets import Target
+from k2jax.planner import cost, targets, traffic
+from k2jax.planner import decoding as decode
+from k2jax.planner import hbm as memory
+from k2jax.planner.estimate import Estimate
+from k2jax.planner.search import Search, indivisible_axis, meshes, reason, remedies, search
+from k2jax.planner.targets import Target
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def _training(
         found["remedies"] = {words: e.peak for words, e in remedies(run, searched)}
     if args.compile:
         # Imported here: it brings jax.
-        from k2jax.plan.compiler import compile_step
+        from k2jax.planner.compiler import compile_step
 
         formulas = {key: found[key] for key in COMPILED if key in found}
         found |= compile_step(run, best.target).as_json() | {"formulas": formulas}

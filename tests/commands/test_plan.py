@@ -6,8 +6,8 @@ import pytest
 
 from k2jax import cli, configs
 from k2jax.config import override
-from k2jax.plan import targets
-from k2jax.plan.search import meshes, search
+from k2jax.planner import targets
+from k2jax.planner.search import meshes, search
 
 K2 = configs.load("kimi_k2")
 KEYS = {

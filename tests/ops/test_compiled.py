@@ -6,9 +6,9 @@ import pytest
 
 from k2jax.ops.attention.blockwise import by_blocks
 from k2jax.ops.moe.grouped_matmul import grouped
-from k2jax.plan import targets
-from k2jax.plan.compiler import GPU_OPTIONS, devices_of
-from k2jax.plan.hlo import account
+from k2jax.planner import targets
+from k2jax.planner.compiler import GPU_OPTIONS, devices_of
+from k2jax.planner.hlo import account
 
 ROWS, EXPERTS, EMBED, HIDDEN = 65_536, 12, 7_168, 2_048
 GPUS = ("h100:1x1", "h200:1x1", "b200:1x1")

@@ -11,7 +11,7 @@ from k2jax import sharding
 from k2jax.config import MeshConfig
 from k2jax.optim import Matrices, scale_by_muon
 from k2jax.optim.newton_schulz import flops
-from k2jax.plan.hlo import account
+from k2jax.planner.hlo import account
 
 BOTH = ("data", "expert")
 MESH = MeshConfig(data=2, expert=2, model=2)

@@ -9,9 +9,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from k2jax import configs, sharding
 from k2jax.config import MeshConfig, override
 from k2jax.params.kimi import declare_kimi
-from k2jax.plan import hbm as memory
-from k2jax.plan.shards import count_shards, device_size
-from k2jax.plan.step_flops import LOGITS, Case
+from k2jax.planner import hbm as memory
+from k2jax.planner.shards import count_shards, device_size
+from k2jax.planner.step_flops import LOGITS, Case
 from k2jax.training.step import build
 
 

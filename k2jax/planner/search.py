@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig, RunConfig, override
-from k2jax.plan.estimate import Estimate, as_mesh, estimate
-from k2jax.plan.shards import indivisible_axis
-from k2jax.plan.targets import Target
+from k2jax.planner.estimate import Estimate, as_mesh, estimate
+from k2jax.planner.shards import indivisible_axis
+from k2jax.planner.targets import Target
 
 # What a step can be changed to, one thing at a time, and in words.
 REMEDIES = {

@@ -8,8 +8,8 @@ from jax.interpreters import partial_eval
 
 from k2jax import configs
 from k2jax.config import MeshConfig, override
-from k2jax.plan import step_flops as work
-from k2jax.plan.step_flops import Case
+from k2jax.planner import step_flops as work
+from k2jax.planner.step_flops import Case
 from k2jax.training.step import build
 
 ONE_DEVICE = {

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 
 from k2jax.config import MESH_AXES, MeshConfig
-from k2jax.plan.targets import Target
+from k2jax.planner.targets import Target
 from k2jax.sharding import torus
 
 # Bytes a device sends in a step: kind of collective -> mesh axes joined by "+" -> bytes.

@@ -2,9 +2,9 @@
 
 from k2jax.params.kimi import declare_kimi
 from k2jax.params.spec import ParamSpec
-from k2jax.plan import newton
-from k2jax.plan.shards import device_size
-from k2jax.plan.step_flops import LOGITS, Case
+from k2jax.planner import newton
+from k2jax.planner.shards import device_size
+from k2jax.planner.step_flops import LOGITS, Case
 
 
 def arguments(case: Case) -> dict[str, float]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from k2jax.plan.hlo import account
+from k2jax.planner.hlo import account
 
 LAYERS, ROWS, WIDTH, HIDDEN = 5, 16, 32, 64
 SHAPE = (1, 2, 2, 1, 2)  # replica, data, expert, context, model

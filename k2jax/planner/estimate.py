@@ -4,13 +4,13 @@ import dataclasses
 
 from k2jax.config import MESH_AXES, MeshConfig, RunConfig
 from k2jax.params.counts import count_flops
-from k2jax.plan import hbm as memory
-from k2jax.plan import network, newton, traffic
-from k2jax.plan import step_flops as work
-from k2jax.plan.network import Wire
-from k2jax.plan.roofline import Roofline
-from k2jax.plan.step_flops import Case
-from k2jax.plan.targets import Target
+from k2jax.planner import hbm as memory
+from k2jax.planner import network, newton, traffic
+from k2jax.planner import step_flops as work
+from k2jax.planner.network import Wire
+from k2jax.planner.roofline import Roofline
+from k2jax.planner.step_flops import Case
+from k2jax.planner.targets import Target
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ from k2jax.config import MeshConfig, override
 from k2jax.model import Kimi
 from k2jax.optim.muon import scale_by_muon
 from k2jax.params.declare import specs
-from k2jax.plan import network, newton
-from k2jax.plan.step_flops import Case
+from k2jax.planner import network, newton
+from k2jax.planner.step_flops import Case
 from k2jax.sharding.table import split
 
 KINDS = {"all_to_all": "all-to-all", "all_gather": "all-gather", "psum": "all-reduce"}

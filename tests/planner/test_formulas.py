@@ -13,12 +13,12 @@ from k2jax.optim.newton_schulz import flops as optimizer_flops
 from k2jax.params.counts import count_flops
 from k2jax.params.declare import Declare
 from k2jax.params.kimi import Attention, declare_kimi
-from k2jax.plan import cost, network, newton, targets, traffic
-from k2jax.plan import hbm as memory
-from k2jax.plan import step_flops as work
-from k2jax.plan.estimate import estimate
-from k2jax.plan.shards import count_shards
-from k2jax.plan.step_flops import BLOCK, LOGITS, Case
+from k2jax.planner import cost, network, newton, targets, traffic
+from k2jax.planner import hbm as memory
+from k2jax.planner import step_flops as work
+from k2jax.planner.estimate import estimate
+from k2jax.planner.shards import count_shards
+from k2jax.planner.step_flops import BLOCK, LOGITS, Case
 from k2jax.runtime import hardware
 from k2jax.sharding import torus
 from k2jax.training.step import build

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from k2jax.config import ConfigError, RunConfig, one_line
-from k2jax.plan.hlo import Account, account
-from k2jax.plan.targets import Target
+from k2jax.planner.hlo import Account, account
+from k2jax.planner.targets import Target
 from k2jax.runtime import memory
 
 if TYPE_CHECKING:

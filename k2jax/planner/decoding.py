@@ -6,11 +6,11 @@ import math
 from k2jax.config import MeshConfig, ModelConfig
 from k2jax.params.counts import count_flops
 from k2jax.params.kimi import declare_kimi
-from k2jax.plan import network
-from k2jax.plan.network import Wire
-from k2jax.plan.roofline import Roofline
-from k2jax.plan.shards import device_size
-from k2jax.plan.targets import Target
+from k2jax.planner import network
+from k2jax.planner.network import Wire
+from k2jax.planner.roofline import Roofline
+from k2jax.planner.shards import device_size
+from k2jax.planner.targets import Target
 
 BF16 = 2  # bytes of a weight and of a cached number
 

@@ -2,7 +2,7 @@
 
 import math
 
-from k2jax.plan.targets import Target
+from k2jax.planner.targets import Target
 
 
 def cost(target: Target, seconds: float) -> dict[str, float]:

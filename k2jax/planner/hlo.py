@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from k2jax.config import MESH_AXES
-from k2jax.plan.network import Wire
+from k2jax.planner.network import Wire
 
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2,

@@ -7,10 +7,10 @@ import pytest
 
 from k2jax import configs
 from k2jax.config import ConfigError, override
-from k2jax.plan import hbm as memory
-from k2jax.plan import targets
-from k2jax.plan.compiler import compile_evaluation, compile_step, gpu_config
-from k2jax.plan.step_flops import Case
+from k2jax.planner import hbm as memory
+from k2jax.planner import targets
+from k2jax.planner.compiler import compile_evaluation, compile_step, gpu_config
+from k2jax.planner.step_flops import Case
 
 SMALL = {
     "model.moe_layers": "2", "train.dtype": "bfloat16", "train.remat": "full",
