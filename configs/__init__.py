@@ -29,7 +29,11 @@ NAMES = {
 
 
 def load(name: str) -> RunConfig:
-    """The run called `name`, that of a run's folder, or one around a published `config.json`.
+    """The run called `name`, that of a run's folder, or one around a published config file.
+
+    Args:
+        name: of a named run; else the path of a folder with a `config.json`, or of such a file,
+            whatever it is called.
 
     Raises:
         ConfigError: there is none; the message has the nearest name.
@@ -37,14 +41,19 @@ def load(name: str) -> RunConfig:
     if name in NAMES:
         module = importlib.import_module(f"k2jax.configs.{NAMES[name]}")
         return getattr(module, name)()
-    file = Path(name) if Path(name).name == "config.json" else Path(name) / "config.json"
-    if file.is_file() or file == Path(name):
+    path = Path(name)
+    file = path / "config.json" if path.is_dir() else path
+    if file.is_file():
         fields = published_fields(file)
         if isinstance(fields.get("model"), dict):  # a run's own
             return from_json(fields)
         model = from_published(fields)
         data = DataConfig(context=min(DataConfig().context, model.context))
-        return RunConfig(name=file.resolve().parent.name, model=model, data=data)
-    if Path(name).is_dir():
+        whole = file.resolve()
+        title = whole.parent.name if whole.name == "config.json" else whole.stem
+        return RunConfig(name=title, model=model, data=data)
+    if path.is_dir():
         raise ConfigError(f"{name} has no config.json")
+    if len(path.parts) > 1 or path.suffix == ".json":
+        raise ConfigError(f"no file {name}")
     raise ConfigError(f"no config {name!r}; {nearest(name, NAMES)}")

@@ -1,6 +1,6 @@
 """Every setting of a run: a dataclass a section, and what may stand in it. Loads nothing heavy."""
 
-from k2jax.config.errors import ConfigError, nearest, one_line
+from k2jax.config.errors import ConfigError, check_float32, nearest, one_line
 from k2jax.config.knob import each_knob, knob
 from k2jax.config.schema import (
     DERIVED_AXES,
@@ -51,6 +51,7 @@ __all__ = [
     "RunConfig",
     "TrainConfig",
     "Yarn",
+    "check_float32",
     "each_knob",
     "field_names",
     "from_json",

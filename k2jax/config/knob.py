@@ -5,7 +5,7 @@ import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from k2jax.config.errors import ConfigError, nearest
+from k2jax.config.errors import ConfigError, check_float32, nearest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class Knob:
             raise ConfigError(f"{name} is {value!r}; {nearest(value, self.choices)}")
         elif bounds := self._describe_broken_bounds(value):
             raise ConfigError(f"{name} is {value}; it must be {bounds}")
+        elif isinstance(value, float):
+            check_float32(name, value)
 
     def _describe_broken_bounds(self, value: float) -> str:
         # Negated, so that NaN is out of bounds too.

@@ -37,6 +37,8 @@ MATRIX_VIEWS = ("whole", "per_head")
 ON_SPIKE = ("log", "skip", "rewind")
 TRACKERS = ("tensorboard", "wandb")
 LEAST_WINDOW = 20  # losses from which a spike can be detected
+LEAST_EPS = 1e-18  # squares of gradients smaller than it are 0 in float32
+LEAST_TAU = 1e-6
 
 # Values of one setting that leave others without effect.
 ADAMW = {"optim.name": "adamw"}
@@ -92,7 +94,9 @@ class ModelConfig:
     groups_per_token: int = knob(
         1, "groups that a token may choose experts from", low=1, unless={"model.groups": 1}
     )
-    norm_eps: float = knob(1e-6, "epsilon of the outer norms; the inner ones always have 1e-6")
+    norm_eps: float = knob(
+        1e-6, "epsilon of the outer norms; the inner ones always have 1e-6", above=0
+    )
     rope_theta: float = knob(50_000.0, "base of the rotary frequencies", above=1)
     yarn: Yarn = Yarn()
     context: int = knob(131_072, "longest context in tokens", low=1)
@@ -194,12 +198,15 @@ class OptimConfig:
     )
     b1: float = knob(0.9, "AdamW's first decay", low=0, high=1)
     b2: float = knob(0.95, "AdamW's second decay", low=0, high=1)
-    eps: float = knob(1e-8, "AdamW's epsilon", low=0)
+    eps: float = knob(1e-8, "AdamW's epsilon", low=LEAST_EPS)
     adam_scale: float = knob(
         1.0, "AdamW's learning rate divided by Muon's, in MuonClip", above=0, unless=ADAMW
     )
     tau: float = knob(
-        100.0, "QK-Clip: attention logit above which a head is scaled down", above=0, unless=ADAMW
+        100.0,
+        "QK-Clip: attention logit above which a head is scaled down",
+        low=LEAST_TAU,
+        unless=ADAMW,
     )
     alpha: float = knob(
         0.5, "QK-Clip: share of the scaling that the queries take", low=0, high=1, unless=ADAMW

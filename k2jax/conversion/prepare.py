@@ -20,6 +20,7 @@ from k2jax.weights.encodings import FORMATS, PLAIN, ReencodedTensors, encoding, 
 from k2jax.weights.hf_folder import Folder
 from k2jax.weights.mapping import VISION, stack_slots
 from k2jax.weights.object_store import REMOTE, Bucket
+from k2jax.weights.other_quantisations import refuse_other
 from k2jax.weights.source import Source, open_source
 
 TO = ("orbax", "hf")
@@ -143,6 +144,7 @@ def make_plan(
     if target == source.folder or source.folder in target.parents:
         raise ConfigError(f"the target {target} is the source or inside of it")
     if isinstance(source.tensors, Folder):
+        refuse_other(source.tensors, source.fields, source.name)
         source.tensors.inspect()
     leaves = specs(Kimi(without_mtp(source.config)))
     published.check(source.tensors, leaves, str(source.folder))

@@ -8,6 +8,8 @@ from k2jax.config import ConfigError
 from k2jax.inference import sampler as sample
 from k2jax.model import Model
 
+# Below it logits over the temperature may overflow float32; even near ties are decided far above.
+COLD = 1e-30
 BUCKET = 64  # tokens; lengths are rounded up to a multiple of it, or of more where they are long
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
@@ -32,7 +34,8 @@ def generate(
         prompts: texts, or lists of token ids. A text is continued as the start of a document:
             [BOS], which begins every training document, goes before it. Ids are taken as they are.
         max_new_tokens: per prompt.
-        temperature: 0 takes the most likely token; else logits are divided by it.
+        temperature: 0 takes the most likely token, as does anything below 1e-30; else logits are
+            divided by it.
         top_p: in (0, 1]; draw from the fewest tokens that together have this probability.
         seed: of the draws. A row's draws depend on its place in `prompts`, not on other rows.
         stop: ids that end a row; None: the tokenizer's `stops`, [EOS] and <|im_end|> with Kimi's;
@@ -105,8 +108,8 @@ def check(model: Model, rows: list[list[int]], new: int, temperature: float, top
     """
     if new < 1:
         raise ConfigError(f"max_new_tokens is {new}; it must be at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise ConfigError(f"temperature is {temperature}; it must be 0 or more")
+    if not 0 <= temperature <= float(np.finfo(np.float32).max):
+        raise ConfigError(f"temperature is {temperature}; it must be 0 or more, and a float32")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1")
     if temperature == 0 and top_p < 1:
@@ -137,7 +140,7 @@ def _run(
     settings: tuple[int, float, float, int],
 ) -> list[list[int]]:
     new, temperature, top_p, seed = settings
-    kind = sample.GREEDY if not temperature else sample.PLAIN if top_p == 1 else sample.NUCLEUS
+    kind = sample.GREEDY if temperature < COLD else sample.PLAIN if top_p == 1 else sample.NUCLEUS
     with sample.decoding(model.params) as params:
         padded = [*rows, *[[0]] * (-len(rows) % sample.batch_ways())]
         token_BT = np.zeros((len(padded), bucket(max(map(len, padded)))), np.int32)

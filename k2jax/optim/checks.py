@@ -5,13 +5,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, check_float32
 
 FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 
 def number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> None:
-    """Refuse a plain number outside of low..high; schedules and traced numbers pass.
+    """Refuse a plain number outside of low..high or of float32; schedules, traced numbers pass.
 
     Raises:
         ConfigError: names the argument.
@@ -21,6 +21,7 @@ def number(name: str, value: Any, low: float = 0.0, high: float = math.inf) -> N
     if isinstance(value, int | float) and not low <= value <= high:
         room = f"at least {low:g}" if high == math.inf else f"in {low:g}..{high:g}"
         raise ConfigError(f"{name} is {value}; it must be {room}")
+    check_float32(name, value)
 
 
 def floating(name: str, dtype: Any) -> None:

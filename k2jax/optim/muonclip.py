@@ -7,6 +7,7 @@ import jax
 import optax
 
 from k2jax.config import ConfigError
+from k2jax.config.schema import LEAST_EPS
 from k2jax.optim.checks import number
 from k2jax.optim.muon import scale_by_muon
 from k2jax.optim.qk_clip import qk_clip
@@ -65,6 +66,7 @@ def muonclip(  # noqa: PLR0913, the recipe's numbers are its interface
     adam = {"b1": 0.9, "b2": 0.95, "eps": 1e-8} | dict(adam or {})
     for name in ("b1", "b2"):
         number(f"adam {name}", adam[name], high=1)
+    number("adam eps", adam["eps"], low=LEAST_EPS)
 
     def labels(params: Any) -> Any:
         group = lambda view: "adam" if view == "adam" else "muon"

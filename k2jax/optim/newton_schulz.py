@@ -33,6 +33,7 @@ POLYNOMIALS: dict[str, tuple[Polynomial, ...]] = {
     ),
 }
 RESTARTS = (3,)  # the best single one of the five steps; published: (2,)
+HUGE = 2.0**48  # values whose squares, 2^30 of them, still have a sum in float32
 BLOCKED = 256  # smaller side from which half of a symmetric product is worth leaving out
 
 
@@ -69,7 +70,8 @@ def newton_schulz(
 
     Each step maps a singular value s to a s + b s^3 + c s^5. Five steps of the standard polynomial
     take [0.01, 1] to [0.68, 1.14], which is near enough. As in Moonlight's code the matrix is cast
-    first; the norm and all sums are float32. Zero matrices stay zero.
+    first; the norm and all sums are float32. Zero matrices stay zero. Of any finite size the
+    result is that of the same matrix at a usual size.
 
     With `gram` the steps are taken by the small matrix x xT: for sides a < b, 8 a^2 b + 28 a^3
     operations instead of 20 a^2 b + 10 a^3 (five steps, one restart), less a quarter of each
@@ -99,13 +101,26 @@ def newton_schulz(
         raise ValueError(f"`gram` lists the steps to restart before, as {RESTARTS}, not {gram!r}")
     if gram is not None and split:
         raise ValueError("newton_schulz takes `gram` or `split`, not both")
-    wide = x.astype(dtype).astype(jnp.float32)
+    wide = _without_overflow(x.astype(dtype).astype(jnp.float32), split)
     square = jnp.sum(wide * wide, axis=(-2, -1), keepdims=True)
     square = jax.lax.psum(square, split) if split else square
     y = (wide / (jnp.sqrt(square) + 1e-7)).astype(dtype)
     if gram is not None:
         return _by_gram(y, coefficients, tuple(gram)).astype(jnp.float32)
     return _standard(y, coefficients, split).astype(jnp.float32)
+
+
+def _without_overflow(x: jax.Array, split: tuple[str, ...]) -> jax.Array:
+    """`x`, or `x` over a power of two where the squares of a huge matrix would overflow.
+
+    Usual matrices are multiplied by exactly 1. What is not finite stays so.
+    """
+    size = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True, initial=0.0)
+    size = jax.lax.pmax(size, split) if split else size
+    # Where the size is 2^e, the bits of 2^-e: exponents are kept above what counts as subnormal.
+    exponent = jnp.minimum(jax.lax.bitcast_convert_type(size, jnp.int32) >> 23, 253)
+    inverse = jax.lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
+    return x * jnp.where(size > HUGE, inverse, 1.0)
 
 
 def _standard(x: jax.Array, coefficients: list[Polynomial], split: tuple[str, ...]) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from k2jax.config import ConfigError
+from k2jax.config.schema import LEAST_TAU
 from k2jax.optim.checks import number
 from k2jax.optim.views import KEYS, QUERIES, names
 from k2jax.params.spec import ParamSpec
@@ -53,7 +54,7 @@ def qk_clip(
 
     Source: [K2-TR] sec. 2.1, algorithm 1.
     """
-    number("tau", tau, low=1e-6)
+    number("tau", tau, low=LEAST_TAU)
     number("alpha", alpha, high=1)
     kinds = {
         name: spec.axes[-2:]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from k2jax.config import ConfigError
+from k2jax.runtime.foreign import FOREIGN_BYTES, describe_foreign
 from k2jax.text.interface import Template, check_ids
 from k2jax.text.unicode import replace_surrogates
 
@@ -126,9 +127,12 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: it is missing, or holds something else.
     """
+    text = read_text(file)
     try:
-        content = json.loads(read_text(file))
+        content = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
+        if foreign := describe_foreign(text[:FOREIGN_BYTES].encode()):
+            raise ConfigError(f"{file} is {foreign}") from None
         raise ConfigError(f"{file} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{file} does not hold a JSON object")

@@ -18,6 +18,7 @@ import tiktoken
 
 from k2jax.config import ConfigError
 from k2jax.runtime.files import write_atomic
+from k2jax.runtime.foreign import FOREIGN_BYTES, describe_foreign
 from k2jax.text.hf_tokenizer import CONFIG, read_json
 from k2jax.text.interface import Template, check_ids
 from k2jax.text.kimi_template import KIMI_K2
@@ -260,6 +261,8 @@ def _parse(content: bytes, name: str) -> dict[bytes, int]:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
+            if foreign := describe_foreign(content[:FOREIGN_BYTES]):
+                raise ConfigError(f"tokenizer {name} is {foreign}") from None
             raise ConfigError(
                 f"tokenizer {name}, line {number}: expected 'base64 rank', found {line[:40]!r}"
             ) from None

@@ -1,11 +1,14 @@
 """A published `config.json` and our `ModelConfig`, both ways."""
 
 import json
+import math
 import typing
 from pathlib import Path
 from typing import Any
 
 from k2jax.config import ConfigError, ModelConfig, Yarn
+from k2jax.runtime.foreign import FOREIGN_BYTES, describe_foreign
+from k2jax.weights.hf_fields import FIXED, check_attention_factor, check_fields, read_rope
 
 # Our field: the published one [JLE, k2_config.json].
 PUBLISHED = {
@@ -15,12 +18,6 @@ PUBLISHED = {
     "experts": "n_routed_experts", "expert_ffw": "moe_intermediate_size",
     "experts_per_token": "num_experts_per_tok", "routed_scale": "routed_scaling_factor",
     "norm_eps": "rms_norm_eps", "context": "max_position_embeddings",
-}  # fmt: skip
-# What the architecture fixes: a config that says otherwise describes another model.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "norm_topk_prob": (True,),
-    "moe_layer_freq": (1,), "attention_bias": (False,), "attention_dropout": (0, 0.0),
-    "hidden_act": ("silu",), "tie_word_embeddings": (False,),
 }  # fmt: skip
 
 
@@ -36,17 +33,14 @@ def from_published(fields: dict[str, Any]) -> ModelConfig:
     fields = fields.get("text_config", fields)
     if not isinstance(fields, dict):
         raise ConfigError(f"config.json: text_config is {fields!r}; it must be an object")
-    for name, allowed in FIXED.items():
-        if fields.get(name, allowed[0]) not in allowed:
-            raise ConfigError(f"config.json: {name} is {fields[name]!r}; k2jax has {allowed[0]!r}")
+    check_fields(fields)
     missing = [
         name for name in (*PUBLISHED.values(), "num_hidden_layers") if fields.get(name) is None
     ]
     if missing:
         raise ConfigError(f"config.json has no {missing[0]!r}; is it of the DeepSeek-V3 family?")
     _check_kinds(fields)
-    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    theta = fields.get("rope_theta") or rope.get("rope_theta", 10_000.0)
+    theta, rope = read_rope(fields)
     return ModelConfig(
         **{ours: fields[theirs] for ours, theirs in PUBLISHED.items()},
         moe_layers=fields["num_hidden_layers"] - fields["first_k_dense_replace"],
@@ -55,7 +49,7 @@ def from_published(fields: dict[str, Any]) -> ModelConfig:
         mtp_layers=fields.get("num_nextn_predict_layers") or 0,
         groups=fields.get("n_group") or 1,
         groups_per_token=fields.get("topk_group") or 1,
-        rope_theta=float(theta),
+        rope_theta=theta,
         init_std=fields.get("initializer_range", 0.02),
         yarn=_published_yarn(rope),
     )
@@ -76,6 +70,12 @@ def _check_kinds(fields: dict[str, Any]) -> None:
         if value is not None and (not isinstance(value, right) or isinstance(value, bool)):
             noun = "a whole number" if kind is int else "a number"
             raise ConfigError(f"config.json: {name} is {value!r}; it must be {noun}")
+        if value is not None and not math.isfinite(value):
+            raise ConfigError(f"config.json: {name} is {value}; it must be finite")
+    if fields["rms_norm_eps"] <= 0:
+        raise ConfigError(
+            f"config.json: rms_norm_eps is {fields['rms_norm_eps']}; it must be more than 0"
+        )
     for name in ("rope_scaling", "rope_parameters", "quantization_config"):
         if not isinstance(fields.get(name) or {}, dict):
             raise ConfigError(f"config.json: {name} is {fields[name]!r}; it must be an object")
@@ -89,9 +89,9 @@ def _published_yarn(rope: dict[str, Any]) -> Yarn:
         raise ConfigError(f"config.json: rope_scaling.type is {kind!r}; k2jax has 'yarn'")
     numbers = [rope.get(n) for n in ("factor", "original_max_position_embeddings")]
     numbers += [rope.get(n) or 0 for n in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")]
-    if not all(isinstance(n, (int, float)) for n in numbers):
+    if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
         raise ConfigError(f"config.json: rope_scaling lacks a number: {rope}")
-    return Yarn(
+    yarn = Yarn(
         factor=float(rope["factor"]),
         beta_fast=float(rope.get("beta_fast") or 32),
         beta_slow=float(rope.get("beta_slow") or 1),
@@ -99,6 +99,8 @@ def _published_yarn(rope: dict[str, Any]) -> Yarn:
         mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
         context=int(rope["original_max_position_embeddings"]),
     )
+    check_attention_factor(rope, yarn.mscale, yarn.mscale_all_dim)
+    return yarn
 
 
 def to_published(model: ModelConfig) -> dict[str, Any]:
@@ -133,11 +135,15 @@ def published_fields(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
+    content = b""
     try:
-        fields = json.loads(path.read_text())
+        content = path.read_bytes()
+        fields = json.loads(content)
     except FileNotFoundError:
         raise ConfigError(f"no file {path}") from None
     except (ValueError, OSError, RecursionError) as error:
+        if foreign := describe_foreign(content[:FOREIGN_BYTES]):
+            raise ConfigError(f"{path} is {foreign}") from None
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ConfigError(f"{path} does not hold a JSON object")

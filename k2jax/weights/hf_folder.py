@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from k2jax.config import ConfigError, one_line
+from k2jax.runtime.foreign import FOREIGN_BYTES, describe_foreign
 from k2jax.weights.safetensors import Data, Reader, near, once
 
 INDEX = "model.safetensors.index.json"
@@ -153,12 +154,14 @@ def _names(path: Path) -> list[str]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    content = b""
     try:
-        files = json.loads(index.read_text(), object_pairs_hook=once)["weight_map"]
+        content = index.read_bytes()
+        files = json.loads(content, object_pairs_hook=once)["weight_map"]
     except (ValueError, OSError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"{index} is not a readable index of tensors: {one_line(error, typed=True)}"
-        ) from None
+        foreign = describe_foreign(content[:FOREIGN_BYTES])
+        unread = f"not a readable index of tensors: {one_line(error, typed=True)}"
+        raise ConfigError(f"{index} is {foreign or unread}") from None
     plain = isinstance(files, dict) and all(
         isinstance(file, str) and Path(file).name == file and file.isprintable()
         for file in files.values()

@@ -17,7 +17,9 @@ from k2jax.config import ConfigError
 from k2jax.params.spec import LAYER_AXES, ParamSpec
 from k2jax.sharding import meshless, storage_spec
 from k2jax.weights.encodings import JUNK, Tensors, check_parts, decode, encoding, weight_of
+from k2jax.weights.hf_config import published_fields
 from k2jax.weights.hf_folder import Folder
+from k2jax.weights.other_quantisations import refuse_other
 from k2jax.weights.safetensors import near
 
 VISION = ("vision_tower.", "mm_projector.")
@@ -63,6 +65,8 @@ def load_published(
             line names it and its file.
     """
     source = Folder(folder)
+    config = Path(folder, "config.json")
+    refuse_other(source, published_fields(config) if config.is_file() else {}, str(folder))
     check(source, specs, str(source.source))
     return place(source, specs, dtype)
 

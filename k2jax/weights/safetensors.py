@@ -20,6 +20,7 @@ import numpy as np
 
 from k2jax.config import ConfigError, nearest
 from k2jax.runtime.files import open_atomic
+from k2jax.runtime.foreign import FOREIGN_BYTES, describe_foreign
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -30,6 +31,15 @@ DTYPES: dict[str, np.dtype] = {
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
     "U8": np.dtype("u1"),
+    # Of weights that are not read, so that they can be named.
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I8": np.dtype("i1"),
+    "I16": np.dtype("<i2"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "BOOL": np.dtype("?"),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
@@ -165,6 +175,8 @@ def _header(path: Path, data: Data) -> tuple[dict[str, Any], int]:
     whole = len(prefix) == 8 and length <= MAX_HEADER
     text = data[8 : 8 + length].tobytes() if whole else b""
     if not whole or len(text) < length:
+        if foreign := describe_foreign(data[0:FOREIGN_BYTES].tobytes()):
+            raise ConfigError(f"{path} is {foreign}")
         raise ConfigError(
             f"{path} is cut short or not a safetensors file: its header should have {length} bytes"
         )

@@ -261,7 +261,7 @@ def test_a_saved_config_with_an_unknown_field_is_refused():
         ({"optim.final_rate": "-4"}, "optim.final_rate is -4.0; it must be in 0..1"),
         ({"optim.weight_decay": "-3"}, "optim.weight_decay is -3.0; it must be at least 0"),
         ({"optim.clip_norm": "-1"}, "optim.clip_norm is -1.0; it must be at least 0"),
-        ({"optim.tau": "0"}, "optim.tau is 0.0; it must be more than 0"),
+        ({"optim.tau": "0"}, "optim.tau is 0.0; it must be at least 1e-06"),
         ({"optim.adam_scale": "-4"}, "optim.adam_scale is -4.0; it must be more than 0"),
         ({"train.steps": "0"}, "train.steps is 0; it must be at least 1"),
         ({"train.keep": "0"}, "train.keep is 0; it must be at least 1"),
@@ -399,3 +399,22 @@ def test_health_settings_are_read_and_a_config_without_them_has_the_defaults():
     old = from_json(saved)
     assert old.health == configs.load("tiny").health
     assert old.train.profiled == range(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("optim.learning_rate", "1e-50", "optim.learning_rate is 1e-50; it would be 0 in float32"),
+        ("optim.learning_rate", "1e39", "it would be infinite in float32"),
+        ("optim.tau", "1e-38", "optim.tau is 1e-38; it must be at least 1e-06"),
+        ("optim.tau", "1e300", "optim.tau is 1e+300; it would be infinite"),
+        ("optim.eps", "0", "optim.eps is 0.0; it must be at least 1e-18"),
+        ("optim.clip_norm", "1e-45", "optim.clip_norm is 1e-45; it would be 0"),
+        ("model.norm_eps", "-1e-6", "model.norm_eps is -1e-06; it must be more than 0"),
+        ("model.norm_eps", "1e-50", "model.norm_eps is 1e-50; it would be 0"),
+    ],
+)
+def test_a_number_at_the_edge_of_float32_is_refused(name, value, named):
+    with pytest.raises(ConfigError) as error:
+        validate(override(configs.load("tiny"), {name: value}), [name])
+    assert named in str(error.value)

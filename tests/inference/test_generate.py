@@ -216,3 +216,17 @@ def test_the_command_needs_a_tokenizer(model, monkeypatch):
     monkeypatch.setattr("k2jax.weights.source.load", lambda path: without)
     with pytest.raises(ConfigError, match="folder has no tokenizer"):
         command.main(parsed("--prompt", "a"))
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-40, 2.2250738585072014e-308, 1e-35])
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_a_temperature_that_goes_to_zero_goes_to_the_most_likely_token(
+    model, greedy, temperature, top_p
+):
+    assert sampling.generate(model, PROMPTS, 6, temperature, top_p, stop=()) == greedy
+
+
+@pytest.mark.parametrize("temperature", [1e39, float("inf"), float("nan"), -1e-40])
+def test_a_temperature_that_float32_does_not_hold_is_refused(model, temperature):
+    with pytest.raises(ConfigError, match="temperature is"):
+        sampling.generate(model, PROMPTS, 6, temperature)
