@@ -28,13 +28,17 @@ class Group:
     one line. A group of one does nothing.
     """
 
-    def __init__(self, place: Place | None = None, end: Callable[[str, int], None] | None = None):
+    def __init__(
+        self, place: Place | None = None, end: Callable[[str, int], None] | None = None,
+        remedy: str = "",
+    ):  # fmt: skip
         """Meet the other processes.
 
         Args:
             place: of this process; None: it is alone.
             end: called with a line and an exit code when the run cannot go on; by default it
                 prints the line and ends the process at once, whatever it is doing.
+            remedy: what to do when a process was lost, for that line.
 
         Raises:
             Lost: some did not come within ARRIVAL seconds, or process 0 could not be reached.
@@ -44,6 +48,7 @@ class Group:
         self.host = socket.gethostname()
         self.wires: dict[int, Wire] = {}
         self._end = end or _end
+        self._remedy = f", and {remedy}" if remedy else ""
         self._told: dict[str, dict[int, Any]] = {}  # by topic and process
         self._news = threading.Condition()
         self._over = False
@@ -179,10 +184,7 @@ class Group:
                     self._news.notify_all()
 
     def _lost(self, wire: Wire, how: str) -> None:
-        line = (
-            f"process {wire.number} ({wire.host}) {how}; the run ends here, and the same"
-            " command on all hosts goes on from the newest checkpoint"
-        )
+        line = f"process {wire.number} ({wire.host}) {how}; all others end here{self._remedy}"
         self.stop(line, EXIT_RETRY)
 
     def stop(self, line: str, code: int) -> None:

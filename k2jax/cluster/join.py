@@ -5,46 +5,54 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from k2jax.cluster import group as groups
 from k2jax.cluster import preflight
 from k2jax.cluster.detect import Place
 from k2jax.cluster.group import Group
 from k2jax.cluster.rendezvous import EXIT_RETRY, Lost
-from k2jax.config import ConfigError, RunConfig, one_line
+from k2jax.config import ConfigError, MeshConfig, one_line
+
+# What to do after a process was lost: where checkpoints are written, and where nothing is.
+RESUME = "the same command on all hosts resumes from the newest checkpoint"
+REPEAT = "give the same command on all hosts again"
 
 
 @contextlib.contextmanager
 def member(
-    place: Place | None, run: RunConfig, out: Path, init: str, say: Callable[[str], None]
-) -> Iterator[Group]:
+    place: Place | None, facts: Mapping[str, Any], mesh: MeshConfig, say: Callable[[str], None],
+    out: Path | None = None,
+) -> Iterator[Group]:  # fmt: skip
     """The group that runs this command: connected, compared, and known to jax.
 
     An error inside of the block, or a lost process, ends all of them.
 
     Args:
         place: of this process; None: it is alone, and nothing happens.
-        run: what all must be about to do.
-        out: its folder.
-        init: weights to start from.
-        say: told one line, on process 0.
+        facts: what all processes must have alike, by name: settings and options.
+        mesh: takes all devices of all processes.
+        say: called with one line, on process 0.
+        out: a folder that all processes write to; None: they write nothing.
     """
     if place is None:
         yield groups.current()
         return
     try:
-        group = Group(place)
+        group = Group(place, remedy=RESUME if out else REPEAT)
     except Lost as error:
         sys.stderr.write(f"k2jax: {error}\n")
         raise SystemExit(EXIT_RETRY) from None
     _own_stdout(group.number == 0)
     with groups.use(group):
         try:
-            preflight.compare(group, run, out, init)
+            preflight.compare(group, facts)
+            if out:
+                preflight.see_folder(group, out)
             _join(place)
-            preflight.devices(group, run.mesh)
+            preflight.devices(group, mesh)
             line = preflight.network(group)
             if group.number == 0:
                 say(line)

@@ -5,13 +5,13 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from k2jax.cluster.group import Group
 from k2jax.cluster.rendezvous import EXIT_RETRY
-from k2jax.config import ConfigError, MeshConfig, RunConfig, to_json
+from k2jax.config import ConfigError, MeshConfig
 from k2jax.runtime.versions import source_hash, versions
 
 PACKAGES = ("k2jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -22,20 +22,22 @@ PATIENCE = 300.0  # seconds for jax to find the devices of all hosts, and for th
 NETWORK_BYTES = 4 << 20  # of the timed all-reduce, on each device
 
 
-def compare(group: Group, run: RunConfig, out: Path, init: str) -> None:
-    """See that all processes have the same versions, code, settings and run folder.
+def compare(group: Group, facts: Mapping[str, Any]) -> None:
+    """See that all processes have the same versions, the same code, and these facts in common.
+
+    Args:
+        group: the processes.
+        facts: settings and options by name; nested ones are compared one by one.
 
     Raises:
         ConfigError: on every process: who differs, and in what.
     """
-    facts: dict[str, Any] = dict.fromkeys(PACKAGES, "not installed") | versions(PACKAGES)
-    facts["k2jax's source files"] = source_hash()[:12]
-    facts |= _flat(to_json(run)) | {"--out": str(out.absolute()), "--init": init}
-    group.require_equal("settings", facts)
-    see_folder(group, out)
+    own: dict[str, Any] = dict.fromkeys(PACKAGES, "not installed") | versions(PACKAGES)
+    own["k2jax's source files"] = source_hash()[:12]
+    group.require_equal("settings", own | _flat(facts))
 
 
-def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in fields.items():
         inner = (

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from k2jax import cluster, configs
-from k2jax.config import ConfigError, RunConfig, each_knob, override, validate
+from k2jax.config import ConfigError, RunConfig, each_knob, override, to_json, validate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,8 @@ def main(args: argparse.Namespace) -> int:
 
     place = cluster.find(args.coordinator, args.processes, args.process)
     startup.prepare(run.mesh.devices, place.processes if place else 1)
-    with cluster.member(place, run, out, args.init, _say) as group:
+    facts = to_json(run) | {"--out": str(out.absolute()), "--init": args.init}
+    with cluster.member(place, facts, run.mesh, _say, out) as group:
         from k2jax.checkpoint import Checkpoints
         from k2jax.training.loop import train
 

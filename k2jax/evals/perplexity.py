@@ -7,17 +7,80 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
+from k2jax import cluster, sharding
 from k2jax.config import ConfigError, ModelConfig
 from k2jax.data import Store, eval_batches
 from k2jax.data.store import write
-from k2jax.inference.sampler import batch_ways
 from k2jax.model import Batch, Dispatch, Kimi, Model, Policy, hidden, losses
 from k2jax.model.batch import own_parts, to_devices
+from k2jax.ops.moe.dispatch import choose_dispatch
 from k2jax.params.arrays import Params, bind
+
+
+class HeldOut(NamedTuple):
+    """Sums over scored tokens, of all processes together."""
+
+    nll: float  # nats
+    tokens: float
+    bytes: int  # of text that the tokens stand for
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean negative log likelihood."""
+        return self.nll / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers, and with compressors."""
+        return self.nll / math.log(2) / self.bytes
+
+
+Evaluate = Callable[[Batch], tuple[jax.Array, jax.Array]]  # `total_loss` of some weights
+
+
+def heldout_loss(
+    evaluate: Evaluate, store: Store, rows: int, context: int, byte_lengths: np.ndarray,
+    *, stride: int = 0, limit: int = 0,
+) -> HeldOut:  # fmt: skip
+    """Score documents on the mesh in use, every token once, over any number of processes.
+
+    Each process makes the rows of its own devices. A row that several have is counted by one.
+
+    Args:
+        evaluate: from a batch, nats of all its targets and how many they are.
+        store: tokenised documents, the same in every process.
+        rows: rows of a batch, all processes together; the mesh must divide them.
+        context: tokens of a row.
+        byte_lengths: bytes of text of each token id.
+        stride: distance of the windows of a document longer than a row; 0: no overlap.
+        limit: at most that many rows, spread evenly over all of them; 0: all.
+    """
+    share = sharding.batch_share()
+    counted = np.repeat(share.first, rows // share.of)
+    nll = tokens = 0.0  # added in double precision: sums over millions of tokens
+    size = 0
+    for batch in eval_batches(store, rows, context, stride=stride, limit=limit, **own_parts()):
+        part, count = evaluate(to_devices(batch))
+        scored = byte_lengths[batch["targets"]] * (batch["weights"] > 0)
+        size += int(scored[counted].sum())
+        nll, tokens = nll + float(part), tokens + float(count)
+    return HeldOut(nll, tokens, _sum_over_processes(size))
+
+
+def _sum_over_processes(value: int) -> int:
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    # Two halves: without x64, JAX has no 64-bit integers.
+    halves = np.array([value >> 24, value & (1 << 24) - 1], np.int32)
+    high, low = np.asarray(multihost_utils.process_allgather(halves)).reshape(-1, 2).T
+    return (int(high.sum(dtype=np.int64)) << 24) + int(low.sum(dtype=np.int64))
 
 
 def score(
@@ -26,6 +89,7 @@ def score(
     rows: int = 8,
     context: int = 0,
     stride: int = 0,
+    dispatch: str = "",
 ) -> dict[str, float]:
     """Nats per token, bits per byte and perplexity of text, every token of it scored once.
 
@@ -35,36 +99,50 @@ def score(
     Args:
         model: computes in the dtype of its weights; on the mesh in use, if there is one.
         source: tokenised documents, or texts, which the model's tokenizer then cuts into tokens.
+            In several processes the same in each.
         rows: rows computed at once; rounded up to what divides over the mesh.
         context: tokens in a row; 0: the model's context.
         stride: distance of the windows of a document longer than a row. A token then sees at
             least `context - stride` tokens before it; 0: no overlap, least work.
+        dispatch: how tokens reach their experts; "": what needs least memory on the mesh.
 
     Raises:
-        ConfigError: no text, texts without a tokenizer, or a size out of range.
+        ConfigError: no text, no tokenizer, or a size out of range.
     """
     context = context or model.config.context
-    _check(model, rows, context, stride)
+    check_request(model.config, rows, context, stride)
+    if model.tokenizer is None:
+        raise ConfigError("this model has no tokenizer, which bytes are counted with")
+    way = Dispatch(dispatch) if dispatch else choose_dispatch()
+    evaluate = functools.partial(
+        _compiled, model.params, cfg=model.config, dtype=model.dtype, dispatch=way
+    )
+    rows += -rows % sharding.batch_share().of
     with _stored(model, source) as store:
         began = time.perf_counter()
-        nll, tokens = _total(model, store, rows, context, stride)
+        lengths = model.tokenizer.byte_lengths()
+        found = heldout_loss(evaluate, store, rows, context, lengths, stride=stride)
         seconds = time.perf_counter() - began
-        size = store.bytes
     return {
-        "nats_per_token": nll / tokens,
-        "bits_per_byte": nll / math.log(2) / size,
-        "perplexity": math.exp(min(nll / tokens, 700.0)),  # beyond, a double overflows
-        "tokens": int(tokens),
-        "bytes": size,
+        "nats_per_token": found.nats_per_token,
+        "bits_per_byte": found.bits_per_byte,
+        "perplexity": math.exp(min(found.nats_per_token, 700.0)),  # beyond, a double overflows
+        "tokens": int(found.tokens),
+        "bytes": found.bytes,
         "seconds": round(seconds, 3),
     }
 
 
-def _check(model: Model, rows: int, context: int, stride: int) -> None:
+def check_request(config: ModelConfig, rows: int, context: int, stride: int) -> None:
+    """Refuse sizes that cannot be scored.
+
+    Raises:
+        ConfigError: names the first.
+    """
     if rows < 1:
         raise ConfigError(f"rows is {rows}; it must be at least 1")
-    if not 1 <= context <= model.config.context:
-        raise ConfigError(f"context is {context}; the model takes 1..{model.config.context}")
+    if not 1 <= context <= config.context:
+        raise ConfigError(f"context is {context}; the model takes 1..{config.context}")
     if not 0 <= stride <= context:
         raise ConfigError(f"stride is {stride}; it must be in 1..{context}, or 0 for no overlap")
 
@@ -73,28 +151,12 @@ def _check(model: Model, rows: int, context: int, stride: int) -> None:
 def _stored(model: Model, source: Store | Iterable[str]) -> Iterator[Store]:
     with tempfile.TemporaryDirectory(prefix="k2jax-") as folder:
         if not isinstance(source, Store):
-            if model.tokenizer is None:
-                raise ConfigError("this model has no tokenizer; give tokenised documents")
             source = write(Path(folder, "text"), source, model.tokenizer)
         if not source.bytes:
             raise ConfigError("there is no text to score")
+        facts = {"tokens": source.size, "bytes": source.bytes}
+        cluster.current().require_equal("text to score", facts)
         yield source
-
-
-def _total(model: Model, store: Store, rows: int, context: int, stride: int) -> tuple[float, float]:
-    """Negative log likelihood of all targets in nats, and how many they are."""
-    rows += -rows % batch_ways()
-    batches = eval_batches(store, rows, context, stride=stride, **own_parts())
-    sums = [
-        _program()(model.params, to_devices(batch), model.config, model.dtype) for batch in batches
-    ]
-    # Added in double precision: the sum over millions of tokens.
-    return sum(float(nll) for nll, _ in sums), sum(float(count) for _, count in sums)
-
-
-@functools.cache
-def _program() -> Callable[..., Any]:
-    return jax.jit(total_loss, static_argnums=(2, 3))
 
 
 def total_loss(
@@ -117,3 +179,6 @@ def total_loss(
     x_BTD, _ = hidden(w, batch, cfg, policy)
     nll_BT = losses(w.head, x_BTD, batch.target, policy)
     return (nll_BT * batch.weight).sum(), batch.weight.sum()
+
+
+_compiled = jax.jit(total_loss, static_argnames=("cfg", "dtype", "dispatch"))

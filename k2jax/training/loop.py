@@ -18,7 +18,8 @@ import numpy as np
 from k2jax import cluster, sharding
 from k2jax.checkpoint import Checkpoints, preload_orbax
 from k2jax.config import ConfigError, RunConfig, from_json, to_json
-from k2jax.data import Batches, Data, Mixture, check, compressors, eval_batches, open_data, prefetch
+from k2jax.data import Batches, Data, Mixture, check, compressors, open_data, prefetch
+from k2jax.evals.perplexity import heldout_loss
 from k2jax.inference.generate import generate
 from k2jax.model import Model
 from k2jax.model.batch import own_parts, to_devices
@@ -231,18 +232,13 @@ class _Training:
     ) -> dict[str, float]:
         """Nats per token and bits per byte of held-out rows; `limit` 0 takes all of them."""
         evaluate = _together(programs.evaluate(), "compiled evaluation")
-        rows, context = _eval_shape(self.run)
-        lengths = data.tokenizer.byte_lengths()
-        nll = tokens = size = 0.0
-        share = sharding.batch_share()  # a row that several hosts have is counted by one
-        counted = np.repeat(share.first, rows // share.of)
-        for batch in eval_batches(data.heldout, rows, context, limit=limit, **own_parts()):
-            part, count = evaluate(state.params, to_devices(batch))
-            nll, tokens = nll + float(part), tokens + float(count)
-            size += float((lengths[batch["targets"]] * batch["weights"])[counted].sum())
-        if jax.process_count() > 1:
-            size = float(_over_hosts(size))
-        return {"heldout_loss": nll / tokens, "heldout_bits_per_byte": nll / math.log(2) / size}
+        found = heldout_loss(
+            functools.partial(evaluate, state.params), data.heldout, *self.program.micro_shape,
+            data.tokenizer.byte_lengths(), limit=limit,
+        )  # fmt: skip
+        return {
+            "heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte
+        }  # fmt: skip
 
     def _finish(self, state: State, data: Data, programs: "_Programs", stop: Stop) -> None:
         """Score all held-out text beside compressors, plot, and print a sample, unless stopped."""
@@ -302,9 +298,8 @@ def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any
 
 def _compile_evaluate(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
     with jax.set_mesh(mesh):
-        rows = jax.tree.map(lambda a: _without_first_dim(a, mesh), program.abstract_batch())
         params = program.abstract_state().params
-        return _compiled(jax.jit(program.evaluate).lower(params, rows))
+        return _compiled(jax.jit(program.evaluate).lower(params, program.abstract_rows()))
 
 
 def _compiled(lowered: jax.stages.Lowered) -> Callable[..., Any]:
@@ -313,15 +308,6 @@ def _compiled(lowered: jax.stages.Lowered) -> Callable[..., Any]:
     compiled = lowered.compile({"xla_backend_optimization_level": "1"} if cpu else {})
     memory.trim_malloc()
     return compiled
-
-
-def _without_first_dim(a: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-    place = jax.NamedSharding(mesh, sharding.storage_spec(("batch", "length")))
-    return jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=place)
-
-
-def _eval_shape(run: RunConfig) -> tuple[int, int]:
-    return run.data.rows // run.train.accumulate, run.data.context
 
 
 def numbers(found: dict[str, jax.Array]) -> dict[str, Any]:
@@ -343,12 +329,6 @@ def _open_alike(path: str, tokenizer: str, vocab: int, progress: Say) -> Data:
     facts = {"tokenizer": digest, "tokens to learn from": size, "bytes held out": heldout}
     group.require_equal("data", facts)
     return data
-
-
-def _over_hosts(value: float) -> float:
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(np.float64(value)).sum()
 
 
 def _check_same(run: RunConfig, old: dict[str, Any], out: Path) -> None:

@@ -39,8 +39,9 @@ def test_the_command_in_a_template_is_a_valid_run_on_its_devices(name):
     command = re.search(r"k2jax train (.+?)( \|\| |\n\s+env:)", plain, re.DOTALL).group(1)
     command = command.replace("$((16 / NODES))", "16").replace("$NODES", "1")
     words = shlex.split(re.sub(r"\$(\w+)", r"\1", command))
-    args, rest = cli._parser("train").parse_known_args(["train", *words])
-    settings = cli._settings(rest, args)
+    parser, options = cli._build_parser("train")
+    args, rest = parser.parse_known_args(["train", *words])
+    settings = cli._read_settings(rest, args, options)
     run = override(configs.load(args.config), settings)
     validate(run, settings)
     assert run.mesh.devices == DEVICES[name]

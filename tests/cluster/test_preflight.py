@@ -1,14 +1,13 @@
 """What processes compare before they compile, as far as one process can test it."""
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from k2jax.cluster import preflight
 from k2jax.cluster.group import Group
 from k2jax.cluster.join import member
-from k2jax.config import RunConfig
+from k2jax.config import MeshConfig
 
 
 def test_hosts_with_unlike_devices_are_named():
@@ -39,12 +38,12 @@ def test_a_deadline_ends_the_run_with_its_line():
 
 def test_one_process_alone_does_nothing():
     said = []
-    with member(None, RunConfig(), Path("nowhere"), "", said.append) as group:
+    with member(None, {}, MeshConfig(), said.append) as group:
         group.require_equal("anything", {"x": 1})
         assert group.count == 1
     assert said == []
 
 
 def test_a_mistake_passes_through_when_alone():
-    with pytest.raises(ZeroDivisionError), member(None, RunConfig(), Path("nowhere"), "", print):
+    with pytest.raises(ZeroDivisionError), member(None, {}, MeshConfig(), print):
         raise ZeroDivisionError

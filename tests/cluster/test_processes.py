@@ -104,8 +104,8 @@ def test_a_run_in_two_processes_loses_one_and_goes_on_as_if_nothing_had_happened
     assert time.monotonic() - began < 30
     assert (code, victim) == (EXIT_RETRY, -signal.SIGKILL)
     assert said == [
-        f"k2jax: process 1 ({HOST}) is gone; the run ends here, and the same command on all hosts"
-        " goes on from the newest checkpoint"
+        f"k2jax: process 1 ({HOST}) is gone; all others end here, and the same command on all hosts"
+        " resumes from the newest checkpoint"
     ]
     before, newest = losses(out), Checkpoints(out).latest()
     assert newest % 3 == 0 and newest < len(before)
@@ -142,18 +142,21 @@ import sys
 out, port, count, number, what, *mesh = sys.argv[1:]
 count, number = int(count), int(number)
 import jax, numpy as np
-from k2jax import sharding, startup
+from k2jax import sharding
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import MeshConfig, ModelConfig
 from k2jax.model import Kimi
-from k2jax.params import abstract, initial, specs
-startup.prepare(8, count)
+from k2jax.params.arrays import abstract, initial
+from k2jax.params.declare import specs
+from k2jax.runtime import backend
+backend.prepare(8, count)
 if count > 1:
     jax.distributed.initialize(
         f"127.0.0.1:{{port}}", count, number, cluster_detection_method="deactivate"
     )
 leaves = specs(Kimi(ModelConfig(**{sizes})))
-with jax.set_mesh(sharding.make(MeshConfig(**{{m[0]: int(m[1]) for m in map(str.split, mesh)}}))):
+mesh = MeshConfig(**{{m[0]: int(m[1]) for m in map(str.split, mesh)}})
+with jax.set_mesh(sharding.make_mesh(mesh)):
     right = initial(leaves, 0, 1.0)  # the same on any mesh and any number of hosts
     with Checkpoints(out) as saved:
         if what == "save":

@@ -29,6 +29,7 @@ from k2jax.config import (
 )
 from k2jax.data import Batches
 from k2jax.data.tokenise import tokenise
+from k2jax.evals import perplexity
 from k2jax.params.arrays import initial
 from k2jax.training import loop
 from k2jax.training.loop import read_metrics, train
@@ -251,7 +252,7 @@ NOTICES = {  # where, and how far a run that goes on from step 3 still gets
     "compiling": (loop, "compile_step", 4),
     "restoring": (Checkpoints, "restore", 4),
     "a step": (loop, "to_devices", 4),
-    "evaluation": (loop, "eval_batches", 6),
+    "evaluation": (perplexity, "eval_batches", 6),
     "a save": (Checkpoints, "save", 7),  # of step 6; asked after the next step
 }
 
