@@ -1,18 +1,14 @@
 """Eight fake CPU devices for every test, and less compiler effort: test time is compile time."""
 
-import importlib.metadata
 import os
 
 import pytest
 
+from k2jax.runtime.versions import fast_compile_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    " --xla_llvm_disable_expensive_passes=true"
-)
-# Compiles in a third of the time; a flag that XLA does not know would end the process.
-if importlib.metadata.version("jax").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+_FLAGS = {"xla_force_host_platform_device_count": "8"} | fast_compile_flags()
+os.environ["XLA_FLAGS"] = " ".join(f"--{k}={str(v).lower()}" for k, v in _FLAGS.items())
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 

@@ -27,6 +27,7 @@ from k2jax.optim import warmup_stable_decay
 from k2jax.params.arrays import initial
 from k2jax.params.counts import count_parameters
 from k2jax.runtime import backend as startup
+from k2jax.runtime.versions import fast_compile_flags
 from k2jax.training.step import build
 
 HERE = Path(__file__).parent
@@ -36,13 +37,7 @@ HELDOUT_ROWS = 256  # 32,768 tokens
 Options = dict[str, str | bool]
 # On a CPU, LLVM's first level: less time to compile, and steps are as fast.
 OPTIONS: Options = {"xla_backend_optimization_level": "1"}
-# A third of the time to compile, for steps that take three times as long.
-HASTY: Options = {
-    "xla_backend_optimization_level": "0",
-    "xla_llvm_disable_expensive_passes": True,
-}
-if jax.__version__.startswith("0.10."):  # later ones do not know it
-    HASTY["xla_cpu_use_fusion_emitters"] = False
+HASTY: Options = fast_compile_flags()  # a third of the time to compile, steps three times as long
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 import argparse
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from k2jax.config import ConfigError, one_line
+from k2jax.runtime import versions
 
 ARRIVAL = 300.0  # seconds that processes may come after each other
 
@@ -68,13 +69,8 @@ def find(coordinator: str | None, processes: int | None, process: int | None) ->
 
 def _detect() -> Place | None:
     """What jax's own detection finds: Cloud TPU, SLURM, Open MPI, jobs of Kubernetes."""
-    # jax has no public name for this; `jax.distributed.initialize` begins with the same call.
-    from jax._src.clusters import ClusterEnv
-
     try:
-        found: Any = ClusterEnv.auto_detect_unset_distributed_params(
-            None, None, None, None, None, int(ARRIVAL)
-        )
+        found = versions.detect_cluster(int(ARRIVAL))
     except Exception as error:
         raise ConfigError(
             f"this cluster does not say which process this is ({one_line(error, typed=True)});"

@@ -2,7 +2,7 @@
 
 TPUs: libtpu describes a topology and compiles for it. GPUs: the CUDA plugin does, given a text that
 describes the GPU. Both come with the extra `plan`. Run as on a machine without accelerators
-(`JAX_PLATFORMS=cpu`); names of JAX that move between versions are imported here only.
+(`JAX_PLATFORMS=cpu`).
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from k2jax.config import ConfigError, RunConfig, one_line
 from k2jax.planner.hlo import Account, account
 from k2jax.planner.targets import Target
-from k2jax.runtime import memory
+from k2jax.runtime import memory, versions
 
 if TYPE_CHECKING:
     from k2jax.training.step import Program
@@ -93,6 +93,7 @@ Place = Callable[[Any], Any]  # abstract arrays onto the devices that are compil
 
 
 def _compile(run: RunConfig, target: Target, trace: Callable[["Program", Place], Any]) -> Compiled:
+    versions.warn_if_untested()
     memory.limit_malloc_arenas()  # before jax starts its threads
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
@@ -170,18 +171,14 @@ def _tpus(target: Target) -> list[Any]:
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     if os.environ.get("JAX_PLATFORMS") == "cpu":  # no chip is touched, so none has to be guarded
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
-
     name = f"{target.generation}:{'x'.join(map(str, target.shape))}"
-    options = {"num_slices": target.slices} if target.slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(name, platform="tpu", **options)
+        return versions.tpu_topology(name, target.slices)
     except Exception as error:  # libtpu is missing, or refuses the shape in its own words
         text = one_line(error)
         if "not installed" in text:
             raise ConfigError(MISSING.format("TPUs", "libtpu")) from None
         raise ConfigError(f"libtpu has no topology {name!r}: {text}") from None
-    return list(found.devices)
 
 
 def _gpus(target: Target) -> list[Any]:
@@ -189,21 +186,9 @@ def _gpus(target: Target) -> list[Any]:
         import jax_plugins.xla_cuda13 as plugin  # type: ignore[import-not-found]
     except ImportError:
         raise ConfigError(MISSING.format("GPUs", "jax-cuda13-pjrt and jax-cuda13-plugin")) from None
-    import jax
-    from jax._src.lib import xla_client
-
-    jax.devices("cpu")  # JAX loads the plugins that it finds, once; loading one before is an error
-    if not xla_client.pjrt_plugin_loaded("cuda"):
-        xla_client.load_pjrt_plugin_dynamically("cuda", str(plugin._get_library_path()))
-    if not xla_client.pjrt_plugin_initialized("cuda"):
-        xla_client.initialize_pjrt_plugin("cuda")
-    nodes, gpus = target.shape
-    options = {
-        "topology": f"{target.slices}x{nodes}x{gpus}",
-        "target_config": gpu_config(target.generation),
-    }
-    found = xla_client._xla.get_default_c_api_topology("cuda", "", options)
-    return list(found._make_compile_only_devices())
+    topology = "x".join(map(str, (target.slices, *target.shape)))
+    library = str(plugin._get_library_path())
+    return versions.gpu_topology(library, topology, gpu_config(target.generation))
 
 
 def gpu_config(generation: str) -> str:

@@ -27,6 +27,7 @@ COLLECTIVES = (
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _TOLD = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
+_TRITON = re.compile(r'\bname = "(\w+)", num_stages')  # the kernel of a call; no estimate is kept
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -70,9 +71,10 @@ def account(text: str, mesh: tuple[int, ...] = (), open_trips: float = 1.0) -> A
         open_trips: how often a loop runs whose count only the data knows.
 
     Returns:
-        Matrix products at two operations a multiplication, those of a TPU kernel as it tells them;
-        ring bytes of collectives, an all-to-all as (n-1)/n of its operand, a ragged one of the
-        smaller of its two buffers: the other has room for more than is sent on average.
+        Matrix products at two operations a multiplication, those of a TPU kernel as it tells them,
+        of our GPU kernels by their operands; ring bytes of collectives, an all-to-all as (n-1)/n of
+        its operand, a ragged one of the smaller of its two buffers: the other has room for more
+        than is sent on average.
     """
     entry, computations = _parse(text)
     found = Account()
@@ -166,6 +168,9 @@ def _flops(line: Instruction, shapes: dict) -> float:
         return _convolution(line, shapes)
     if told := line.op == "custom-call" and _TOLD.search(line.rest):
         return float(told[1])
+    if kernel := line.op == "custom-call" and _TRITON.search(line.rest):
+        operands = [shapes[name][0][1] for name in line.operands]
+        return _kernel(kernel[1], operands, line.shapes[0][1])
     ragged = line.op == "ragged-dot"
     gemm = line.op == "custom-call" and "gemm" in line.attribute("custom_call_target")
     if not (line.op == "dot" or ragged or gemm):
@@ -178,6 +183,26 @@ def _flops(line: Instruction, shapes: dict) -> float:
         text = line.attribute("lhs_contracting_dims").strip("{}")
     contracted = math.prod(left[1][int(dim)] for dim in text.split(",") if dim.strip())
     return 2.0 * math.prod(out[1]) * contracted
+
+
+# Of attention's kernels on GPUs: products as wide as a query, and as wide as a value.
+ATTENTION = {"_attention": (1, 1), "_attention_dq": (2, 1), "_attention_dkv": (2, 2)}
+GROUPED = ("_tile", "_sum")
+
+
+def _kernel(name: str, operands: list[tuple[int, ...]], out: tuple[int, ...]) -> float:
+    """Operations of our own GPU kernels (`k2jax/ops`); 0 for others.
+
+    Every row of a buffer counts, and half of all pairs of queries and keys, as on TPUs.
+    """
+    if name in GROUPED:
+        return 2.0 * math.prod(operands[-2]) * out[-1]
+    if name not in ATTENTION:
+        return 0.0
+    batch, heads, length, query = operands[2]
+    value = operands[5 if name == "_attention" else 3][3]
+    queries, values = ATTENTION[name]
+    return batch * heads * length**2 * float(queries * query + values * value)
 
 
 def _convolution(line: Instruction, shapes: dict) -> float:

@@ -4,7 +4,7 @@ import os
 
 import jax
 
-from k2jax.runtime import memory
+from k2jax.runtime import memory, versions
 from k2jax.runtime.files import default_cache
 
 
@@ -18,6 +18,7 @@ def prepare(devices: int = 1, processes: int = 1) -> None:
         devices: of all processes.
         processes: that emulate an equal share each.
     """
+    versions.warn_if_untested()
     memory.limit_malloc_arenas()  # heaps that threads have made already would stay
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", -(-devices // processes))

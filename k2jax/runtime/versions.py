@@ -1,10 +1,24 @@
-"""Which code this is."""
+"""Which code this is, and what differs between versions of JAX.
 
+Private names of JAX, and public ones that moved or will, are imported in this file only.
+"""
+
+import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.metadata
-from collections.abc import Iterable
+import re
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# All tests run on the first of these versions of Python and JAX. On the others run those of the
+# network, its kernels, the planner, the optimizer and training. `setup.cfg` has the same bounds.
+TESTED = (("3.11", "0.10.2"), ("3.12", "0.11.2"), ("3.13", "0.12.0.1"))
+OLDEST, BEYOND = "0.10.2", "0.13"
 
 
 def source_hash() -> str:
@@ -30,3 +44,90 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Write one line to stderr, once a process, where JAX is not one that was tested."""
+    version = importlib.metadata.version("jax")
+    if not _numbers(OLDEST) <= _numbers(version) < _numbers(BEYOND):
+        tested = ", ".join(jax for _, jax in TESTED)
+        sys.stderr.write(f"k2jax: jax {version} is untested; tested are {tested}\n")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Of a release: what follows them names a candidate or a build."""
+    return tuple(map(int, re.findall(r"\d+", re.match(r"[\d.]*", version)[0])))  # type: ignore[index]
+
+
+def fast_compile_flags() -> dict[str, str | bool]:
+    """XLA's, for CPUs: a third of the time to compile, for steps that take three times as long."""
+    flags: dict[str, str | bool] = {
+        "xla_backend_optimization_level": "0",
+        "xla_llvm_disable_expensive_passes": True,
+    }
+    if _numbers(importlib.metadata.version("jax")) < (0, 11):  # unknown flags end the process
+        flags["xla_cpu_use_fusion_emitters"] = False
+    return flags
+
+
+def pallas_triton() -> ModuleType | None:
+    """Pallas' backend of Triton for GPUs: deprecated from JAX 0.11 on; None once it is removed."""
+    try:
+        return importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError:
+        return None
+
+
+@contextlib.contextmanager
+def abstract_gpu(name: str) -> Iterator[Any]:
+    """Trace and lower for a GPU that is not here; yields the mesh of this context, with it.
+
+    From JAX 0.11 on kernels are lowered for one GPU, which is that of the machine or of the mesh.
+
+    Args:
+        name: what the GPU's driver calls it, such as "NVIDIA H200".
+    """
+    import jax
+
+    device = jax.sharding.AbstractDevice(device_kind=name, num_cores=None, platform="gpu")
+    mesh = jax.sharding.get_abstract_mesh().update(abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield mesh
+
+
+def tpu_topology(name: str, slices: int) -> list[Any]:
+    """Devices that libtpu compiles for, without one of them here; errors are libtpu's own."""
+    from jax.experimental import topologies
+
+    options = {"num_slices": slices} if slices > 1 else {}
+    return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
+
+
+def gpu_topology(library: str, topology: str, description: str) -> list[Any]:
+    """Devices that a CUDA plugin compiles for, without one of them here.
+
+    Args:
+        library: path of the plugin's shared library.
+        topology: slices x hosts of each x GPUs of each.
+        description: of a GPU, as XLA's text.
+    """
+    import jax
+    from jax._src.lib import xla_client
+
+    jax.devices("cpu")  # JAX loads the plugins that it finds, once; loading one before is an error
+    if not xla_client.pjrt_plugin_loaded("cuda"):
+        xla_client.load_pjrt_plugin_dynamically("cuda", library)
+    if not xla_client.pjrt_plugin_initialized("cuda"):
+        xla_client.initialize_pjrt_plugin("cuda")
+    options = {"topology": topology, "target_config": description}
+    found = xla_client._xla.get_default_c_api_topology("cuda", "", options)
+    return list(found._make_compile_only_devices())
+
+
+def detect_cluster(timeout: int) -> tuple[str | None, int | None, int | None, Any]:
+    """Coordinator, number of processes, this one's and its devices; None what is not known."""
+    # JAX has no public name for this; `jax.distributed.initialize` begins with the same call.
+    from jax._src.clusters import ClusterEnv
+
+    return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from k2jax.ops.attention import gpu
+from k2jax.ops.moe import grouped_matmul_gpu
+from k2jax.planner import hlo
 from k2jax.planner.hlo import account
 
 LAYERS, ROWS, WIDTH, HIDDEN = 5, 16, 32, 64
@@ -144,6 +147,34 @@ def test_a_kernel_that_tells_its_work_is_counted():
     )
     found = account(program(line, "  %p = f32[4]{0} parameter(0)"))
     assert found.flops == 640 and not found.kernels
+
+
+@pytest.mark.parametrize(
+    ("kernel", "operands", "out", "flops"),
+    [
+        ("_tile", ["s32[9]"] * 3 + ["bf16[64,16]", "bf16[4,16,32]"], "bf16[64,32]", 64 * 16 * 32),
+        ("_tile", ["s32[9]"] * 3 + ["bf16[64,16]", "bf16[4,32,16]"], "bf16[64,32]", 64 * 16 * 32),
+        ("_sum", ["s32[4]"] * 2 + ["bf16[64,16]", "bf16[64,32]"], "bf16[4,16,32]", 64 * 16 * 32),
+    ],
+)
+def test_grouped_products_on_gpus_are_counted_by_their_rows(kernel, operands, out, flops):
+    names = [f"%a{i}" for i in range(len(operands))]
+    lines = [f"  {a} = {s} parameter({a[2:]})" for a, s in zip(names, operands, strict=True)]
+    call = (
+        f"%k = {out}{{1,0}} custom-call({', '.join(names)}),"
+        ' custom_call_target="__gpu$xla.gpu.triton", backend_config={grid_z = 1 : i32,'
+        f' ir = "ML\\EFR", name = "{kernel}", num_stages = 3 : i32, num_warps = 8 : i32}}'
+    )
+    shapes = "\n".join(lines)
+    found = account(program(call, shapes))
+    assert found.flops == 2 * flops and not found.kernels
+    assert account(program(call.replace(kernel, "_other"), shapes)).kernels
+
+
+def test_kernels_counted_by_name_are_those_of_the_ops():
+    kernels = gpu._attention, gpu._attention_dq, gpu._attention_dkv
+    assert set(hlo.ATTENTION) == {kernel.__name__ for kernel in kernels}
+    assert set(hlo.GROUPED) == {grouped_matmul_gpu._tile.__name__, grouped_matmul_gpu._sum.__name__}
 
 
 @pytest.mark.parametrize("start", ["call-start", "async-start", "call"])

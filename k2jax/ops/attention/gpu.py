@@ -9,13 +9,15 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
+from k2jax.runtime import versions
+
+triton: Any = versions.pallas_triton()
 NONE = -1e30  # below every logit; finite, so that differences are
 LOG2E = math.log2(math.e)  # GPUs raise 2 to a power: in the kernels logits are in units of log 2
 # Widths are multiples of this; the most, and the most of both, that gradients have room for.
@@ -47,6 +49,8 @@ class _Side(NamedTuple):
 
 def usable(q_BHTC: jax.Array, v_BHSV: jax.Array) -> bool:
     """Whether tensor cores take the dtype and widths, and the GPU, if there is one, the kernels."""
+    if triton is None:
+        return False
     if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability not in GPUS:
         return False
     widths = q_BHTC.shape[3], v_BHSV.shape[3]

@@ -5,20 +5,22 @@ a tile is for is a small table, made by ordinary operations and read by the kern
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from k2jax.ops.moe.tiles import tiles_of
+from k2jax.runtime import versions
+
+triton: Any = versions.pallas_triton()
 
 # The most rows and columns of a tile, and bytes of the contraction in fast memory at a time: three
 # stages of it are 144 KiB, which Ampere, Hopper and Blackwell grant a kernel.
 ROWS, COLUMNS, DEPTH = 128, 256, 128
 LEAST = 16  # what tensor cores multiply
-PARAMS = triton.CompilerParams(num_warps=8, num_stages=3)
+PARAMS = {"num_warps": 8, "num_stages": 3}
 
 
 class Cut(NamedTuple):
@@ -31,6 +33,8 @@ class Cut(NamedTuple):
 
 def usable(*widths: int) -> bool:
     """Whether tiles divide the widths, and the GPU, if there is one, knows the kernels."""
+    if triton is None:
+        return False
     if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8:
         return False
     return all(width % LEAST == 0 for width in widths)
@@ -67,7 +71,7 @@ def grouped_by_tiles(
         grid=(wide // columns, tiles),
         in_specs=[of_tile] * 3 + [pl.no_block_spec] * 2,
         out_specs=pl.no_block_spec,
-        compiler_params=PARAMS,
+        compiler_params=triton.CompilerParams(**PARAMS),
         interpret=interpret,
     )(*_tiles(size_E, length, rows, tiles), x_MK, w)
 
@@ -123,7 +127,7 @@ def summed_by_tiles(
         grid=(wide // columns, width // rows, size_E.shape[0]),
         in_specs=[of_group] * 2 + [pl.no_block_spec] * 2,
         out_specs=tile,
-        compiler_params=PARAMS,
+        compiler_params=triton.CompilerParams(**PARAMS),
         interpret=interpret,
     )(end_E - size_E, end_E, x_MK, dy_MN)
 

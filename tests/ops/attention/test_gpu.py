@@ -9,6 +9,7 @@ from k2jax import sharding
 from k2jax.config import MeshConfig
 from k2jax.model.attention import sharded_attention
 from k2jax.ops.attention import gpu
+from k2jax.runtime.versions import abstract_gpu
 
 # 24 is no power of two; neither blocks of 16 nor of 8 divide the lengths.
 B, H, T, C, V = 2, 2, 50, 24, 8
@@ -73,6 +74,13 @@ def test_what_the_diagonal_hides_and_other_documents_are_not_visited():
     assert visits(two[:27], of_queries=True) == visits(two, of_queries=True)
 
 
+def test_without_the_triton_backend_no_gpu_gets_the_kernels(monkeypatch):
+    array = jax.ShapeDtypeStruct((1, 64, 4096, 64), "bfloat16")
+    assert gpu.usable(array, array)
+    monkeypatch.setattr(gpu, "triton", None)
+    assert not gpu.usable(array, array)
+
+
 def test_older_gpus_odd_widths_and_float32_get_no_kernel(monkeypatch):
     def usable(queries, values, dtype="bfloat16"):
         array = lambda width: jax.ShapeDtypeStruct((1, 64, 4096, width), dtype)
@@ -98,8 +106,7 @@ def test_programs_for_gpus_have_the_kernels_on_a_mesh_too(config):
         return y, top, back(dy)
 
     heads = ("batch", "heads", "length", None)
-    with jax.set_mesh(sharding.make_mesh(config)):
-        mesh = jax.sharding.get_mesh()
+    with sharding.use_abstract_mesh(config), abstract_gpu("NVIDIA H200") as mesh:
 
         def array(axes, *shape, dtype="bfloat16"):
             layout = jax.NamedSharding(mesh, sharding.storage_spec(axes))
