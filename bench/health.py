@@ -25,9 +25,9 @@ import optax
 from k2jax import configs, sharding
 from k2jax.model.batch import to_devices
 from k2jax.params.arrays import initial
-from k2jax.training.loop import numbers
-from k2jax.training.metrics import Metrics
-from k2jax.training.recovery import Watch, speed_of
+from k2jax.training.metrics import METRICS, MetricsFile, metrics_to_host, to_line
+from k2jax.training.profiling import speed_of
+from k2jax.training.recovery import Recovery
 from k2jax.training.step import (
     Program,
     State,
@@ -69,9 +69,9 @@ def main(rounds: int) -> None:
         params = initial(program.specs, 0, run.model.init_std)
         plain = jax.jit(lambda s, b: bare(program, s, b), donate_argnums=0)
         guarded = jax.jit(program.step, donate_argnums=0)
-        watch, speed = Watch(run, Path(folder), lambda line: None), speed_of(run)
-        metrics = Metrics(Path(folder) / "metrics.jsonl", 0, program.schedule, print)
-        ceiling, host = np.float32(np.inf), []
+        recovery, speed = Recovery(run, Path(folder), lambda line: None), speed_of(run)
+        file = MetricsFile(Path(folder) / METRICS, 0, print)
+        host = []
         # Copies: each step donates its own state.
         states = {k: jax.jit(program.init)(params) for k in ("bare", "guarded", "whole")}
 
@@ -80,15 +80,17 @@ def main(rounds: int) -> None:
                 states[kind], loss = plain(states[kind], batch)
                 float(loss)  # a loop without it would run ahead of the devices
                 return
-            states[kind], found = guarded(states[kind], batch, ceiling)
+            states[kind], found = guarded(states[kind], batch, np.float32(np.inf))
             if kind == "guarded":
                 float(found["loss"])
                 return
             jax.block_until_ready(found)
             began = time.thread_time()
-            values = numbers(found) | speed.of(1.0, 0.0)
-            verdict = watch.judge(number, values)
-            metrics.write(number, values, watch.applied(number, verdict))
+            values = metrics_to_host(found) | speed.rates(1.0, 0.0)
+            applied = recovery.count_applied(number, recovery.judge(number, values))
+            file.write(
+                to_line(number, values | {"learning_rate": float(program.schedule(applied))})
+            )
             host.append(time.thread_time() - began)
 
         for kind in states:

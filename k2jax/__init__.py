@@ -17,6 +17,7 @@ _HOMES = {
     "generate": "k2jax.inference.generate",
     "load": "k2jax.weights.source",
     "muonclip": "k2jax.optim",
+    "train": "k2jax.training.loop",
 }
 
 __all__ = list(_HOMES)

@@ -4,9 +4,15 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from k2jax import cluster, configs
 from k2jax.config import ConfigError, RunConfig, each_knob, override, to_json, validate
+
+if TYPE_CHECKING:
+    from k2jax.model import Model
+
+PROMPT = "def "  # of the sample at a run's end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +75,22 @@ def main(args: argparse.Namespace) -> int:
         from k2jax.checkpoint import Checkpoints
         from k2jax.training.loop import train
 
-        train(run, out, init=args.init, say=_say, began=began)
+        train(run, out, init=args.init, say=_say, began=began, closing=_print_sample)
         stopped = (Checkpoints(out).latest() or 0) < run.train.steps
     # Schedulers start a job again only where its processes fail.
     return cluster.EXIT_RETRY if stopped and group.count > 1 else 0
+
+
+def _print_sample(model: "Model") -> None:
+    """Continue PROMPT; all processes compute it, and the first one prints it."""
+    import jax
+
+    from k2jax.inference.generate import generate
+
+    assert model.tokenizer is not None
+    ids = generate(model, [PROMPT], max_new_tokens=min(64, model.config.context // 2))[0]
+    if jax.process_index() == 0:
+        _say(f"sample:\n{PROMPT}{model.tokenizer.decode(ids)}")
 
 
 def _say(line: str) -> None:

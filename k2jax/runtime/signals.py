@@ -8,12 +8,12 @@ from types import FrameType
 import jax
 
 
-class Stopped(Exception):
-    """A stop was asked for, and nothing is left to save."""
+class Interrupted(Exception):
+    """A stop was requested, and nothing is left to save."""
 
 
-class Stop:
-    """While open, SIGTERM, SIGUSR1 and a first Ctrl-C ask for a stop instead of ending the process.
+class StopSignals:
+    """While open, SIGTERM, SIGUSR1 and a first Ctrl-C request a stop instead of ending the process.
 
     Clusters announce the end with SIGTERM, SLURM with what its `--signal` says, often SIGUSR1;
     either may come again. A second Ctrl-C interrupts as usual. Outside of the main thread no signal
@@ -23,49 +23,49 @@ class Stop:
 
     def __init__(self) -> None:
         """Nothing is caught before `with`."""
-        self.asked = False
-        self._together = jax.process_count() > 1
+        self.requested = False
+        self._several = jax.process_count() > 1
         self._asked, self._reached = 0, False
-        self._at_once = False
+        self._interrupts = False
         self._before: dict[int, object] = {}
 
-    def after_step(self) -> bool:
-        """Whether to stop now; every process must ask once after every step, also one undone."""
-        if not self._together:
-            return self.asked
+    def should_stop(self) -> bool:
+        """Whether to stop now; every process must ask after the same steps."""
+        if not self._several:
+            return self.requested
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        self._asked += 1  # steps themselves may go back
+        self._asked += 1  # not the step, which may go back
         self._reached |= reached_preemption_sync_point(self._asked)
         return self._reached
 
-    def at_once(self) -> None:
-        """From here on a notice ends what is going on by `Stopped`, also one that has come.
+    def interrupt_from_now_on(self) -> None:
+        """Let a signal, also one that has come, raise `Interrupted` wherever the process is.
 
         Of one process only: several must stay together.
         """
-        self._at_once = not self._together
-        if self._at_once and self.asked:
-            raise Stopped
+        self._interrupts = not self._several
+        if self._interrupts and self.requested:
+            raise Interrupted
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopSignals":
         """Start to catch."""
         if threading.current_thread() is threading.main_thread():
-            notices = (signal.SIGUSR1, signal.SIGINT)
-            for number in notices if self._together else (signal.SIGTERM, *notices):
-                self._before[number] = signal.signal(number, self._ask)
+            caught = (signal.SIGUSR1, signal.SIGINT)
+            for number in caught if self._several else (signal.SIGTERM, *caught):
+                self._before[number] = signal.signal(number, self._request)
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        if self._together:
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if self._at_once:
-            raise Stopped
+        if self._interrupts:
+            raise Interrupted
 
     def __exit__(self, *error: object) -> None:
-        """Back to what was caught before."""
+        """Restore the handlers from before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

@@ -1,50 +1,146 @@
-"""The training loop: from text and a config to checkpoints, metrics, a plot and a sample."""
+"""The training loop, and the run around it: from text and a config to checkpoints and metrics."""
 
 import contextlib
-import dataclasses
 import functools
 import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from k2jax import cluster, sharding
 from k2jax.checkpoint import Checkpoints, preload_orbax
-from k2jax.config import ConfigError, RunConfig, from_json, to_json
+from k2jax.config import ConfigError, RunConfig, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, open_data, prefetch
 from k2jax.evals.perplexity import heldout_loss
-from k2jax.inference.generate import generate
 from k2jax.model import Model
 from k2jax.model.batch import own_parts, to_devices
 from k2jax.model.kernel_check import check_kernels
-from k2jax.params.arrays import initial
-from k2jax.runtime import memory
 from k2jax.runtime.files import OUTSIDE, write_atomic
-from k2jax.runtime.signals import Stop, Stopped
-from k2jax.training import provenance, trackers
+from k2jax.runtime.signals import Interrupted, StopSignals
+from k2jax.training import provenance, resume, trackers
+from k2jax.training.callbacks import (
+    Abort,
+    Action,
+    Callback,
+    CompileEarly,
+    Continue,
+    MeasureSpeed,
+    Profile,
+    Recover,
+    RewindTo,
+    Save,
+    ScoreHeldout,
+    ShowProgress,
+    Stop,
+    StopOnSignal,
+    Track,
+    WriteMetrics,
+)  # fmt: skip
+from k2jax.training.compile import Programs, wait_until_all_compiled
 from k2jax.training.dashboard import Dashboard
-from k2jax.training.metrics import Metrics, plot
-from k2jax.training.recovery import Watch, profiler, speed_of, timed
-from k2jax.training.saver import Saves
-from k2jax.training.step import Program, State, build
-from k2jax.weights.source import initial_params, open_source
+from k2jax.training.metrics import METRICS, metrics_to_host, plot
+from k2jax.training.profiling import Profiler, speed_of, time_waits
+from k2jax.training.recovery import Recovery
+from k2jax.training.saver import Saver
+from k2jax.training.step import State, build
+from k2jax.weights.source import open_source
 
 Say = Callable[[str], None]
-PROMPT = "def "
-PLOT = "loss.png"  # the last thing that a run leaves
+AnyState = TypeVar("AnyState")
+PLOT = "loss.png"  # the last file that a run leaves
+
+
+def fit(
+    state: AnyState,
+    step: Callable[[AnyState, Any], tuple[AnyState, dict[str, Any]]],
+    batches: Callable[[int], Iterable[Any]],
+    callbacks: Sequence[Callback],
+    *,
+    start: int = 0,
+    restore: Callable[[int], AnyState] | None = None,
+) -> tuple[AnyState, int]:
+    """Take steps until the batches end or a callback stops them.
+
+    The metrics of a step are those that `step` returns, on the host, with `seconds` that it took
+    and `input_seconds` that its batch was waited for.
+
+    Args:
+        state: after `start` steps; donated.
+        step: from a state and a batch to the next state and its metrics.
+        batches: called with the number of steps taken; the batches of the steps after it. What it
+            returns is closed if it has a `close`.
+        callbacks: called in this order around every step; see `Callback`.
+        start: steps taken before.
+        restore: called with a step to rewind to; the state after it. Needed for `RewindTo`.
+
+    Returns:
+        The last state, and its step.
+    """
+    while True:
+        with contextlib.ExitStack() as stack:
+            for callback in callbacks:
+                callback.begin(start)
+                stack.callback(callback.close)
+            upcoming = batches(start)
+            if hasattr(upcoming, "close"):
+                stack.callback(upcoming.close)
+            state, start, action = _take_steps(state, step, upcoming, callbacks, start)
+            if not isinstance(action, RewindTo):
+                for callback in callbacks:
+                    callback.end(start, state)
+                return state, start
+        if restore is None:
+            raise ValueError("a callback rewinds, and fit has no `restore`")
+        _delete(state)  # there is no room for two
+        state, start = restore(action.step), action.step
+
+
+def _take_steps(
+    state: Any, take: Callable[..., Any], upcoming: Iterable[Any], callbacks: Sequence[Callback],
+    step: int,
+) -> tuple[Any, int, Action]:  # fmt: skip
+    for batch, waited in time_waits(upcoming):
+        step += 1
+        for callback in callbacks:
+            callback.before_step(step, batch)
+        began = time.perf_counter()
+        state, on_devices = take(state, batch)
+        metrics = metrics_to_host(on_devices)
+        metrics |= {"seconds": time.perf_counter() - began, "input_seconds": waited}
+        action: Action = Continue()
+        for callback in callbacks:
+            wanted = callback.on_step(step, state, metrics)
+            if isinstance(wanted, RewindTo):
+                return state, step, wanted
+            action = wanted if isinstance(wanted, Stop) else action
+        if isinstance(action, Stop):
+            return state, step, action
+    return state, step, Continue()
+
+
+def _delete(state: Any) -> None:
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
 
 
 def train(
-    run: RunConfig, out: str | Path, *, init: str = "", say: Say = print, began: float | None = None
+    run: RunConfig,
+    out: str | Path,
+    *,
+    init: str = "",
+    say: Say = print,
+    began: float | None = None,
+    closing: Callable[[Model], None] | None = None,
 ) -> Model:
-    """Train to `run.train.steps`, or go on from the newest checkpoint in `out`.
+    """Train to `run.train.steps`, or resume from the newest checkpoint in `out`.
 
     Leaves in `out`: `checkpoints/`, `metrics.jsonl` (one line a step), `loss.png`, `config.json`,
     `run.json` (one entry a start), `tiktoken.model`. SIGTERM saves and returns.
@@ -53,8 +149,10 @@ def train(
         run: validated.
         out: folder of the run.
         init: weights to start from; a checkpoint in `out` wins over it.
-        say: told each line worth printing.
-        began: when the command started, on `time.perf_counter`'s clock; now, if not given.
+        say: is called with each line worth printing.
+        began: when the command started, on `time.perf_counter`'s clock; default: now.
+        closing: called with the trained model, on all processes, when the run has come to its end
+            and before its plot is drawn. What it leaves undone is done when the run is resumed.
 
     Returns:
         The trained model, on the mesh of the run.
@@ -66,7 +164,7 @@ def train(
     began = time.perf_counter() if began is None else began
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
         try:
-            return _Training(run, out, say, began).go(init)
+            return _Training(run, out, say, began).run_to_end(init, closing)
         except OSError as error:
             if error.errno not in OUTSIDE:
                 raise
@@ -79,49 +177,46 @@ class _Training:
     def __init__(self, run: RunConfig, out: Path, say: Say, began: float):
         self.run, self.out, self.began = run, out, began
         self.first = jax.process_index() == 0  # the others print and write nothing but checkpoints
-        self.say = say if self.first else lambda line: None
-        self.program: Program = build(run)
+        self.say = say if self.first else _say_nothing
+        self.program = build(run)
         sharding.check_divisible(self.program.specs, run.mesh, run.data.context)
         trackers.check(run)
-        self.watch = Watch(run, out, self.say)
+        self.recovery = Recovery(run, out, self.say)
 
-    def go(self, init: str) -> Model:
+    def run_to_end(self, init: str, closing: Callable[[Model], None] | None) -> Model:
+        run, last = self.run, self.run.train.steps
         with (
-            Checkpoints(self.out, self.run.train.keep, self.run.train.keep_every) as saved,
-            Stop() as stop,
+            Checkpoints(self.out, run.train.keep, run.train.keep_every) as checkpoints,
+            StopSignals() as signals,
             ThreadPoolExecutor(1) as pool,
         ):
-            latest = saved.recover(self.say)
-            cluster.current().require_equal("where to begin", {"newest step in --out": latest})
-            if latest is not None:
-                _check_same(self.run, saved.meta(latest)["config"], self.out)
-            words = (self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
-            self._check(words, init, latest)
-            # Compiling takes longest, so it starts before the rest and the data is read beside it.
-            programs = _Programs(self.program, pool)
+            latest = resume.find_start(checkpoints, run, self.out, self.say)
+            self._preflight(init, latest)
+            # Compiling takes longest, so it starts first, and the data is read meanwhile.
+            programs = Programs(self.program, pool)
             preload_orbax()
-            data = _open_alike(*words, progress=self.say)
-            self._describe(data)
-            state, step = self._start(saved, latest, init)
-            if step < self.run.train.steps:
-                provenance.record(self.run, self.out, step)
-            while step < self.run.train.steps:
-                state, step = self._steps(state, step, data, programs, saved, stop)
-                if self.watch.back is None:
-                    break
-                jax.tree.map(lambda a: a.delete(), state)  # there is no room for two
-                state, step = self._start(saved, self.watch.back, "")
-            if step < self.run.train.steps:
-                self.say(f"stopped and saved at step {step}; the same command goes on from there")
-            elif step == latest and (self.out / PLOT).exists():
-                self.say(f"{self.out} is finished: step {step}; more --train.steps would go on")
+            data = self._open_data()
+            self._write_run_files(data)
+            step = latest or 0
+            if latest is None:
+                state = resume.initial_state(self.program, init)
             else:
-                self._finish(state, data, programs, stop)
-            return Model(self.run.model, state.params, data.tokenizer)
+                state = self._restore(checkpoints, latest)
+            if step < last:
+                provenance.record(run, self.out, step)
+                state, step = self._fit(state, step, data, programs, checkpoints, signals)
+            model = Model(run.model, state.params, data.tokenizer)
+            if step < last:
+                self.say(f"stopped and saved at step {step}; rerun the same command to resume")
+            elif step == latest and (self.out / PLOT).exists():
+                self.say(f"{self.out} is finished: step {step}; raise --train.steps to train on")
+            else:
+                self._finish(model, data, programs, signals, closing)
+            return model
 
-    def _check(self, words: tuple[str, str, int], init: str, latest: int | None) -> None:
-        """Mistakes first: compiling cannot be interrupted."""
-        check(*words)
+    def _preflight(self, init: str, latest: int | None) -> None:
+        """Find mistakes first: compiling cannot be interrupted."""
+        check(self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.out).close()
@@ -132,7 +227,25 @@ class _Training:
         elif init:
             self.say(f"--init {init} is not used: {self.out} has a checkpoint")
 
-    def _describe(self, data: Data) -> None:
+    def _open_data(self) -> Data:
+        """Open the run's data alike on all processes: process 0 first, to fill a shared cache once.
+
+        Raises:
+            ConfigError: the data cannot be read, or processes see different data.
+        """
+        group = cluster.current()
+        if group.number:
+            group.tell("the data is prepared")
+        source = self.run.data
+        data = open_data(source.path, source.tokenizer, self.run.model.vocab, progress=self.say)
+        if not group.number:
+            group.tell("the data is prepared")
+        size, heldout, digest = data.train.size, data.heldout.bytes, data.tokenizer.digest()[:12]
+        facts = {"tokenizer": digest, "tokens to learn from": size, "bytes held out": heldout}
+        group.require_equal("data", facts)
+        return data
+
+    def _write_run_files(self, data: Data) -> None:
         if not self.first:
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -145,216 +258,112 @@ class _Training:
             f" {data.heldout_bytes:,} bytes held out"
         )
 
-    def _start(self, saved: Checkpoints, latest: int | None, init: str) -> tuple[State, int]:
-        """Where training begins: the newest checkpoint, given weights, or drawn ones."""
-        if latest is not None:
-            abstract = self.program.abstract_state()
-            self.say(f"going on from step {latest} in {self.out}")
-            return State(**saved.restore(latest, abstract._asdict())), latest
-        specs = self.program.specs
-        if init:
-            params = initial_params(init, specs)
-        else:
-            params = initial(specs, self.run.train.seed, self.run.model.init_std)
-        # Said outright: a counter depends on no input, and would else rest on one device only.
-        mesh = jax.sharding.get_mesh()
-        rest = jax.tree.map(
-            lambda a: jax.NamedSharding(mesh, a.sharding.spec if a.sharding else jax.P()),
-            self.program.abstract_state(),
-        )
-        return jax.jit(self.program.init, donate_argnums=0, out_shardings=rest)(params), 0
+    def _restore(self, checkpoints: Checkpoints, step: int) -> State:
+        self.say(f"resuming from step {step} in {self.out}")
+        return resume.restore_state(self.program, checkpoints, step)
 
-    def _steps(
-        self, state: State, start: int, data: Data, programs: "_Programs",
-        saved: Checkpoints, stop: Stop,
+    def _fit(
+        self, state: State, start: int, data: Data, programs: Programs, checkpoints: Checkpoints,
+        signals: StopSignals,
     ) -> tuple[State, int]:  # fmt: skip
-        """Steps until the last one or a signal; the state is saved at the end."""
-        run, watch = self.run, self.watch
-        watch.begin(saved.meta(start) if start else {})
+        """Take steps until the last one or a signal; the state is saved at the end."""
+        run, recovery, saver = self.run, self.recovery, Saver(checkpoints, self.say)
+        compiled = wait_until_all_compiled(programs.step, "compiled step")
+
+        def take(state: State, rows: dict[str, np.ndarray]) -> tuple[State, dict[str, jax.Array]]:
+            batch = to_devices(rows, run.train.accumulate)
+            return compiled(state, batch, np.float32(recovery.health.ceiling))
+
+        def score(params: Any) -> dict[str, float]:
+            return self._score(params, data, programs, run.train.eval_rows)
+
+        def checkpoint_meta(step: int) -> dict[str, Any]:
+            return {"config": to_json(run)} | recovery.checkpoint_meta(step)
+
+        def dashboard(start: int) -> Dashboard:
+            return Dashboard(run, start, self.say, self.began)
+
+        metrics_file = self.out / METRICS if self.first else None
+        callbacks = [
+            Profile(Profiler(run, self.out, recovery.events)),
+            CompileEarly(programs.start_evaluation),
+            MeasureSpeed(speed_of(run), saver),
+            Recover(recovery, saver, self.program.schedule),
+            ScoreHeldout(score, run.train.eval_every, run.train.steps),
+            WriteMetrics(metrics_file, self.say),
+            ShowProgress(dashboard, recovery),
+            Track(run, self.out),
+            Abort(recovery),
+            StopOnSignal(signals),
+            Save(saver, run.train.save_every, checkpoint_meta),
+        ]
+        return fit(
+            state, take, lambda start: self._read_batches(data, start), callbacks, start=start,
+            restore=lambda step: self._restore(checkpoints, step),
+        )  # fmt: skip
+
+    def _read_batches(self, data: Data, start: int) -> Iterator[dict[str, np.ndarray]]:
+        """Make the batches of the steps after `start` in a thread, those that are left out not."""
+        run, order = self.run, self.recovery.order
         batches = Batches(data.train, run.data.rows, run.data.context, run.data.seed)
-        self._say_epochs(data, batches)
-        own = own_parts(run.train.accumulate)  # here: `fetch` runs in a thread without the mesh
-        fetch = lambda step: batches.batch(watch.order.index(step), **own)
-        step_fn = _together(programs.step, "compiled step")
-        rows: Any = contextlib.closing(prefetch(fetch, start, run.train.steps - start))  # type: ignore[type-var]
-        file = self.out / "metrics.jsonl" if self.first else None
-        metrics = Metrics(file, start, self.program.schedule, self.say)
-        saves = Saves(saved, self.say)
-        progress = Dashboard(run, start, self.say, self.began)
-        speed, step = speed_of(run), start
-        with (
-            rows as ready, metrics, progress, trackers.opened(run, self.out, start) as track,
-            profiler(run, self.out, watch.events) as profile,
-        ):  # fmt: skip
-            for batch, waited in timed(ready):
-                profile(step + 1)
-                began = time.perf_counter()
-                state, found = step_fn(
-                    state,
-                    to_devices(batch, run.train.accumulate),
-                    np.float32(watch.health.ceiling),
-                )
-                step += 1
-                values = numbers(found)
-                values |= speed.of(time.perf_counter() - began, waited) | saves.told()
-                verdict = watch.judge(step, values)
-                if watch.goes_back(step, verdict, saves):
-                    stop.after_step()
-                    break
-                if self._due(step, run.train.eval_every):
-                    values |= self._heldout(state, data, programs, run.train.eval_rows)
-                line = metrics.write(step, values, watch.applied(step, verdict))
-                progress.show(step, values, watch.health.skipped, watch.health.spikes)
-                track(line)
-                if watch.health.lost:
-                    raise ConfigError(watch.lost(step, values["loss"], state.params, batch))
-                stopping = stop.after_step()
-                if self._due(step, run.train.save_every) or stopping:
-                    meta = {"config": to_json(run)} | watch.meta(step)
-                    saves.save(step, state._asdict(), meta)
-                if stopping:
-                    break
-                programs.evaluate()  # compiles from here on; it would have slowed the first step
-        saves.finish(state._asdict())
-        return state, step
-
-    def _say_epochs(self, data: Data, batches: Batches) -> None:
         if isinstance(data.train, Mixture):
-            epochs = batches.epochs(self.watch.order.index(self.run.train.steps))
-            told = (f"{name} {n:.2f}" for name, n in zip(data.train.names, epochs, strict=True))
-            self.say("epochs in all: " + ", ".join(told))
+            epochs = batches.epochs(order.index(run.train.steps))
+            parts = (f"{name} {n:.2f}" for name, n in zip(data.train.names, epochs, strict=True))
+            self.say("epochs in all: " + ", ".join(parts))
+        own = own_parts(run.train.accumulate)  # here: the thread has no mesh
 
-    def _due(self, step: int, every: int) -> bool:
-        return step == self.run.train.steps or bool(every and step % every == 0)
+        def fetch(step: int) -> dict[str, np.ndarray]:
+            return batches.batch(order.index(step), **own)
 
-    def _heldout(
-        self, state: State, data: Data, programs: "_Programs", limit: int
+        return prefetch(fetch, start, run.train.steps - start)
+
+    def _score(
+        self, params: Any, data: Data, programs: Programs, limit: int = 0
     ) -> dict[str, float]:
-        """Nats per token and bits per byte of held-out rows; `limit` 0 takes all of them."""
-        evaluate = _together(programs.evaluate(), "compiled evaluation")
-        found = heldout_loss(
-            functools.partial(evaluate, state.params), data.heldout, *self.program.micro_shape,
+        """Score held-out rows; `limit` 0: all of them."""
+        evaluate = wait_until_all_compiled(programs.start_evaluation(), "compiled evaluation")
+        heldout = heldout_loss(
+            functools.partial(evaluate, params), data.heldout, *self.program.micro_shape,
             data.tokenizer.byte_lengths(), limit=limit,
         )  # fmt: skip
         return {
-            "heldout_loss": found.nats_per_token, "heldout_bits_per_byte": found.bits_per_byte
-        }  # fmt: skip
+            "heldout_loss": heldout.nats_per_token,
+            "heldout_bits_per_byte": heldout.bits_per_byte,
+        }
 
-    def _finish(self, state: State, data: Data, programs: "_Programs", stop: Stop) -> None:
-        """Score all held-out text beside compressors, plot, and print a sample, unless stopped."""
+    def _finish(
+        self, model: Model, data: Data, programs: Programs, signals: StopSignals,
+        closing: Callable[[Model], None] | None,
+    ) -> None:  # fmt: skip
+        """Report on the whole run, unless it is stopped meanwhile."""
         try:
-            stop.at_once()
-            self._look_back(state, data, programs)
-        except Stopped:
+            signals.interrupt_from_now_on()
+            self._final_report(model, data, programs, closing)
+        except Interrupted:
             steps = self.run.train.steps
-            self.say(f"stopped; step {steps} is saved, and the same command plots and samples it")
+            self.say(
+                f"stopped; step {steps} is saved, and the same command scores and plots the run"
+            )
 
-    def _look_back(self, state: State, data: Data, programs: "_Programs") -> None:
-        found = self._heldout(state, data, programs, limit=0)
-        model = Model(self.run.model, state.params, data.tokenizer)
-        ids = generate(model, [PROMPT], max_new_tokens=min(64, self.run.model.context // 2))[0]
-        if not self.first:
-            return
-        packed = compressors(data.heldout_texts())
-        bits = found["heldout_bits_per_byte"]
-        self.say(
-            f"held out: {bits:.4f} bits per byte, {found['heldout_loss']:.4f} nats per token"
-            f" (gzip -9: {packed['gzip']:.4f}, xz -9: {packed['xz']:.4f} bits per byte)"
-        )
-        plot(self.out / "metrics.jsonl", self.out / PLOT, self.run.name)
-        self.say(f"sample:\n{PROMPT}{data.tokenizer.decode(ids)}")
-        self.say(
-            f"{self.out}: checkpoints, metrics.jsonl, loss.png"
-            f" ({time.perf_counter() - self.began:.0f} s in all)"
-        )
-
-
-class _Programs:
-    """Compiled in a thread: the step from the start, the evaluation from when it is asked for."""
-
-    def __init__(self, program: Program, pool: ThreadPoolExecutor):
-        mesh = jax.sharding.get_mesh()
-        self.step: Future[Callable[..., Any]] = pool.submit(compile_step, program, mesh)
-        self.evaluate: Callable[[], Future[Callable[..., Any]]] = functools.cache(
-            lambda: pool.submit(_compile_evaluate, program, mesh)
-        )
+    def _final_report(
+        self, model: Model, data: Data, programs: Programs, closing: Callable[[Model], None] | None
+    ) -> None:
+        """Score all held-out text and compare it with compressors, call `closing`, and plot."""
+        score = self._score(model.params, data, programs)
+        if self.first:
+            packed = compressors(data.heldout_texts())
+            self.say(
+                f"held out: {score['heldout_bits_per_byte']:.4f} bits per byte,"
+                f" {score['heldout_loss']:.4f} nats per token"
+                f" (gzip -9: {packed['gzip']:.4f}, xz -9: {packed['xz']:.4f} bits per byte)"
+            )
+        if closing:
+            closing(model)
+        if self.first:
+            plot(self.out / METRICS, self.out / PLOT, self.run.name)
+            seconds = time.perf_counter() - self.began
+            self.say(f"{self.out}: checkpoints, {METRICS}, {PLOT} ({seconds:.0f} s in all)")
 
 
-def _together(program: Future[Callable[..., Any]], topic: str) -> Callable[..., Any]:
-    """A compiled program, once all processes have it: gloo waits for none longer than 30 s."""
-    found = program.result()
-    cluster.current().require_equal(topic, {})
-    return found
-
-
-def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-    """A run's step for the mesh: from state, batch and ceiling; the state is donated."""
-    with jax.set_mesh(mesh):  # once more: this is another thread
-        state, batch = program.abstract_state(), program.abstract_batch()
-        ceiling = jax.ShapeDtypeStruct((), np.float32, sharding=jax.NamedSharding(mesh, jax.P()))
-        step = jax.jit(program.step, donate_argnums=0)
-        return _compiled(step.lower(state, batch, ceiling))
-
-
-def _compile_evaluate(program: Program, mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-    with jax.set_mesh(mesh):
-        params = program.abstract_state().params
-        return _compiled(jax.jit(program.evaluate).lower(params, program.abstract_rows()))
-
-
-def _compiled(lowered: jax.stages.Lowered) -> Callable[..., Any]:
-    """On a CPU by LLVM's first level: a fifth less time to compile, and steps are as fast."""
-    cpu = jax.default_backend() == "cpu"
-    compiled = lowered.compile({"xla_backend_optimization_level": "1"} if cpu else {})
-    memory.trim_malloc()
-    return compiled
-
-
-def numbers(found: dict[str, jax.Array]) -> dict[str, Any]:
-    """A step's metrics on the host: floats, lists, and the expert load as whole numbers."""
-    host: dict[str, np.ndarray] = jax.device_get(found)
-    host["expert_load"] = host["expert_load"].astype(int)
-    return {name: value.tolist() for name, value in host.items()}
-
-
-def _open_alike(path: str, tokenizer: str, vocab: int, progress: Say) -> Data:
-    """The run's data: process 0 prepares it first, so that a shared cache is filled once."""
-    group = cluster.current()
-    if group.number:
-        group.tell("the data is prepared")
-    data = open_data(path, tokenizer, vocab, progress=progress)
-    if not group.number:
-        group.tell("the data is prepared")
-    size, heldout, digest = data.train.size, data.heldout.bytes, data.tokenizer.digest()[:12]
-    facts = {"tokenizer": digest, "tokens to learn from": size, "bytes held out": heldout}
-    group.require_equal("data", facts)
-    return data
-
-
-def _check_same(run: RunConfig, old: dict[str, Any], out: Path) -> None:
-    """Refuse to go on with another model or other data than the checkpoint's.
-
-    Raises:
-        ConfigError: names the first field that differs.
-    """
-    before = from_json(old)
-    for section in ("model", "data"):
-        for field in dataclasses.fields(getattr(run, section)):
-            was = getattr(getattr(before, section), field.name)
-            now = getattr(getattr(run, section), field.name)
-            if was != now:
-                raise ConfigError(
-                    f"{out} holds a run with {section}.{field.name} {was}, not {now};"
-                    " give another --out"
-                )
-    if before.optim.name != run.optim.name:
-        raise ConfigError(
-            f"{out} holds a run with optim.name {before.optim.name}, not {run.optim.name};"
-            " give another --out"
-        )
-
-
-def read_metrics(out: str | Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`."""
-    for line in (Path(out) / "metrics.jsonl").read_text().splitlines():
-        yield json.loads(line)
+def _say_nothing(line: str) -> None:
+    pass

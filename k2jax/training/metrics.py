@@ -1,88 +1,58 @@
-"""The metrics of a run: `metrics.jsonl` and a plot of it."""
+"""The metrics of a run: from the devices to `metrics.jsonl`, and a plot of that file."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from k2jax.runtime.files import Lines, write_atomic
-from k2jax.runtime.memory import resident
+
+METRICS = "metrics.jsonl"
 
 
-class Metrics:
-    """Appends one JSON line a step. Lines of steps after the one resumed from are dropped."""
-
-    def __init__(
-        self,
-        path: Path | None,
-        start: int,
-        schedule: Callable[[int], Any],
-        say: Callable[[str], None],
-    ):
-        """Keep the lines up to step `start`; `schedule` gives each step's learning rate.
-
-        `path` None: write nothing (a process that another one writes for).
-        """
-        self.schedule = schedule
-        self.file: Lines | None = None
-        if path is None:
-            return
-        # A bad disk's bytes must not keep a run from going on: such lines are left out.
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step(line) <= start] if start else []
-        write_atomic(path, "".join(f"{line}\n" for line in kept))
-        self.file = Lines(path, say)
-
-    def __enter__(self) -> "Metrics":
-        """Ready to write."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Close the file."""
-        if self.file:
-            self.file.close()
-
-    def write(self, step: int, values: dict[str, Any], applied: int) -> dict[str, Any]:
-        """One line, which is returned: the step, its learning rate, and `values`.
-
-        `applied`: steps before this one that moved the weights; the schedule counts only those.
-        """
-        values = {"step": step, "learning_rate": float(self.schedule(applied)), **values}
-        line = {name: _short(value) for name, value in values.items()}
-        if self.file:
-            self.file.write(json.dumps(line))
-        return line
+def metrics_to_host(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Fetch a step's metrics: floats, lists, and the expert load as whole numbers."""
+    host = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
+    if "expert_load" in host:
+        host["expert_load"] = host["expert_load"].astype(int)
+    return {name: value.tolist() for name, value in host.items()}
 
 
-def _short(value: Any) -> Any:
-    """Floats, also those of a list, in as many digits as float32 has; None if not finite."""
+def to_line(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step's line of `metrics.jsonl`: floats as float32 has them, None if not finite."""
+    return {"step": step} | {name: _shorten(value) for name, value in metrics.items()}
+
+
+def _shorten(value: Any) -> Any:
     if isinstance(value, list):
-        return [_short(part) for part in value]
+        return [_shorten(part) for part in value]
     if not isinstance(value, float):
         return value
     return float(f"{value:.7g}") if math.isfinite(value) else None  # JSON has no NaN
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """Turns seconds into rates."""
+class MetricsFile:
+    """Appends one JSON line a step. Lines of steps after the one resumed from are dropped."""
 
-    tokens: int  # of a step
-    flops: float  # of a token: three forward passes
-    peak: float  # operations a second of all devices; 0: not known
+    def __init__(self, path: Path, start: int, say: Callable[[str], None]):
+        """Keep the lines up to step `start`; `say` is called when the file cannot be written."""
+        # A bad disk's bytes must not keep a run from resuming: such lines are left out.
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step(line) <= start] if start else []
+        write_atomic(path, "".join(f"{line}\n" for line in kept))
+        self.file = Lines(path, say)
 
-    def of(self, seconds: float, waited: float) -> dict[str, float]:
-        """Metrics of a step that took `seconds`, after its input was waited for."""
-        rate = self.tokens / (seconds + waited)
-        found = {"seconds": seconds, "input_seconds": waited, "tokens_per_second": rate}
-        found["flops_per_second"] = rate * self.flops
-        if self.peak:
-            found["mfu"] = rate * self.flops / self.peak
-        if memory := resident():
-            found["host_bytes"] = memory
-        return found
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Write what `to_line` made."""
+        self.file.write(json.dumps(line))
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
 
 
 def _step(line: str) -> float:
@@ -91,6 +61,12 @@ def _step(line: str) -> float:
     except (ValueError, LookupError, TypeError):  # a killed process's last line may be cut off
         return float("inf")
     return step if isinstance(step, int) else float("inf")
+
+
+def read_metrics(out: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a run's `metrics.jsonl`."""
+    for line in (Path(out) / METRICS).read_text().splitlines():
+        yield json.loads(line)
 
 
 def plot(metrics: Path, picture: Path, title: str) -> None:

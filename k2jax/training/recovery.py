@@ -1,9 +1,7 @@
-"""What a run notices of itself between two steps: speed, memory, sick steps, a profile."""
+"""Acts on sick steps: leaves out batches, rewinds to a checkpoint, or ends the run in one line."""
 
-import contextlib
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,92 +10,97 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from k2jax.config import ConfigError, RunConfig, one_line
+from k2jax.config import ConfigError, RunConfig
 from k2jax.params.arrays import Params
-from k2jax.params.counts import count_flops
-from k2jax.runtime.hardware import peak_of
-from k2jax.training.health import Events, Health, Order
-from k2jax.training.metrics import Speed
-from k2jax.training.saver import Saves
+from k2jax.training.events import EVENTS, Events
+from k2jax.training.health import Health
+from k2jax.training.saver import Saver
 
-EVENTS = "events.jsonl"
 REPLAY = "replay"
-PROFILE = "profile"
 
 
-def speed_of(run: RunConfig) -> Speed:
-    """How a run's seconds become rates, on the devices that are here."""
-    peak = peak_of(jax.devices()[0].device_kind) * run.mesh.devices
-    work = count_flops(run.model, run.data.context)
-    return Speed(run.data.rows * run.data.context, work["train_flops_per_token"], peak)
+class Order:
+    """Which batch a step takes: all in turn, but those left out."""
+
+    def __init__(self, left_out: Iterable[int] = ()):
+        """Leave out the batches with these indices."""
+        self.left_out = sorted(set(left_out))
+
+    def index(self, step: int) -> int:
+        """Return the batch of `step` (0, 1, ...): the step-th of those not left out."""
+        for out in self.left_out:
+            step += out <= step
+        return step
+
+    def without(self, first: int, last: int) -> "Order":
+        """Return this order without the batches of steps `first` to `last` - 1."""
+        return Order([*self.left_out, *map(self.index, range(first, last))])
 
 
-class Watch:
-    """The health of a run, and which batches it takes."""
+class Recovery:
+    """The health of a run, which batches it takes, and what it does about sick steps."""
 
     def __init__(self, run: RunConfig, out: Path, say: Callable[[str], None]):
-        """Nothing is written before something happens."""
+        """Write nothing before something happens."""
         self.run, self.out, self.say = run, out, say
         self.health, self.order = Health(run.health), Order()
         self.events = Events(out / EVENTS if jax.process_index() == 0 else None, say)
-        self.back: int | None = None
         self._rewinds: Counter[int] = Counter()
 
     def begin(self, meta: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint with this `meta`, or from nothing; what is left out stays so."""
+        """Resume from a checkpoint with this `meta`, or start anew; what is left out stays so."""
         self.health = Health(self.run.health, meta.get("health"))
         saved = meta.get("data", {}).get("left_out", ())
         self.order = Order([*saved, *self.order.left_out])
-        self.back = None
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+    def checkpoint_meta(self, step: int) -> dict[str, Any]:
+        """Return what the checkpoint of a step keeps of this."""
         data = {"step": step, "left_out": self.order.left_out}
         return {"data": data, "health": self.health.state()}
 
     def judge(self, step: int, values: dict[str, Any]) -> str:
-        """`Health.judge` of a step's metrics; what is sick is an event and a line."""
+        """Return `Health.judge` of a step's metrics; a sick step is an event and a line."""
         limit, loss = self.health.threshold, values["loss"]
-        found = self.health.judge(loss, bool(values["skipped"]))
-        if found:
+        verdict = self.health.judge(loss, bool(values["skipped"]))
+        if verdict:
             batch = self.order.index(step - 1)
             norm = values["grad_norm"]
-            self.events.add(step, found, loss=loss, limit=limit, grad_norm=norm, batch=batch)
+            self.events.add(step, verdict, loss=loss, limit=limit, grad_norm=norm, batch=batch)
             what = "is a spike" if loss > limit else "is finite, what it does to the weights is not"
             what = what if np.isfinite(loss) else "is not finite"
-            done = ": step skipped" if found == "skipped" else ""
+            done = ": step skipped" if verdict == "skipped" else ""
             self.say(f"step {step}: loss {loss:.4f} {what}{done}")
-        return found
+        return verdict
 
-    def applied(self, step: int, verdict: str) -> int:
-        """How many steps before `step` moved the weights."""
+    def count_applied(self, step: int, verdict: str) -> int:
+        """Count the steps before `step` that moved the weights."""
         return step - 1 - self.health.skipped + (verdict == "skipped")
 
-    def goes_back(self, step: int, verdict: str, saves: Saves) -> bool:
-        """Whether to go back to the checkpoint `back`, before the spike of `step`.
+    def maybe_rewind(self, step: int, verdict: str, saver: Saver) -> int | None:
+        """Prepare to go back before the spike of `step`; return the step to restore, or None.
 
         All batches since then are left out, those before the spike too: what makes a spike is
         batches and the state they meet, and the state is what they made it [PaLM 5.1].
 
-        Damaged ones above it are set aside.
+        Damaged checkpoints above that step are set aside, and intact ones deleted.
 
         Raises:
             ConfigError: this was tried too often, or no checkpoint is intact.
         """
         if verdict != "spike" or self.run.health.on_spike != "rewind":
-            return False
-        saves.settle()
-        newest = saves.checkpoints.recover(self.say)
-        good = [done for done in saves.checkpoints.steps() if done < step]
+            return None
+        saver.settle()
+        newest = saver.checkpoints.recover(self.say)
+        good = [done for done in saver.checkpoints.steps() if done < step]
         # One of a stopped run comes second: a run without that stop would not have it.
         back = max(good, key=lambda done: (done % self.run.train.save_every == 0, done), default=0)
         if jax.process_count() > 1:  # another process may have listed one that is being deleted
             back = int(multihost_utils.broadcast_one_to_all(np.int32(back)))
         if not back:
             self.say("no checkpoint to go back to yet")
-            return False
+            return None
         if back != newest:
-            saves.checkpoints.check(back)  # before what came after it is deleted
+            saver.checkpoints.check(back)  # before what came after it is deleted
         self._rewinds[back] += 1
         if self._rewinds[back] > self.run.health.patience:
             self.events.add(step, "stopped", to=back)
@@ -109,28 +112,29 @@ class Watch:
         self.order = self.order.without(back, step)
         self.events.add(step, "rewound", to=back, left_out=left_out)
         self.say(f"back to step {back}; batches {left_out[0]} to {left_out[1]} are left out")
-        saves.drop_after(back)
-        self.back = back
-        return True
+        saver.drop_after(back)
+        return back
 
-    def lost(self, step: int, loss: float, params: Params, rows: Mapping[str, np.ndarray]) -> str:
+    def describe_failure(
+        self, step: int, loss: float, params: Params, rows: Mapping[str, np.ndarray]
+    ) -> str:
         """Keep the batch, and say in one line why a run that skips step after step ends."""
         file = self._keep(step, rows)
-        sick = not_finite(params)
+        sick = find_non_finite(params)
         if sick:
-            hint = f"weight {sick[0]!r} is not finite: go on from an older checkpoint"
+            hint = f"weight {sick[0]!r} is not finite: resume from an older checkpoint"
         elif loss > self.health.threshold:
             hint = "is health.spike too low for this run?"
         else:
             hint = "lower optim.learning_rate, or look at the batch"
         self.events.add(step, "stopped", loss=loss, weights=sick, file=file)
         return (
-            f"{self.health.in_a_row} steps in a row were skipped, up to step {step} with loss"
-            f" {loss:.6g}; {hint} ({self.out / file})"
+            f"{self.health.skipped_in_a_row} steps in a row were skipped, up to step {step} with"
+            f" loss {loss:.6g}; {hint} ({self.out / file})"
         )
 
     def _keep(self, step: int, rows: Mapping[str, np.ndarray]) -> str:
-        """This host's rows, with what else a replay needs; the file's name in the run's folder."""
+        """Write this host's rows and what else a replay needs; return the file's name."""
         host = f".host-{jax.process_index()}" if jax.process_count() > 1 else ""
         file = f"{REPLAY}/step-{step}{host}.npz"
         index, seed = self.order.index(step - 1), self.run.data.seed
@@ -142,51 +146,7 @@ class Watch:
         return file
 
 
-def not_finite(params: Params) -> list[str]:
-    """Names of the weights that hold a number that is not finite."""
+def find_non_finite(params: Params) -> list[str]:
+    """Return the names of the weights that hold a number that is not finite."""
     check = jax.jit(lambda tree: jax.tree.map(lambda w: jnp.isfinite(w).all(), tree))
     return [name for name, good in jax.device_get(check(params)).items() if not good]
-
-
-def timed(rows: Iterator[Any]) -> Iterator[tuple[Any, float]]:
-    """Each item, and the seconds it was waited for."""
-    while True:
-        began = time.perf_counter()
-        try:
-            item = next(rows)
-        except StopIteration:
-            return
-        yield item, time.perf_counter() - began
-
-
-@contextlib.contextmanager
-def profiler(run: RunConfig, out: Path, events: Events) -> Iterator[Any]:
-    """What to call before each step: it starts and ends the trace of `train.profile`.
-
-    Raises:
-        ConfigError: another trace is being taken in this process.
-    """
-    window = run.train.profiled
-    taken: list[int] = []
-
-    def stop() -> None:
-        jax.profiler.stop_trace()
-        events.add(taken[-1], "profiled", file=PROFILE, steps=[taken[0], taken[-1]])
-        taken.clear()
-
-    def before(step: int) -> None:
-        if taken and step not in window:
-            stop()
-        if not taken and step in window:
-            try:
-                jax.profiler.start_trace(out / PROFILE)
-            except Exception as error:
-                raise ConfigError(f"train.profile cannot start: {one_line(error)}") from error
-        if step in window:
-            taken.append(step)
-
-    try:
-        yield before
-    finally:
-        if taken:
-            stop()

@@ -12,7 +12,8 @@ from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError, from_json
 from k2jax.model.batch import to_devices
 from k2jax.params.arrays import initial
-from k2jax.training.loop import compile_step, numbers
+from k2jax.training.compile import compile_step
+from k2jax.training.metrics import metrics_to_host
 from k2jax.training.recovery import REPLAY
 from k2jax.training.step import State, build
 
@@ -47,4 +48,4 @@ def replay(run: str | Path, step: int) -> dict[str, Any]:
         take = compile_step(program, jax.sharding.get_mesh())
         with np.load(file) as rows:
             batch = to_devices(rows, config.train.accumulate)
-        return numbers(take(state, batch, np.float32(np.inf))[1])
+        return metrics_to_host(take(state, batch, np.float32(np.inf))[1])

@@ -11,7 +11,7 @@ from k2jax.config import ConfigError
 NOTABLE = 1.0  # seconds that a save may wait for the one before without a word
 
 
-class Saves:
+class Saver:
     """A failed save is a warning, and the next one is tried as planned; the last must succeed."""
 
     def __init__(self, checkpoints: Checkpoints, say: Callable[[str], None]):
@@ -69,7 +69,7 @@ class Saves:
             self.checkpoints.save(self.last[0], state, self.last[1])
             self.checkpoints.wait()
 
-    def told(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """For the metrics: what the save after the step before took, if there was one."""
         seconds, self.seconds = self.seconds, None
         return {} if seconds is None else {"save_seconds": seconds}

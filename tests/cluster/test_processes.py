@@ -13,7 +13,7 @@ import pytest
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.cluster import EXIT_RETRY
-from k2jax.training.loop import read_metrics
+from k2jax.training.metrics import read_metrics
 
 SIZES = {
     "vocab": 576, "embed": 16, "dense_layers": 1, "moe_layers": 1, "heads": 2, "q_rank": 8,
@@ -113,7 +113,7 @@ def test_a_run_in_two_processes_loses_one_and_goes_on_as_if_nothing_had_happened
     (first, heard, _), (second, silent, _) = Job(place, out, 2, steps=steps).end()
     assert (first, second, silent) == (0, 0, "")
     for part in ("2 processes on 1 host, 2 x cpu: same settings and code; an all-reduce of 4 MiB",
-                 f"going on from step {newest}", "held out:", "sample:\ndef "):  # fmt: skip
+                 f"resuming from step {newest}", "held out:", "sample:\ndef "):  # fmt: skip
         assert part in heard
     assert [line["step"] for line in read_metrics(out)] == list(range(1, steps + 1))
     assert losses(out)[: len(before)] == before  # steps after the checkpoint, done twice
@@ -219,7 +219,7 @@ def test_a_preemption_notice_to_one_process_saves_the_same_step_on_all(place, tm
     (code, said, _), (other, _, _) = job.end(60)
     assert (code, other) == (EXIT_RETRY, EXIT_RETRY)
     step = Checkpoints(tmp_path / "out").latest()
-    assert f"stopped and saved at step {step}; the same command goes on from there" in said
+    assert f"stopped and saved at step {step}; rerun the same command to resume" in said
     assert json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])["step"] == step
 
 

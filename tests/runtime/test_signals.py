@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from k2jax.runtime.signals import Stop
+from k2jax.runtime.signals import StopSignals
 
 
 def send(number: int) -> None:
@@ -16,17 +16,17 @@ def send(number: int) -> None:
 def test_a_notice_is_a_wish_and_afterwards_all_is_as_before(name):
     number = getattr(signal, name)
     before = signal.getsignal(number)
-    with Stop() as stop:
-        assert not stop.asked
+    with StopSignals() as stop:
+        assert not stop.requested
         send(number)
-        assert stop.asked
+        assert stop.requested
     assert signal.getsignal(number) == before
 
 
 def test_schedulers_may_repeat_themselves_but_a_second_ctrl_c_interrupts():
-    with pytest.raises(KeyboardInterrupt), Stop() as stop:
+    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             send(number)
-        assert stop.asked
+        assert stop.requested
         send(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

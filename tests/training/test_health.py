@@ -1,4 +1,4 @@
-"""Spikes, counts of skipped steps, the order of batches without some, events."""
+"""Spikes and counts of skipped steps, from recent losses."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from k2jax.config import HealthConfig
-from k2jax.training.health import Events, Health, Order, threshold
+from k2jax.training.health import Health, threshold
 
 
 def noisy(seed: int, count: int, level: float = 3.0, noise: float = 0.1) -> list[float]:
@@ -65,47 +65,24 @@ def test_the_loss_of_a_refused_step_counts_for_nothing():
         health.judge(loss, False)
     before = health.threshold
     assert health.judge(9.0, True) == "skipped"
-    assert not health.lost
+    assert not health.should_abort
     assert health.judge(math.nan, True) == "skipped"
-    assert health.lost
+    assert health.should_abort
     assert health.threshold == before
     assert (health.skipped, health.spikes) == (2, 1)
     health.judge(3.0, False)
-    assert not health.lost
+    assert not health.should_abort
 
 
-def test_a_saved_state_goes_on_alike_but_for_steps_in_a_row():
+def test_a_saved_state_goes_on_alike_but_for_steps_skipped_in_a_row():
     config = HealthConfig(window=30)
     whole, losses = Health(config), noisy(3, 80)
     for loss in losses[:50]:
         whole.judge(loss, False)
     whole.judge(math.nan, True)
     resumed = Health(config, json.loads(json.dumps(whole.state())))
-    assert (resumed.in_a_row, whole.in_a_row) == (0, 1)
+    assert (resumed.skipped_in_a_row, whole.skipped_in_a_row) == (0, 1)
     for loss in losses[50:]:
         assert resumed.threshold == whole.threshold
         assert resumed.judge(loss, False) == whole.judge(loss, False)
     assert resumed.state() == whole.state()
-
-
-def test_an_order_is_all_batches_in_turn_but_those_left_out():
-    for left_out in ((), (0,), (3, 4, 5), (9, 2, 2, 0), range(0, 30, 3)):
-        kept = [i for i in range(60) if i not in set(left_out)][:20]
-        assert [Order(left_out).index(step) for step in range(20)] == kept
-
-
-def test_leaving_out_steps_leaves_out_their_batches():
-    order = Order([2, 5]).without(3, 5)
-    assert order.left_out == [2, 4, 5, 6]
-    assert [order.index(step) for step in range(6)] == [0, 1, 3, 7, 8, 9]
-
-
-def test_events_are_lines_of_json_without_nan(tmp_path):
-    events = Events(tmp_path / "events.jsonl")
-    events.add(3, "skipped", loss=math.nan, limit=math.inf, batch=2)
-    events.add(4, "spike", loss=9.5)
-    first, second = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
-    assert first.pop("time") > 0
-    assert first == {"step": 3, "event": "skipped", "loss": None, "limit": None, "batch": 2}
-    assert (second["event"], second["loss"]) == ("spike", 9.5)
-    Events(None).add(1, "spike")

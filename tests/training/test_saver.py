@@ -15,7 +15,7 @@ import pytest
 from k2jax import cluster
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError
-from k2jax.training.saver import Saves
+from k2jax.training.saver import Saver
 
 
 def state(step: int) -> dict:
@@ -31,7 +31,7 @@ def saves(tmp_path):
     """`saves.say` is a list's append: the list is `saves.lines`."""
     lines: list[str] = []
     with Checkpoints(tmp_path / "run", 2) as checkpoints:
-        found = Saves(checkpoints, lines.append)
+        found = Saver(checkpoints, lines.append)
         found.lines = lines
         yield found
 
@@ -145,8 +145,8 @@ def test_a_save_that_waits_for_the_one_before_says_so(saves, monkeypatch):
     monkeypatch.setattr(saves.checkpoints, "wait", slow)
     saves.save(1, state(1), {})
     assert "step 1 waited 0.0 s until the checkpoint before it was written" in saves.lines[0]
-    assert saves.told()["save_seconds"] >= 0.02
-    assert saves.told() == {}, "once"
+    assert saves.pop_metrics()["save_seconds"] >= 0.02
+    assert saves.pop_metrics() == {}, "once"
 
 
 def test_a_disk_that_fills_while_numbers_are_written(tmp_path):
@@ -154,9 +154,9 @@ def test_a_disk_that_fills_while_numbers_are_written(tmp_path):
     body = """
         import resource, sys
         sys.path.insert(0, sys.argv[2])
-        from test_saver import Checkpoints, Saves, state
+        from test_saver import Checkpoints, Saver, state
         with Checkpoints(sys.argv[1], 2) as checkpoints:
-            saves = Saves(checkpoints, print)
+            saves = Saver(checkpoints, print)
             saves.save(1, state(1), {})
             checkpoints.wait()
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))

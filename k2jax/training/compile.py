@@ -1,0 +1,62 @@
+"""Compiles a run's programs in a thread, while the data is read and the weights are drawn."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from k2jax import cluster
+from k2jax.runtime import memory
+from k2jax.training.step import Program
+
+Compiled = Callable[..., Any]
+
+
+class Programs:
+    """The step, compiled from now on, and the evaluation, from when it is asked for."""
+
+    def __init__(self, program: Program, pool: ThreadPoolExecutor):
+        """Start to compile the step for the mesh in use, in a thread of `pool`."""
+        mesh = jax.sharding.get_mesh()
+        self.step: Future[Compiled] = pool.submit(compile_step, program, mesh)
+        self.start_evaluation: Callable[[], Future[Compiled]] = functools.cache(
+            functools.partial(pool.submit, compile_evaluation, program, mesh)
+        )
+
+
+def wait_until_all_compiled(program: Future[Compiled], topic: str) -> Compiled:
+    """Return a compiled program once all processes have it: gloo waits for none longer than 30 s.
+
+    Raises:
+        ConfigError: another process ends.
+    """
+    compiled = program.result()
+    cluster.current().require_equal(topic, {})
+    return compiled
+
+
+def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
+    """Compile a run's step for the mesh: from state, batch and ceiling; the state is donated."""
+    with jax.set_mesh(mesh):  # once more: this is another thread
+        state, batch = program.abstract_state(), program.abstract_batch()
+        ceiling = jax.ShapeDtypeStruct((), np.float32, sharding=jax.NamedSharding(mesh, jax.P()))
+        step = jax.jit(program.step, donate_argnums=0)
+        return _compile(step.lower(state, batch, ceiling))
+
+
+def compile_evaluation(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
+    """Compile a run's held-out loss for the mesh: from weights and the rows of a micro-batch."""
+    with jax.set_mesh(mesh):
+        params, rows = program.abstract_state().params, program.abstract_rows()
+        return _compile(jax.jit(program.evaluate).lower(params, rows))
+
+
+def _compile(lowered: jax.stages.Lowered) -> Compiled:
+    """On CPU, compile at -O1: 20% less compile time, same step time."""
+    cpu = jax.default_backend() == "cpu"
+    compiled = lowered.compile({"xla_backend_optimization_level": "1"} if cpu else {})
+    memory.trim_malloc()
+    return compiled
