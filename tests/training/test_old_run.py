@@ -26,7 +26,9 @@ def old_run(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def test_an_old_run_resumes_with_the_losses_it_would_have_had(old_run):
+def test_an_old_run_resumes_with_the_losses_it_would_have_had_and_the_command_samples(
+    old_run, capsys
+):
     config = json.loads((old_run / "config.json").read_text())
     words = ["train", "tiny", "--out", "run", "--train.steps", "6"]
     for section in ("model", "data", "mesh"):
@@ -40,6 +42,7 @@ def test_an_old_run_resumes_with_the_losses_it_would_have_had(old_run):
     words += ["--train.save_every", "2", "--train.keep", "1", "--train.eval_every", "0"]
     del words[words.index("--model.groups_per_token") : words.index("--model.groups_per_token") + 2]
     assert main(words) == 0
+    assert "\nsample:\ndef " in capsys.readouterr().out
     lines = [json.loads(line) for line in (old_run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
