@@ -24,9 +24,10 @@ from k2jax.config import MESH_AXES, RunConfig
 from k2jax.configs import load
 from k2jax.model import Kimi
 from k2jax.optim import muonclip
-from k2jax.optim.newton_schulz import RESTARTS, flops
+from k2jax.optim.newton_schulz import RESTARTS
 from k2jax.params.arrays import abstract
 from k2jax.params.declare import specs
+from k2jax.params.route import newton_schulz_flops
 from k2jax.sharding import mesh_over, use_abstract_mesh
 
 TOPOLOGY = "v5p:8x8x16"
@@ -118,7 +119,7 @@ def main() -> None:
         sizes = dict(zip(MESH_AXES, run.mesh.shape, strict=True))
         work, wire = count(step.trace(*shapes).jaxpr.jaxpr, sizes)
     share = sum(
-        math.prod(leaf.stack) * flops(*leaf.matrix)
+        math.prod(leaf.stack) * newton_schulz_flops(*leaf.matrix)
         for leaf in leaves.values()
         if leaf.group == "muon"
     )

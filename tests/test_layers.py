@@ -100,6 +100,7 @@ def test_shard_map_lives_where_one_device_is_seen():
         ("k2jax.cli", ("jax", "flax")),
         ("k2jax.commands.plan", ("jax", "flax", "numpy")),
         ("k2jax.params.kimi", ("jax", "flax", "numpy")),
+        ("k2jax.params.route", ("jax", "flax", "numpy")),
         ("k2jax.report", ("jax", "flax", "numpy", "matplotlib")),
         ("k2jax.optim", ("flax", "orbax", "grain", "tokenizers", "tiktoken", "matplotlib")),
         ("k2jax.data", ("jax", "pyarrow", "grain", "array_record")),

@@ -13,7 +13,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ConfigError, ModelConfig
-from k2jax.ops.attention.blockwise import BLOCK, by_blocks
+from k2jax.ops.attention.blockwise import by_blocks
+from k2jax.ops.limits import ATTENTION_BLOCK
 from k2jax.ops.moe.dispatch import AXIS, Dispatch, dispatch_allgather, dispatch_alltoall
 from k2jax.ops.moe.expert_mlp import side_by_side
 from k2jax.ops.moe.grouped_matmul import grouped
@@ -46,7 +47,7 @@ def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
         ConfigError: values or gradients differ.
     """
     _compare_kernel("grouped products", PARTS, *_products())
-    if context > BLOCK:
+    if context > ATTENTION_BLOCK:
         _compare_kernel("attention", MIXED, *_attention(cfg))
     if not meshless() and dispatch.kind != "allgather" and jax.sharding.get_mesh().shape[AXIS] > 1:
         _compare_kernel("the exchange of tokens", PARTS, *_layer(dispatch))

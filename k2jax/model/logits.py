@@ -9,9 +9,9 @@ from flax import nnx
 from k2jax.model.cross_entropy import cross_entropy
 from k2jax.model.projection import Policy, project, read_weight, sharded_einsum
 from k2jax.ops.collectives import gather_over
+from k2jax.ops.limits import LOGITS_BYTES
 from k2jax.sharding import meshless, storage_spec
 
-LOGITS = 2**29  # bytes of float32 logits that a device may hold
 ROWS, WEIGHT = ("batch", "length"), ("embed", "vocab")
 
 
@@ -29,8 +29,8 @@ def losses(w: nnx.Variable, x_BTD: jax.Array, target_BT: jax.Array, policy: Poli
         target_BT: int32 token ids.
         policy: how weights are read.
 
-    Where a device's logits would take more than `LOGITS` bytes, it goes through the vocabulary
-    part by part: no more than one part of the logits, and of the gathered head, is ever there.
+    Where a device's logits would take more than `LOGITS_BYTES`, it goes through the vocabulary part
+    by part: no more than one part of the logits, and of the gathered head, is ever there.
     """
     weight_DX = read_weight(w, policy)
     chunks = _chunks(x_BTD, weight_DX)
@@ -48,11 +48,11 @@ def losses(w: nnx.Variable, x_BTD: jax.Array, target_BT: jax.Array, policy: Poli
 
 
 def _chunks(x_BTD: jax.Array, weight_DX: jax.Array) -> int:
-    """Fewest parts of a device's vocabulary, all of one size, that stay within `LOGITS`."""
+    """Fewest parts of a device's vocabulary, all of one size, that stay within `LOGITS_BYTES`."""
     part = lambda a: a.shape if meshless() else jax.typeof(a).sharding.shard_shape(a.shape)
     rows, length, _ = part(x_BTD)
     vocab = part(weight_DX)[1]
-    fits = lambda n: vocab % n == 0 and 4 * rows * length * (vocab // n) <= LOGITS
+    fits = lambda n: vocab % n == 0 and 4 * rows * length * (vocab // n) <= LOGITS_BYTES
     return next(n for n in range(1, vocab + 1) if fits(n) or n == vocab)
 
 

@@ -24,7 +24,7 @@ from k2jax.optim.muonclip import adamw, muonclip
 from k2jax.optim.newton_schulz import POLYNOMIALS, RESTARTS, newton_schulz
 from k2jax.optim.qk_clip import clip_factor, qk_clip
 from k2jax.optim.schedule import warmup_stable_decay
-from k2jax.optim.views import Matrices
+from k2jax.params.matrices import Matrices
 from k2jax.params.spec import ParamSpec
 
 __all__ = [

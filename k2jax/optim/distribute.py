@@ -13,15 +13,24 @@ iteration commutes with any permutation of them, and the way back undoes it.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
-from k2jax.optim.route import LARGE, Route, entries, explicit, routes, sizes_of_axes
-from k2jax.optim.views import Matrices
+from k2jax.params.matrices import Matrices
+from k2jax.params.route import (
+    SHARD_ABOVE_FLOPS,
+    SLICE_BYTES,
+    Leaf,
+    Route,
+    count_slots,
+    group_leaves,
+    is_even,
+    route_group,
+)
 
-SLICE = 2**27  # bytes of matrices that a device holds whole at a time
 Iterate = Callable[[jax.Array, tuple[str, ...]], jax.Array]
 
 
@@ -29,68 +38,76 @@ def orthogonalise(
     leaves: dict[str, jax.Array],
     views: Mapping[str, Matrices],
     iterate: Iterate,
-    large: float = LARGE,
-    slice_bytes: int = SLICE,
+    shard_above_flops: float = SHARD_ABOVE_FLOPS,
+    slice_bytes: int = SLICE_BYTES,
 ) -> dict[str, jax.Array]:
-    """`iterate` on every matrix of every leaf; each leaf stays in its layout.
+    """Run `iterate` on every matrix of every leaf; each leaf stays in its layout.
 
     Matrices of one shape are iterated on together, which compiles once; leaves of more than
     `slice_bytes` a device go by themselves, slice by slice.
 
     Args:
-        leaves: in the dtype of the exchange.
+        leaves: all in the dtype of the exchange.
         views: their matrices.
         iterate: from [matrices, longer, shorter] and mesh axes that split the longer side.
-        large: operations of a matrix above which several devices share it.
+        shard_above_flops: operations of a matrix above which several devices share it.
         slice_bytes: of matrices that a device holds whole at a time.
     """
-    groups: dict[Any, list[str]] = {}
-    size: dict[Any, float] = {}
-    for name, u in leaves.items():
-        if not u.size:
-            continue
-        count, rows, columns = views[name].sizes(u.shape)
-        spec = entries(jax.typeof(u).sharding.spec, u.ndim) if explicit() else [()] * u.ndim
-        stacked = tuple(axis for dim in views[name].stack for axis in spec[dim])
-        key = (*sorted((rows, columns)), stacked)
-        groups.setdefault(key, []).append(name)
-        ways = math.prod(sizes_of_axes().get(axis, 1) for axis in sum(spec, ()))
-        size[key] = size.get(key, 0) + count * rows * columns * u.dtype.itemsize / ways
+    sizes = _mesh_sizes()
+    described = {
+        name: Leaf(u.shape, views[name], _layout(u)) for name, u in leaves.items() if u.size
+    }
+    itemsize = max((leaves[name].dtype.itemsize for name in described), default=0)
     done: dict[str, jax.Array] = {}
-    for key, group in groups.items():
-        for part in [group] if size[key] <= slice_bytes else [[name] for name in group]:
-            us, vs = [leaves[name] for name in part], [views[name] for name in part]
-            done |= zip(part, _group(us, vs, iterate, large, slice_bytes), strict=True)
+    for part in group_leaves(described, sizes, itemsize, slice_bytes):
+        group = [described[name].upright() for name in part]
+        routes = route_group(group, sizes, shard_above_flops) if is_explicit() else None
+        us = [leaves[name] for name in part]
+        done |= zip(part, _run_group(us, group, routes, iterate, slice_bytes), strict=True)
     return {name: done.get(name, u) for name, u in leaves.items()}
 
 
-def _group(us, views, iterate: Iterate, large: float, slice_bytes: int) -> list[jax.Array]:
+def is_explicit() -> bool:
+    """Whether a mesh is in use whose axes are all explicit, so that layouts are known."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)
+
+
+def _mesh_sizes() -> dict[str, int]:
+    return dict(jax.sharding.get_abstract_mesh().shape)
+
+
+def _layout(u: jax.Array) -> tuple[tuple[str, ...], ...]:
+    """Mesh axes that split each dim."""
+    spec = jax.typeof(u).sharding.spec if is_explicit() else P()
+    split = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+    return (*split, *[()] * (u.ndim - len(split)))
+
+
+def _run_group(
+    us: list[jax.Array],
+    group: list[Leaf],
+    routes: list[Route] | None,
+    iterate: Iterate,
+    slice_bytes: int,
+) -> list[jax.Array]:
     """Leaves of one matrix shape, each as [matrices, longer side, shorter side]."""
-    views = [_upright(view, u.shape) for view, u in zip(views, us, strict=True)]
+    views = [leaf.view for leaf in group]
     _, longer, shorter = views[0].sizes(us[0].shape)
-    ways = None
-    if explicit():
-        specs = [jax.typeof(u).sharding.spec for u in us]
-        ways = routes([u.shape for u in us], views, specs, large)
     each = max(1, slice_bytes // (longer * shorter * us[0].dtype.itemsize))
 
     def on_device(*us: jax.Array) -> list[jax.Array]:
         xs = [_stacked(u, view) for u, view in zip(us, views, strict=True)]
         if len(xs) > 1:
-            ys = _together(xs, ways, iterate)
+            ys = _iterate_together(xs, routes, iterate)
         else:
-            ys = [_by_slices(xs[0], ways[0] if ways else None, iterate, each)]
+            ys = [_iterate_by_slices(xs[0], routes[0] if routes else None, iterate, each)]
         return [_unstacked(y, u, view) for y, u, view in zip(ys, us, views, strict=True)]
 
-    if ways is None:
+    if routes is None:
         return on_device(*us)
+    specs = [jax.typeof(u).sharding.spec for u in us]
     return jax.shard_map(on_device, in_specs=tuple(specs), out_specs=specs, check_vma=False)(*us)
-
-
-def _upright(view: Matrices, shape: tuple[int, ...]) -> Matrices:
-    """The longer side as rows: a transposed matrix has the transposed result."""
-    _, rows, columns = view.sizes(shape)
-    return view if rows >= columns else Matrices(view.columns, view.rows, view.stack)
 
 
 def _stacked(u: jax.Array, view: Matrices) -> jax.Array:
@@ -105,42 +122,44 @@ def _unstacked(x: jax.Array, u: jax.Array, view: Matrices) -> jax.Array:
     return x.transpose([order.index(dim) for dim in range(u.ndim)])
 
 
-def _together(xs: list[jax.Array], ways: list[Route] | None, iterate: Iterate) -> list[jax.Array]:
-    """One iteration over the matrices of several leaves."""
+def _iterate_together(
+    xs: list[jax.Array], routes: list[Route] | None, iterate: Iterate
+) -> list[jax.Array]:
+    """Iterate once over the matrices of several leaves."""
     counts = [x.shape[0] for x in xs]
     starts = [sum(counts[:k]) for k in range(len(counts))]
     total = sum(counts)
-    if ways is None or not (ways[0].stack or ways[0].longer):
+    if routes is None or not (routes[0].stack or routes[0].longer):
         y = iterate(jnp.concatenate(xs), ()).astype(xs[0].dtype)
         return [y[first : first + count] for first, count in zip(starts, counts, strict=True)]
-    over = ways[0].over(ways[0].stack)
-    slots = -(-total // over) * over
-    if all(count % over == 0 for count in counts):  # no padding: one after the other
-        moved = [_to_devices(x, way) for x, way in zip(xs, ways, strict=True)]
-        y = _iterated(jnp.concatenate(moved), ways[0], slots, total, iterate)
-        cuts = [first // over for first in starts[1:]]
+    slots = count_slots(routes)
+    if is_even(routes):  # no padding: one after the other
+        moved = [_to_devices(x, route) for x, route in zip(xs, routes, strict=True)]
+        y = _iterate_part(jnp.concatenate(moved), routes[0], slots, total, iterate)
+        cuts = [first // routes[0].over(routes[0].stack) for first in starts[1:]]
         parts = jnp.split(y, cuts)
-        return [_from_devices(part, way) for part, way in zip(parts, ways, strict=True)]
+        return [_from_devices(part, route) for part, route in zip(parts, routes, strict=True)]
     # Each leaf in slots of its own, zeros in the others: the sum holds all.
     y = jnp.zeros(())
-    for x, way, first in zip(xs, ways, starts, strict=True):
+    for x, route, first in zip(xs, routes, starts, strict=True):
         after = slots - first - x.shape[0]
-        y = y.astype(x.dtype) + _to_devices(jnp.pad(x, ((first, after), (0, 0), (0, 0))), way)
-    y = _iterated(y, ways[0], slots, total, iterate)
+        y = y.astype(x.dtype) + _to_devices(jnp.pad(x, ((first, after), (0, 0), (0, 0))), route)
+    y = _iterate_part(y, routes[0], slots, total, iterate)
     return [
-        _from_devices(y, way)[first : first + count]
-        for way, first, count in zip(ways, starts, counts, strict=True)
+        _from_devices(y, route)[first : first + count]
+        for route, first, count in zip(routes, starts, counts, strict=True)
     ]
 
 
-def _by_slices(x: jax.Array, way: Route | None, iterate: Iterate, each: int) -> jax.Array:
-    """One leaf, `each` matrices a device at a time; the stack is padded with zeros."""
-    count, over = x.shape[0], way.over(way.stack) if way else 1
+def _iterate_by_slices(x: jax.Array, route: Route | None, iterate: Iterate, each: int) -> jax.Array:
+    """Iterate on one leaf, `each` matrices a device at a time; the stack is padded with zeros."""
+    count, over = x.shape[0], route.over(route.stack) if route else 1
 
     def one(x: jax.Array, real: int) -> jax.Array:
-        if way is None:
+        if route is None:
             return iterate(x, ()).astype(x.dtype)
-        return _from_devices(_iterated(_to_devices(x, way), way, x.shape[0], real, iterate), way)
+        x = _iterate_part(_to_devices(x, route), route, x.shape[0], real, iterate)
+        return _from_devices(x, route)
 
     full = count // (each * over)
     rest = count - full * each * over
@@ -148,8 +167,7 @@ def _by_slices(x: jax.Array, way: Route | None, iterate: Iterate, each: int) -> 
     if full:
         y = x[: count - rest].reshape(full, each * over, *x.shape[1:])
         # In place: compilers make a loop's new outputs, all zeros, before the step's first layer.
-        put = lambda i, y: y.at[i].set(one(y[i], each * over))
-        y = jax.lax.fori_loop(0, full, put, y)
+        y = jax.lax.fori_loop(0, full, lambda i, y: y.at[i].set(one(y[i], each * over)), y)
         parts.append(y.reshape(count - rest, *x.shape[1:]))
     if rest:
         padded = jnp.pad(x[count - rest :], ((0, -rest % over), (0, 0), (0, 0)))
@@ -157,88 +175,77 @@ def _by_slices(x: jax.Array, way: Route | None, iterate: Iterate, each: int) -> 
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _iterated(x: jax.Array, way: Route, slots: int, real: int, iterate: Iterate) -> jax.Array:
-    """The iteration on what a device holds; nothing where that is only padding."""
-    run = lambda x: iterate(x, way.longer).astype(x.dtype)
-    over = way.over(way.stack)
+def _iterate_part(x: jax.Array, route: Route, slots: int, real: int, iterate: Iterate) -> jax.Array:
+    """Iterate on what a device holds; do nothing where that is only padding."""
+
+    def run(x: jax.Array) -> jax.Array:
+        return iterate(x, route.longer).astype(x.dtype)
+
+    over = route.over(route.stack)
     # Devices that share a matrix must all take part in its sums.
-    if way.longer or real > slots - slots // over:
+    if route.longer or real > slots - slots // over:
         return run(x)
-    first = jax.lax.axis_index(way.stack) * (slots // over)
+    first = jax.lax.axis_index(route.stack) * (slots // over)
     return jax.lax.cond(first < real, run, lambda x: x, x)
 
 
-def _to_devices(x: jax.Array, way: Route) -> jax.Array:
-    """Pieces of many matrices for few whole ones, or for their rows."""
-    x = _to_stack(x, way)
-    turned, free = _sides(way)
-    if turned:
-        x = jax.lax.all_to_all(x, turned, split_axis=1, concat_axis=2, tiled=True)
-    if free:
-        size = x.shape[1] // way.over(free)
-        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(free) * size, size, axis=1)
+def _to_devices(x: jax.Array, route: Route) -> jax.Array:
+    """Exchange pieces of many matrices for few whole ones, or for their rows."""
+    x = _to_stack(x, route)
+    if route.turned:
+        x = jax.lax.all_to_all(x, route.turned, split_axis=1, concat_axis=2, tiled=True)
+    if route.sliced:
+        size = x.shape[1] // route.over(route.sliced)
+        x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(route.sliced) * size, size, axis=1)
     return x
 
 
-def _from_devices(x: jax.Array, way: Route) -> jax.Array:
-    """The way back."""
-    turned, free = _sides(way)
-    if free:
-        x = jax.lax.all_gather(x, free, axis=1, tiled=True)
-    if turned:
-        x = jax.lax.all_to_all(x, turned, split_axis=2, concat_axis=1, tiled=True)
-    return _from_stack(x, way)
+def _from_devices(x: jax.Array, route: Route) -> jax.Array:
+    """Send back what `_to_devices` sent."""
+    if route.sliced:
+        x = jax.lax.all_gather(x, route.sliced, axis=1, tiled=True)
+    if route.turned:
+        x = jax.lax.all_to_all(x, route.turned, split_axis=2, concat_axis=1, tiled=True)
+    return _from_stack(x, route)
 
 
-def _sides(way: Route) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the axes that will split rows, those that split columns at rest, and those nothing."""
-    turned = tuple(axis for axis in way.longer if axis in way.columns)
-    return turned, tuple(axis for axis in way.longer if axis not in way.rows + way.columns)
-
-
-def _moving(way: Route) -> tuple[list[int], tuple[str, ...], tuple[str, ...]]:
-    """Size of each stack axis; those that exchange pieces; those that are free at rest."""
-    sizes = [way.over((axis,)) for axis in way.stack]
-    pieces = tuple(axis for axis in way.stack if axis in way.rows + way.columns)
-    return sizes, pieces, tuple(axis for axis in way.stack if axis not in pieces)
-
-
-def _to_stack(x: jax.Array, way: Route) -> jax.Array:
-    """From [S, rows, columns] to [S / ways, more rows, more columns]."""
-    sizes, pieces, free = _moving(way)
+def _to_stack(x: jax.Array, route: Route) -> jax.Array:
+    """Move from [S, rows, columns] to [S / devices, more rows, more columns]."""
+    pieces = route.pieces
+    sizes = [route.over((axis,)) for axis in route.stack]
     x = x.reshape(*sizes, -1, *x.shape[-2:])
-    for axis in reversed(free):
-        at = way.stack.index(axis)
+    for axis in reversed(route.picked):
+        at = route.stack.index(axis)
         x = jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index(axis), at, keepdims=False)
     if not pieces:
         return x
-    n = [way.over((axis,)) for axis in pieces]
+    n = [route.over((axis,)) for axis in pieces]
     each, height, width = x.shape[-3:]
     x = _swap(x.reshape(-1, each, height, width), pieces)
     x = x.reshape(*n, each, height, width)
-    rows = [dim for dim, axis in enumerate(pieces) if axis in way.rows]
-    columns = [dim for dim, axis in enumerate(pieces) if axis in way.columns]
+    rows = [dim for dim, axis in enumerate(pieces) if axis in route.rows]
+    columns = [dim for dim, axis in enumerate(pieces) if axis in route.columns]
     k = len(pieces)
     x = x.transpose(k, *rows, k + 1, *columns, k + 2)
     return x.reshape(each, -1, math.prod(n[dim] for dim in columns) * width)
 
 
 def _swap(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The k-th part of x goes to the k-th device along `axes`."""
+    """Send the k-th part of x to the k-th device along `axes`."""
     # XLA's CPU backend cuts x into parts, and refuses those that a transpose before it gave
     # unlike layouts.
     x = jax.lax.optimization_barrier(x)
     return jax.lax.all_to_all(x, axes, split_axis=0, concat_axis=0, tiled=True)
 
 
-def _from_stack(x: jax.Array, way: Route) -> jax.Array:
-    """The way back."""
-    _, pieces, free = _moving(way)
+def _from_stack(x: jax.Array, route: Route) -> jax.Array:
+    """Undo `_to_stack`."""
+    pieces = route.pieces
     each = x.shape[0]
     if pieces:
-        n = [way.over((axis,)) for axis in pieces]
-        rows = [dim for dim, axis in enumerate(pieces) if axis in way.rows]
-        columns = [dim for dim, axis in enumerate(pieces) if axis in way.columns]
+        n = [route.over((axis,)) for axis in pieces]
+        rows = [dim for dim, axis in enumerate(pieces) if axis in route.rows]
+        columns = [dim for dim, axis in enumerate(pieces) if axis in route.columns]
         height = x.shape[1] // math.prod(n[dim] for dim in rows)
         width = x.shape[2] // math.prod(n[dim] for dim in columns)
         k = len(pieces)
@@ -249,6 +256,6 @@ def _from_stack(x: jax.Array, way: Route) -> jax.Array:
         x = x.reshape(*n, each, height, width)
     else:
         height, width = x.shape[-2:]
-    for axis in free:  # in the stack's order, so that all before it are there
-        x = jax.lax.all_gather(x, axis, axis=way.stack.index(axis))
+    for axis in route.picked:  # in the stack's order, so that all before it are there
+        x = jax.lax.all_gather(x, axis, axis=route.stack.index(axis))
     return x.reshape(-1, height, width)

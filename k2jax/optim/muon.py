@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from k2jax.optim.checks import floating, number
-from k2jax.optim.distribute import LARGE, SLICE, orthogonalise
+from k2jax.optim.distribute import orthogonalise
 from k2jax.optim.newton_schulz import Polynomial, newton_schulz
-from k2jax.optim.views import Matrices, assign, matrices_only, names
+from k2jax.optim.views import assign, matrices_only, names
+from k2jax.params.matrices import Matrices
+from k2jax.params.route import NS_STEPS, SHARD_ABOVE_FLOPS, SLICE_BYTES
 
 UPDATE_RMS = 0.2  # of AdamW's usual update, so that both share one learning rate [ML 2.2]
 
@@ -28,11 +30,11 @@ def scale_by_muon(  # noqa: PLR0913, each is a choice of the recipe
     *,
     momentum_dtype: str = "float32",
     per_head: bool = False,
-    steps: int = 5,
+    steps: int = NS_STEPS,
     polynomial: str | Sequence[Polynomial] = "moonlight",
     gram: Sequence[int] | None = None,
-    large: float = LARGE,
-    slice_bytes: int = SLICE,
+    shard_above_flops: float = SHARD_ABOVE_FLOPS,
+    slice_bytes: int = SLICE_BYTES,
 ) -> optax.GradientTransformation:
     """Replace gradients by 0.2 sqrt(max(rows, columns)) times their orthogonalised momentum.
 
@@ -52,7 +54,7 @@ def scale_by_muon(  # noqa: PLR0913, each is a choice of the recipe
         steps: of the iteration.
         polynomial: see `newton_schulz`.
         gram: see `newton_schulz`; matrices that several devices share take the standard iteration.
-        large: operations on a matrix above which several devices share it.
+        shard_above_flops: operations on a matrix above which several devices share it.
         slice_bytes: of matrices that a device holds whole at a time.
 
     Raises:
@@ -87,7 +89,7 @@ def scale_by_muon(  # noqa: PLR0913, each is a choice of the recipe
 
         # Leaves that another group owns are empty nodes here, and pass through.
         leaves = names(nesterov)
-        ready = orthogonalise(leaves, view, iterate, large, slice_bytes)
+        ready = orthogonalise(leaves, view, iterate, shard_above_flops, slice_bytes)
         size = lambda name, u: UPDATE_RMS * max(view[name].sizes(u.shape)[1:]) ** 0.5
         scaled = [
             (size(name, u) * u.astype(jnp.float32)).astype(g.dtype)

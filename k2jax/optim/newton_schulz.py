@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.config import ConfigError, nearest
+from k2jax.params.route import NS_STEPS
 
 Polynomial = tuple[float, float, float]
 
@@ -51,15 +52,9 @@ def schedule(polynomial: str | Sequence[Polynomial], steps: int) -> list[Polynom
     return [each[min(step, len(each) - 1)] for step in range(steps)]
 
 
-def flops(rows: int, columns: int, steps: int = 5) -> int:
-    """Of the standard iteration on one matrix [TT dist_muon.py 1036]."""
-    short, long = sorted((rows, columns))
-    return steps * 2 * short**2 * (2 * long + short)
-
-
 def newton_schulz(
     x: jax.Array,
-    steps: int = 5,
+    steps: int = NS_STEPS,
     dtype: str = "bfloat16",
     *,
     polynomial: str | Sequence[Polynomial] = "moonlight",

@@ -9,7 +9,8 @@ import optax
 from k2jax.config import ConfigError
 from k2jax.config.schema import LEAST_TAU
 from k2jax.optim.checks import number
-from k2jax.optim.views import KEYS, QUERIES, names
+from k2jax.optim.views import names
+from k2jax.params.matrices import KEYS, QUERIES
 from k2jax.params.spec import ParamSpec
 
 

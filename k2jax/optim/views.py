@@ -1,7 +1,5 @@
 """Which leaves are matrices: specs of others' parameters, and what may be guessed without any."""
 
-import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -10,34 +8,13 @@ import jax
 import numpy as np
 
 from k2jax.config import ConfigError, nearest
+from k2jax.params.matrices import Matrices, view_declared
 from k2jax.params.spec import ParamSpec
 
 # Names whose arrays may have two dims and are no matrices that Muon may move. Whole words, because
 # MultiHeadAttention_0.query holds matrices; and two that are also found within words.
 NO_MATRIX = {"head", "lmhead", "emb", "wte", "wpe", "scale", "bias", "gain", "vocab", "logits"}
 NO_MATRIX_WITHIN = ("embed", "norm")
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrices:
-    """A leaf as a stack of matrices. Each dim of the leaf is in exactly one of the three.
-
-    Attributes:
-        rows: dims that meet the input.
-        columns: dims of the output.
-        stack: dims that only stack matrices: layers, experts, heads.
-    """
-
-    rows: tuple[int, ...] = (0,)
-    columns: tuple[int, ...] = (1,)
-    stack: tuple[int, ...] = ()
-
-    def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Matrices, rows and columns of a leaf of `shape`."""
-        count, rows, columns = (
-            math.prod(shape[dim] for dim in dims) for dims in (self.stack, self.rows, self.columns)
-        )
-        return count, rows, columns
 
 
 def names(tree: Any) -> dict[str, Any]:
@@ -89,7 +66,7 @@ def _guess(name: str, shape: tuple[int, ...]) -> Matrices | str:
 
 def _read(name: str, shape: tuple[int, ...], spec: Any, per_head: bool) -> Matrices | str:
     if isinstance(spec, ParamSpec):
-        spec = _declared(name, spec, per_head)
+        spec = view_declared(name, spec, per_head)
     if spec == "adam":
         return "adam"
     if not isinstance(spec, Matrices):
@@ -103,29 +80,6 @@ def _read(name: str, shape: tuple[int, ...], spec: Any, per_head: bool) -> Matri
             " must name each dim once"
         )
     return spec
-
-
-def _declared(name: str, spec: ParamSpec, per_head: bool) -> Matrices | str:
-    if spec.group == "adam":
-        return "adam"
-    if spec.group != "muon" or not spec.contracted:
-        raise ConfigError(
-            f"{name!r} is of group {spec.group!r} and no matrix; leave it out, or move it by Adam"
-        )
-    cut = spec.stacked + spec.contracted
-    stack, rows, columns = (
-        tuple(range(first, last))
-        for first, last in ((0, spec.stacked), (spec.stacked, cut), (cut, len(spec.axes)))
-    )
-    if per_head and spec.axes[-2:] in QUERIES + KEYS:
-        heads = len(spec.axes) - 2
-        return Matrices(rows, tuple(dim for dim in columns if dim != heads), (*stack, heads))
-    return Matrices(rows, columns, stack)
-
-
-# Last two axes of projections to queries, and to keys (with values after them, or alone).
-QUERIES = (("heads", "qk"),)
-KEYS = (("heads", "kv"), ("heads", "k"))
 
 
 def matrices_only(found: Mapping[str, Matrices | str]) -> dict[str, Matrices]:

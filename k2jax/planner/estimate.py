@@ -77,25 +77,24 @@ class Estimate(Roofline):
 def estimate(run: RunConfig, mesh: MeshConfig, accumulate: int, target: Target) -> Estimate:
     """The plan of a training step in `accumulate` micro-batches."""
     case = Case(run, mesh, accumulate, tpu=target.chip.kind == "tpu")
+    arguments, moments = memory.arguments(case), memory.moments(case)
     return Estimate(
         case=case,
         target=target,
-        arguments=memory.arguments(case),
-        moments=memory.moments(case),
+        arguments=arguments,
+        moments=moments,
         flops=work.step_flops(case),
         optimizer_flops=newton.optimizer_flops(case),
         wire=traffic.merged(traffic.step_wire(case), newton.optimizer_wire(case)),
-        memory_traffic=_memory_traffic(case),
+        memory_traffic=_memory_traffic(case, arguments, moments["layers"]),
     )
 
 
-def _memory_traffic(case: Case) -> float:
-    """Bytes read and written: weights in each pass, activations, scores, optimizer state."""
+def _memory_traffic(case: Case, held: dict[str, float], layers: dict[str, float]) -> float:
+    """Count bytes read and written: weights in each pass, activations, scores, optimizer state."""
     cfg = case.model
-    held = memory.arguments(case)
-    parts = memory.moments(case)["layers"]
     micro = case.accumulate * (case.gathers + 1)
-    weights = case.mixtures * parts["layer gradients"] * 2 * micro  # weights are of their size
+    weights = case.mixtures * layers["layer gradients"] * 2 * micro  # weights are of their size
     rows = 2 * micro * case.layers * 6 * case.width * case.tokens * cfg.embed
     pairs = case.tokens * cfg.experts_per_token if case.exchanges else case.pairs
     experts = case.mixtures * case.width * pairs * (4 * cfg.embed + 6 * cfg.expert_ffw)

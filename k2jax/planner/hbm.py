@@ -1,10 +1,11 @@
 """Bytes on a device in a training step: what stays, and the worst moment of what comes and goes."""
 
+from k2jax.ops.limits import LOGITS_BYTES
 from k2jax.params.kimi import declare_kimi
 from k2jax.params.spec import ParamSpec
 from k2jax.planner import newton
 from k2jax.planner.shards import device_size
-from k2jax.planner.step_flops import LOGITS, Case
+from k2jax.planner.step_flops import Case
 
 
 def arguments(case: Case) -> dict[str, float]:
@@ -162,7 +163,7 @@ def _experts(case: Case) -> dict[str, float]:
 
 def _logits(case: Case) -> dict[str, float]:
     """Float32 logits of a part, their exponentials, and their gradient in the compute dtype."""
-    held = case.predictions * case.logits if case.logits <= LOGITS else LOGITS
+    held = case.predictions * case.logits if case.logits <= LOGITS_BYTES else LOGITS_BYTES
     return {"logits": (2 + case.width / 4) * held}
 
 

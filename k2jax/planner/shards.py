@@ -9,28 +9,32 @@ from k2jax.sharding.table import STORAGE, TRAIN, split
 
 
 def count_shards(leaf: ParamSpec, mesh: MeshConfig, gathered: bool = False) -> int:
-    """Into how many parts the mesh cuts a parameter; `gathered`: while it is used."""
-    return math.prod([getattr(mesh, axis) for axis in shard_axes(leaf, mesh, gathered)])
+    """Count the parts that the mesh cuts a parameter into; `gathered`: while it is used."""
+    return _axes_and_shards(leaf.axes, mesh, gathered)[1]
 
 
 def device_size(leaf: ParamSpec, mesh: MeshConfig, gathered: bool = False) -> float:
-    """Numbers of a parameter that a device holds."""
+    """Count the numbers of a parameter that a device holds."""
     return leaf.size / count_shards(leaf, mesh, gathered)
 
 
 def shard_axes(leaf: ParamSpec, mesh: MeshConfig, gathered: bool = False) -> tuple[str, ...]:
-    """Mesh axes that split a parameter."""
-    return _shard_axes(leaf.axes, mesh, gathered)
+    """Find the mesh axes that split a parameter."""
+    return _axes_and_shards(leaf.axes, mesh, gathered)[0]
 
 
 @functools.cache
-def _shard_axes(axes: tuple[str, ...], mesh: MeshConfig, gathered: bool) -> tuple[str, ...]:
+def _axes_and_shards(
+    axes: tuple[str, ...], mesh: MeshConfig, gathered: bool
+) -> tuple[tuple[str, ...], int]:
+    sizes = mesh.sizes
     kept = [axis for axis in axes if not (gathered and axis in STORAGE)]
-    return tuple(name for axis in kept for name in split(axis, mesh.sizes))
+    names = tuple(name for axis in kept for name in split(axis, sizes))
+    return names, math.prod(sizes[name] for name in names)
 
 
 def indivisible_axis(cfg: ModelConfig, mesh: MeshConfig, context: int) -> str:
-    """Why the mesh does not divide the model: the logical axis; empty where it does."""
+    """Find the logical axis that the mesh does not divide; empty where it divides all."""
     sizes = mesh.sizes
     for axis in TRAIN:
         if axis == "batch" or (axis == "ffw" and not cfg.dense_layers):

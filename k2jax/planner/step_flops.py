@@ -3,10 +3,8 @@
 import dataclasses
 
 from k2jax.config import MeshConfig, ModelConfig, RunConfig
+from k2jax.ops.limits import ATTENTION_BLOCK, LOGITS_BYTES
 from k2jax.params.counts import count_parameters
-
-BLOCK = 512  # queries and keys that meet at a time in longer rows; `ops.attention` has it too
-LOGITS = 2.0**29  # bytes of logits above which they are made in parts; as in `model.logits`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Case:
     @property
     def blocks(self) -> bool:
         """Whether attention goes by blocks: its scores are never whole."""
-        return self.run.data.context > BLOCK
+        return self.run.data.context > ATTENTION_BLOCK
 
     @property
     def logits(self) -> float:
@@ -114,10 +112,10 @@ def step_flops(case: Case) -> float:
     layers = 2 * (counted["active_matmul_parameters"] + counted["mtp_active_matmul_parameters"])
     attention = 2 * case.layers * cfg.heads * (cfg.nope + cfg.rope + cfg.value)
     # Scores cost the hidden keys of a block too; backward makes the scores once more.
-    blocks = -(-run.data.context // BLOCK)
-    seen = BLOCK * (blocks + 1) / 2 if case.blocks else run.data.context
+    blocks = -(-run.data.context // ATTENTION_BLOCK)
+    seen = ATTENTION_BLOCK * (blocks + 1) / 2 if case.blocks else run.data.context
     scores = 2 * case.layers * cfg.heads * (cfg.nope + cfg.rope) * seen
     mixing = attention * seen * (3 if run.train.remat == "none" else 4) + scores
-    heads = (4 if case.logits > LOGITS else 3) * case.predictions * head
+    heads = (4 if case.logits > LOGITS_BYTES else 3) * case.predictions * head
     token = 3 * layers + _recompute_flops(case, layers) + heads + mixing
     return token * case.tokens * case.accumulate / case.mesh.model

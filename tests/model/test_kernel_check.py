@@ -9,7 +9,7 @@ import pytest
 from k2jax import sharding
 from k2jax.config import ConfigError, MeshConfig, ModelConfig
 from k2jax.model import kernel_check as check
-from k2jax.ops.attention.blockwise import BLOCK
+from k2jax.ops.limits import ATTENTION_BLOCK
 from k2jax.ops.moe import dispatch
 from k2jax.ops.moe.dispatch import Dispatch
 
@@ -24,7 +24,7 @@ def mesh():
 
 
 def test_right_kernels_pass(mesh):
-    check.check_kernels(EXCHANGE, CFG, BLOCK)
+    check.check_kernels(EXCHANGE, CFG, ATTENTION_BLOCK)
 
 
 def test_wrong_products_are_refused(monkeypatch):
@@ -39,7 +39,7 @@ def test_wrong_products_are_refused(monkeypatch):
     )
     monkeypatch.setattr(check, "grouped", wrong)
     with pytest.raises(ConfigError, match="grouped products: wrong gradients of the rows on cpu"):
-        check.check_kernels(Dispatch(), CFG, BLOCK)
+        check.check_kernels(Dispatch(), CFG, ATTENTION_BLOCK)
 
 
 def test_an_exchange_that_loses_rows_is_refused(mesh, monkeypatch):
@@ -50,7 +50,7 @@ def test_an_exchange_that_loses_rows_is_refused(mesh, monkeypatch):
 
     monkeypatch.setattr(dispatch, "exchange", lossy)
     with pytest.raises(ConfigError, match="the exchange of tokens: wrong values on cpu"):
-        check.check_kernels(EXCHANGE, CFG, BLOCK)
+        check.check_kernels(EXCHANGE, CFG, ATTENTION_BLOCK)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def no_products(monkeypatch):
 @pytest.mark.parametrize("config", [None, MeshConfig(data=2)], ids=str)
 def test_right_attention_passes(config, no_products):
     with jax.set_mesh(sharding.make_mesh(config)) if config else contextlib.nullcontext():
-        check.check_kernels(Dispatch(), CFG, BLOCK + 1)
+        check.check_kernels(Dispatch(), CFG, ATTENTION_BLOCK + 1)
 
 
 def steeper(y, top):
@@ -76,4 +76,4 @@ def test_wrong_attention_is_refused(part, wrong, no_products, monkeypatch):
     right = check.by_blocks
     monkeypatch.setattr(check, "by_blocks", lambda *args: wrong(*right(*args)))
     with pytest.raises(ConfigError, match=f"attention: wrong {part} on cpu"):
-        check.check_kernels(Dispatch(), CFG, BLOCK + 1)
+        check.check_kernels(Dispatch(), CFG, ATTENTION_BLOCK + 1)

@@ -44,7 +44,7 @@ def test_parts_give_the_losses_and_gradients_of_the_whole(config, monkeypatch):
     inputs = drawn()
     right = jax.device_get(jax.jit(differentiated)(*inputs))
     rows = 1 if config else ROWS
-    monkeypatch.setattr(module, "LOGITS", 4 * rows * LENGTH * 8)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 4 * rows * LENGTH * 8)
     if config is None:
         found = jax.jit(functools.partial(differentiated))(*inputs)
     else:
@@ -66,5 +66,5 @@ def test_parts_are_the_fewest_of_one_size_that_fit(monkeypatch):
         (4 * ROWS * LENGTH * 7, 8),
         (1, 48),
     ]:
-        monkeypatch.setattr(module, "LOGITS", limit)
+        monkeypatch.setattr(module, "LOGITS_BYTES", limit)
         assert module._chunks(x, w) == parts

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from k2jax import sharding
 from k2jax.config import MeshConfig
 from k2jax.optim import Matrices, scale_by_muon
-from k2jax.optim.newton_schulz import flops
+from k2jax.params.route import newton_schulz_flops
 from k2jax.planner.hlo import account
 
 BOTH = ("data", "expert")
@@ -48,7 +48,7 @@ def placed(grads):
     ("mesh", "settings"),
     [
         (MESH, {}),
-        (MESH, {"large": 0}),  # every matrix is shared by several devices
+        (MESH, {"shard_above_flops": 0}),  # every matrix is shared by several devices
         (MESH, {"slice_bytes": 700}),  # one or two matrices at a time
         (MeshConfig(replica=2, data=4), {}),
         (MeshConfig(), {}),
@@ -94,28 +94,32 @@ def test_whole_matrices_need_one_exchange_each_way_and_none_while_iterating():
     assert {kind: len(where) for kind, where in found.items()} == {"all-to-all": 2}
     assert not any("while" in where for places in found.values() for where in places)
     count = 3 * 4 / 8
-    assert work == pytest.approx(flops(16, 8) * 2)  # 12 matrices on 8 devices: two at most
-    assert work < 1.4 * flops(16, 8) * count
+    assert work == pytest.approx(
+        newton_schulz_flops(16, 8) * 2
+    )  # 12 matrices on 8 devices: two at most
+    assert work < 1.4 * newton_schulz_flops(16, 8) * count
 
 
 def test_leaves_of_one_shape_share_devices_that_a_single_one_would_leave_idle():
     _, work = compiled(["gate", "down"])
-    assert work == pytest.approx(flops(16, 24))  # each on a device of its own
+    assert work == pytest.approx(newton_schulz_flops(16, 24))  # each on a device of its own
 
 
 def test_a_replicated_leaf_is_picked_from_and_gathered():
     found, work = compiled(["queries"])
     assert set(found) == {"all-to-all", "all-gather"}
     assert not any("while" in where for places in found.values() for where in places)
-    assert work == pytest.approx(flops(6, 32))  # one of five matrices on each of eight devices
+    assert work == pytest.approx(
+        newton_schulz_flops(6, 32)
+    )  # one of five matrices on each of eight devices
 
 
 def test_a_large_matrix_is_divided_over_all_devices():
-    found, work = compiled(["gate"], {"large": 0})
+    found, work = compiled(["gate"], {"shard_above_flops": 0})
     inside = {k: sum("while" in where for where in w) for k, w in found.items()}
     # The Gram matrix is summed (exchanged and gathered), the polynomial gathered.
     assert {kind: n for kind, n in inside.items() if n} == {"all-to-all": 1, "all-gather": 2}
-    assert work == pytest.approx(flops(16, 24) / 8)
+    assert work == pytest.approx(newton_schulz_flops(16, 24) / 8)
 
 
 def test_bfloat16_is_exchanged_as_such():

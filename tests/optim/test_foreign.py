@@ -21,7 +21,8 @@ from k2jax.optim import (
     warmup_stable_decay,
 )
 
-OURS = {"k2jax", "k2jax.optim", "k2jax.config", "k2jax.params", "k2jax.params.spec"}
+OURS = {"k2jax", "k2jax.optim", "k2jax.config", "k2jax.params"}
+OURS |= {f"k2jax.params.{name}" for name in ("spec", "matrices", "route")}
 
 
 def shown(code: str) -> str:

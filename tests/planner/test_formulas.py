@@ -7,18 +7,17 @@ import pytest
 
 from k2jax import configs
 from k2jax.config import MeshConfig, override
-from k2jax.optim import distribute as exchange
-from k2jax.optim import route
-from k2jax.optim.newton_schulz import flops as optimizer_flops
+from k2jax.ops.limits import ATTENTION_BLOCK
 from k2jax.params.counts import count_flops
 from k2jax.params.declare import Declare
 from k2jax.params.kimi import Attention, declare_kimi
+from k2jax.params.route import newton_schulz_flops
 from k2jax.planner import cost, network, newton, targets, traffic
 from k2jax.planner import hbm as memory
 from k2jax.planner import step_flops as work
 from k2jax.planner.estimate import estimate
 from k2jax.planner.shards import count_shards
-from k2jax.planner.step_flops import BLOCK, LOGITS, Case
+from k2jax.planner.step_flops import Case
 from k2jax.runtime import hardware
 from k2jax.sharding import torus
 from k2jax.training.step import build
@@ -67,7 +66,9 @@ def test_arguments_are_the_bytes_of_the_traced_state(name):
 
 
 def test_newton_schulz_of_k2_is_the_known_share_and_the_busiest_chip_near_it():
-    share = newton.undivided(K2.model, 1024)
+    muon = [leaf for leaf in declare_kimi(K2.model).values() if leaf.group == "muon"]
+    work = sum(math.prod(leaf.stack) * newton_schulz_flops(*leaf.matrix) for leaf in muon)
+    share = work / 1024
     assert share == pytest.approx(47e12, rel=0.02)
     case = Case(ONE_ROW, MeshConfig(data=16, expert=32, model=2), 1)
     assert share <= newton.optimizer_flops(case) < 1.2 * share
@@ -77,18 +78,11 @@ def test_work_of_a_step_with_nothing_repeated_is_what_counts_as_useful():
     run = override(ONE_ROW, {"train.remat": "none"})
     case = Case(run, MeshConfig(data=1024), 1)
     # Half of the blocks on the diagonal is hidden; the backward pass makes scores and logits anew.
-    hidden = 3 * 2 * 61 * 64 * 320 * (BLOCK - 1) / 2
-    again = 2 * 61 * 64 * 192 * (4096 + BLOCK) / 2 + 2 * 163_840 * 7168
+    hidden = 3 * 2 * 61 * 64 * 320 * (ATTENTION_BLOCK - 1) / 2
+    again = 2 * 61 * 64 * 192 * (4096 + ATTENTION_BLOCK) / 2 + 2 * 163_840 * 7168
     assert work.step_flops(case) == pytest.approx(
         (count_flops(run.model, 4096)["train_flops_per_token"] + hidden + again) * 4096
     )
-
-
-def test_blocks_are_those_of_the_model():
-    from k2jax.model import logits
-    from k2jax.ops.attention import blockwise as attention
-
-    assert (BLOCK, LOGITS) == (attention.BLOCK, logits.LOGITS)
 
 
 def test_a_gathered_weight_travels_as_rings_do():
@@ -199,12 +193,11 @@ def test_no_other_way_to_lay_the_mesh_makes_k2_a_sixth_faster(target, sizes, mon
         assert ours < network.seconds(wire, mesh, found) * 7 / 6
 
 
-def test_newton_schulz_is_planned_with_the_optimizers_own_numbers():
-    # Written twice because the optimizer's modules import jax, which a plan must not wait for.
-    assert newton.LARGE == route.LARGE
-    assert newton.SLICE == exchange.SLICE
-    for matrix in ((256, 128), (7168, 18432)):
-        assert newton.flops(matrix) == optimizer_flops(*matrix)
+def test_one_matrix_a_head_is_routed_as_such():
+    per_head = override(ONE_ROW, {"optim.matrix_view": "per_head"})
+    mesh = MeshConfig(data=8, expert=128)
+    of = lambda run: sum(g.busiest for g in newton.groups(Case(run, mesh, 1)))
+    assert of(per_head) > of(ONE_ROW)
 
 
 @pytest.mark.parametrize(

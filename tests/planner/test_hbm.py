@@ -8,10 +8,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from k2jax import configs, sharding
 from k2jax.config import MeshConfig, override
+from k2jax.ops.limits import LOGITS_BYTES
 from k2jax.params.kimi import declare_kimi
 from k2jax.planner import hbm as memory
 from k2jax.planner.shards import count_shards, device_size
-from k2jax.planner.step_flops import LOGITS, Case
+from k2jax.planner.step_flops import Case
 from k2jax.training.step import build
 
 
@@ -61,7 +62,7 @@ def test_what_is_kept_where_nothing_is_made_again(name, mesh, more):
             planned += 4 * device_size(leaf, mesh)
     if not case.exchanges:  # tracing counts what a CPU's way keeps too: what gate and up gave
         planned += 2 * case.width * case.mixtures * case.pairs * case.hidden
-    if case.logits <= LOGITS:  # planned as the head's
+    if case.logits <= LOGITS_BYTES:  # planned as the head's
         planned += 2.25 * case.logits
     # Norms, masks and padding are not planned.
     assert planned == pytest.approx(kept(run, mesh), rel=0.07)

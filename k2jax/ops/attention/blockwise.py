@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.ops.attention import gpu, tpu
+from k2jax.ops.limits import ATTENTION_BLOCK
 
-BLOCK = 512  # queries, and keys, that meet at a time
 NONE = -1e30  # below every logit; finite, so that differences are
 
 
@@ -25,9 +25,9 @@ def causal_attention(
         scale: of the logits.
 
     Products are accumulated in float32; weights meet the values in their dtype. Rows of up to
-    `BLOCK` tokens have their scores whole, longer ones go by blocks.
+    `ATTENTION_BLOCK` tokens have their scores whole, longer ones go by blocks.
     """
-    way = by_scores if q_BHTC.shape[2] <= BLOCK else by_blocks
+    way = by_scores if q_BHTC.shape[2] <= ATTENTION_BLOCK else by_blocks
     return way(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)
 
 
@@ -122,23 +122,23 @@ def _pairs(blocks: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _padded(a: jax.Array, dim: int, value: int = 0) -> jax.Array:
     widths = [(0, 0)] * a.ndim
-    widths[dim] = (0, -a.shape[dim] % BLOCK)
+    widths[dim] = (0, -a.shape[dim] % ATTENTION_BLOCK)
     return jnp.pad(a, widths, constant_values=value)
 
 
 def _cut(a: jax.Array, dim: int, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(a, i * BLOCK, BLOCK, dim)
+    return jax.lax.dynamic_slice_in_dim(a, i * ATTENTION_BLOCK, ATTENTION_BLOCK, dim)
 
 
 def _put(a: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(a, block, i * BLOCK, 2)
+    return jax.lax.dynamic_update_slice_in_dim(a, block, i * ATTENTION_BLOCK, 2)
 
 
 def _seen(segment_BT: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
     """[batch, queries, keys] of a pair of blocks."""
     same = _cut(segment_BT, 1, i)[:, :, None] == _cut(segment_BT, 1, j)[:, None]
-    order = jnp.arange(BLOCK)
-    return same & (i * BLOCK + order[:, None] >= j * BLOCK + order)
+    order = jnp.arange(ATTENTION_BLOCK)
+    return same & (i * ATTENTION_BLOCK + order[:, None] >= j * ATTENTION_BLOCK + order)
 
 
 def _dot(einsum: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -174,7 +174,7 @@ def _mixed(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
 
     rows = q.shape[:3]
     start = (jnp.zeros((*rows, v.shape[3])), jnp.full(rows, NONE), jnp.zeros(rows))
-    y_BHTV, top_BHT, sum_BHT = _walk(meet, start, rows[2] // BLOCK)
+    y_BHTV, top_BHT, sum_BHT = _walk(meet, start, rows[2] // ATTENTION_BLOCK)
     y_BHTV = (y_BHTV / sum_BHT[..., None])[:, :, :length].astype(v_BHSV.dtype)
     top_BHT, sum_BHT = top_BHT[:, :, :length], sum_BHT[:, :, :length]
     return y_BHTV, top_BHT, top_BHT + jnp.log(sum_BHT)
@@ -204,6 +204,6 @@ def _gradients(saved, dy_BHTV, scale):
         )
 
     start = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
-    found = _walk(meet, start, q.shape[2] // BLOCK)
+    found = _walk(meet, start, q.shape[2] // ATTENTION_BLOCK)
     own = zip(found, (q_BHTC, k_BHSC, v_BHSV), strict=True)
     return tuple(d[:, :, : a.shape[2]].astype(a.dtype) for d, a in own)

@@ -10,7 +10,7 @@ from k2jax.config import MeshConfig
 from k2jax.model.attention import sharded_attention
 from k2jax.ops.attention import blockwise as attention
 from k2jax.ops.attention import tpu
-from k2jax.ops.attention.blockwise import BLOCK
+from k2jax.ops.limits import ATTENTION_BLOCK
 
 B, H, C, V = 2, 4, 12, 8
 
@@ -47,7 +47,7 @@ def rows_of(mix):
     return head_maximum
 
 
-@pytest.mark.parametrize("length", [BLOCK + 1, 2 * BLOCK + 100])
+@pytest.mark.parametrize("length", [ATTENTION_BLOCK + 1, 2 * ATTENTION_BLOCK + 100])
 def test_values_gradients_and_largest_logits_are_those_of_whole_scores(length):
     inputs = drawn(length)
     right = differentiated(rows_of(attention.by_scores))(*inputs)
@@ -56,7 +56,7 @@ def test_values_gradients_and_largest_logits_are_those_of_whole_scores(length):
     compare(found, [np.asarray(a) for a in right], 1e-5)
 
 
-@pytest.mark.parametrize("length", [64, 2 * BLOCK])
+@pytest.mark.parametrize("length", [64, 2 * ATTENTION_BLOCK])
 @pytest.mark.parametrize(
     "config", [MeshConfig(data=2, model=2), MeshConfig(context=2), MeshConfig(model=2, context=2)],
     ids=str,
