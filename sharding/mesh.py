@@ -1,7 +1,6 @@
 """Make the device mesh, real or pretended. All axes are explicit."""
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -63,13 +62,7 @@ def across(devices: Sequence[Any], config: MeshConfig) -> np.ndarray:
     if len(set(sizes.values())) > 1:
         taken = ", ".join(f"{count} devices of slice {index}" for index, count in sizes.items())
         raise ConfigError(f"mesh {config} takes {taken}; it must take as many of each")
-    if config.replica % len(found):
-        up = math.lcm(config.replica, len(found))
-        raise ConfigError(
-            f"mesh.replica is {config.replica}; there are {len(found)} slices and only replica runs"
-            f" across them: set it to {up} or another multiple of {len(found)}"
-        )
-    each = dataclasses.replace(config, replica=config.replica // len(found))
+    each = torus.part_of_slice(config, len(found))
     return np.concatenate([_laid(part, each) for part in found.values()], axis=0)
 
 

@@ -81,9 +81,12 @@ def _within(stride: int, size: int, node: int) -> int:
 
 def _torus(axes: set[str], mesh: MeshConfig, target: Target, kind: str) -> float:
     """TPUs: by the links that the axes have where the mesh lies best."""
-    chip = target.chip
+    chip, exchanged = target.chip, kind in ALL_TO_ALL
     dims = torus.order(target.shape, mesh, chip.devices)
     laid = tuple(target.shape[dim] for dim in dims)
-    found = torus.links(axes, mesh, laid, chip.devices, kind in ALL_TO_ALL)
-    # Between the two devices of a chip: far faster than any link.
-    return chip.bandwidth / chip.devices if math.isinf(found) else found * chip.link
+    links = torus.links(axes, mesh, laid, chip.devices, exchanged)
+    if math.isinf(links):  # between the two devices of a chip: far faster than any link
+        return chip.bandwidth / chip.devices
+    # `links` counts what a device keeps of an all-to-all, a Wire does not.
+    ways = math.prod(getattr(mesh, axis) for axis in axes)
+    return links * chip.link * ((ways - 1) / ways if exchanged else 1)

@@ -8,6 +8,7 @@ from k2jax.config import MESH_AXES, ConfigError, MeshConfig, RunConfig, override
 from k2jax.planner.estimate import Estimate, as_mesh, estimate
 from k2jax.planner.shards import indivisible_axis
 from k2jax.planner.targets import Target
+from k2jax.sharding.torus import part_of_slice
 
 # What a step can be changed to, one thing at a time, and in words.
 REMEDIES = {
@@ -47,7 +48,9 @@ def search(run: RunConfig, target: Target, fixed: dict[str, int], keep: bool) ->
     refused: Counter[str] = Counter()
     found: list[Estimate] = []
     for mesh in meshes(target.devices, fixed, target.slices):
-        axis = indivisible_axis(run.model, mesh, run.data.context) or _spread(run, mesh)
+        axis = indivisible_axis(run.model, mesh, run.data.context) or _uneven_rows(
+            run, mesh, run.train.accumulate if keep else 1
+        )
         if axis:
             refused[axis] += 1
         else:
@@ -62,8 +65,14 @@ def search(run: RunConfig, target: Target, fixed: dict[str, int], keep: bool) ->
 
 
 def meshes(devices: int, fixed: dict[str, int], slices: int = 1) -> Iterator[MeshConfig]:
-    """Every way to write `devices` as a product of axis sizes; weights are copied per slice."""
+    """List every way to write `devices` as a product of axis sizes; each slice has all weights.
+
+    Raises:
+        ConfigError: the fixed sizes do not divide the devices, or `replica` is no multiple of the
+            slices.
+    """
     fixed = {"replica": slices} | fixed
+    part_of_slice(MeshConfig(replica=fixed["replica"]), slices)
     free = [axis for axis in MESH_AXES if axis not in fixed]
     left = devices
     for axis, size in fixed.items():
@@ -88,8 +97,10 @@ def _products(number: int, factors: int) -> Iterator[tuple[int, ...]]:
                 yield (size, *rest)
 
 
-def _spread(run: RunConfig, mesh: MeshConfig) -> str:
-    return "rows" if run.data.rows % (mesh.replica * mesh.data * mesh.expert) else ""
+def _uneven_rows(run: RunConfig, mesh: MeshConfig, accumulate: int) -> str:
+    """Name the rows where the mesh and the micro-batches do not divide them; else empty."""
+    spread = mesh.replica * mesh.data * mesh.expert * accumulate
+    return "rows" if run.data.rows % spread else ""
 
 
 def _fitting(run: RunConfig, mesh: MeshConfig, target: Target, keep: bool) -> Estimate:

@@ -48,6 +48,14 @@ def test_a_given_mesh_is_kept_and_the_rest_searched(capsys):
     assert found["devices"] == 64
 
 
+def test_meshes_that_do_not_divide_the_rows_of_given_micro_batches_are_not_chosen(capsys):
+    words = ("kimi_k2_128k", "--target", "v5p:8x8x16", "--train.accumulate", "2", "--json")
+    code, out, _ = plan(capsys, *words)
+    found = json.loads(out)
+    spread = found["mesh"]["replica"] * found["mesh"]["data"] * found["mesh"]["expert"]
+    assert code == 0 and 512 % (2 * spread) == 0
+
+
 def test_decoding_has_a_price_a_million_tokens(capsys):
     words = ("kimi_k2", "--target", "h200:4x8", "--decode", "256x8192", "--json")
     found = json.loads(plan(capsys, *words)[1])
@@ -66,6 +74,7 @@ REFUSED = [
     (["kimi_k2", "--target", "v5p:2x2x2", "--mesh", "dat=2"], "did you mean 'data'?"),
     (["kimi_k2", "--target", "v5p:2x2x2", "--mesh", "data=3"], "data=3 does not divide"),
     (["kimi_k2", "--target", "v5p:2x2x2", "--mesh", "context=8", "--data.context", "4"], "length"),
+    (["kimi_k2", "--target", "2*v5p:4x4x4", "--mesh", "replica=1"], "there are 2 slices and only"),
     (["kimi_k2", "--target", "v5p:2x2x2", "--decode", "8"], "--decode takes BATCHxCONTEXT"),
     (["kimi_k2", "--target", "v5p:2x2x2", "--tokens", "-3"], "--tokens is -3; it must be"),
     (["kimi_k2", "--target", "v5p:2x2x2", "--watts", "nan"], "--watts is nan; it must be"),
