@@ -44,11 +44,11 @@ def mesh_over(devices: Sequence[Any], config: MeshConfig) -> Mesh:
 
 def slices(devices: Sequence[Any]) -> dict[int, list[Any]]:
     """TPU devices by slice. Elsewhere a `slice_index` means less: GPU nodes have a fast network."""
-    found: dict[int, list[Any]] = {}
+    by_slice: dict[int, list[Any]] = {}
     for device in devices:
         slice_ = getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
-        found.setdefault(slice_, []).append(device)
-    return dict(sorted(found.items()))
+        by_slice.setdefault(slice_, []).append(device)
+    return dict(sorted(by_slice.items()))
 
 
 def across(devices: Sequence[Any], config: MeshConfig) -> np.ndarray:
@@ -57,13 +57,13 @@ def across(devices: Sequence[Any], config: MeshConfig) -> np.ndarray:
     Raises:
         ConfigError: slices of unlike sizes, or `replica` is no multiple of their number.
     """
-    found = slices(devices)
-    sizes = {index: len(part) for index, part in found.items()}
+    by_slice = slices(devices)
+    sizes = {index: len(part) for index, part in by_slice.items()}
     if len(set(sizes.values())) > 1:
         taken = ", ".join(f"{count} devices of slice {index}" for index, count in sizes.items())
         raise ConfigError(f"mesh {config} takes {taken}; it must take as many of each")
-    each = torus.part_of_slice(config, len(found))
-    return np.concatenate([_laid(part, each) for part in found.values()], axis=0)
+    each = torus.part_of_slice(config, len(by_slice))
+    return np.concatenate([_laid(part, each) for part in by_slice.values()], axis=0)
 
 
 def _laid(devices: list[Any], config: MeshConfig) -> np.ndarray:
@@ -75,8 +75,7 @@ def _laid(devices: list[Any], config: MeshConfig) -> np.ndarray:
     cores = 1 + max(device.core_on_chip for device in devices)
     if math.prod(shape) * cores == len(devices):
         dims = torus.order(shape, config, cores)
-        placed = lambda device: (*(device.coords[dim] for dim in dims), device.core_on_chip)
-        devices = sorted(devices, key=placed)
+        devices = sorted(devices, key=lambda d: (*(d.coords[dim] for dim in dims), d.core_on_chip))
     return np.array(devices, dtype=object).reshape(config.shape)
 
 

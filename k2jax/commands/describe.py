@@ -28,16 +28,16 @@ def main(args: argparse.Namespace) -> int:
     validate(run, args.settings)
     if args.published:
         return _print_published(describe_published(run, args.config), args.json)
-    found = describe(run)
+    description = describe(run)
     if args.json:
-        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.write(json.dumps(description) + "\n")
         return 0
-    for leaf in found["parameters"]:
+    for leaf in description["parameters"]:
         sys.stdout.write(
             f"{leaf['name']:28} {tuple(leaf['shape'])!s:26} {leaf['layout']:40}"
             f" {leaf['group']:5} {leaf['published']}\n"
         )
-    for key, value in (found["counts"] | found["flops"]).items():
+    for key, value in (description["counts"] | description["flops"]).items():
         sys.stdout.write(f"{value:>28,} {key.replace('_', ' ')}\n")
     return 0
 
@@ -75,13 +75,13 @@ def describe_published(run: RunConfig, source: str) -> dict[str, Any]:
     }
 
 
-def _print_published(found: dict[str, Any], as_json: bool) -> int:
+def _print_published(description: dict[str, Any], as_json: bool) -> int:
     if as_json:
-        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.write(json.dumps(description) + "\n")
         return 0
-    for leaf in found["tensors"]:
+    for leaf in description["tensors"]:
         sys.stdout.write(f"{leaf['name']:68} {leaf['dtype']:8} {leaf['shape']}\n")
-    sys.stdout.write(f"{found['count']:,} tensors, {found['bytes']:,} bytes\n")
+    sys.stdout.write(f"{description['count']:,} tensors, {description['bytes']:,} bytes\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`k2jax plan`: what a run takes on machines that are not here."""
+"""`k2jax plan`: estimate memory, time and cost on hardware you don't have."""
 
 import argparse
 import dataclasses
@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help=f"{', '.join(configs.NAMES)}, or a published config.json")
     parser.add_argument("--target", required=True, help=f"machines, e.g. {targets.EXAMPLES}")
     parser.add_argument(
-        "--mesh", default="", metavar="A=N,...", help="sizes of mesh axes that are given; the"
-        " others are searched",
+        "--mesh", default="", metavar="A=N,...", help="sizes of some mesh axes; the others are"
+        " searched",
     )  # fmt: skip
     parser.add_argument(
         "--decode", metavar="BATCHxCONTEXT", help="plan decoding of so many rows with so many"
@@ -44,14 +44,14 @@ def main(args: argparse.Namespace) -> int:
     target = targets.parse(args.target, args.dollars_per_hour, args.watts)
     fixed = _fixed(args.mesh)
     if args.decode:
-        found = _decoding(run, target, fixed, args.decode)
-        text = _decode_text(found)
+        plan = _decoding(run, target, fixed, args.decode)
+        text = _decode_text(plan)
     else:
         keep = "train.accumulate" in args.settings
         searched = search(run, target, fixed, keep)
-        found, text = _training(run, searched, args)
-    sys.stdout.write(json.dumps(found) + "\n" if args.json else text)
-    return 0 if found["fits"] else 1
+        plan, text = _training(run, searched, args)
+    sys.stdout.write(json.dumps(plan) + "\n" if args.json else text)
+    return 0 if plan["fits"] else 1
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -70,12 +70,12 @@ def _fixed(text: str) -> dict[str, int]:
     """Axis sizes of `--mesh data=8,expert=4`."""
     fixed = {}
     for part in filter(None, text.split(",")):
-        found = re.fullmatch(r"(\w+)=([1-9]\d*)", part)
-        if not found:
+        match = re.fullmatch(r"(\w+)=([1-9]\d*)", part)
+        if not match:
             raise ConfigError(f"--mesh takes axis=size, not {part!r}; for example data=8,expert=4")
-        if found[1] not in MESH_AXES:
-            raise ConfigError(f"no mesh axis {found[1]!r}; {nearest(found[1], MESH_AXES)}")
-        fixed[found[1]] = int(found[2])
+        if match[1] not in MESH_AXES:
+            raise ConfigError(f"no mesh axis {match[1]!r}; {nearest(match[1], MESH_AXES)}")
+        fixed[match[1]] = int(match[2])
     return fixed
 
 
@@ -85,21 +85,21 @@ def _training(
     best = searched.best
     run = _planned(run, best)
     validate(run)
-    found = as_json(best, args.tokens)
-    found["others"] = [
+    plan = as_json(best, args.tokens)
+    plan["others"] = [
         {"mesh": e.mesh.sizes, "accumulate": e.case.accumulate, "reason": reason(e, best)}
-        for e in searched.found[1:4]
+        for e in searched.plans[1:4]
     ]
-    found["refused"] = dict(searched.refused)
+    plan["refused"] = dict(searched.refused)
     if not best.fits:
-        found["remedies"] = {words: e.peak for words, e in remedies(run, searched)}
+        plan["remedies"] = {words: e.peak for words, e in remedies(run, searched)}
     if args.compile:
         # Imported here: it brings jax.
         from k2jax.planner.compiler import compile_step
 
-        formulas = {key: found[key] for key in COMPILED if key in found}
-        found |= compile_step(run, best.target).as_json() | {"formulas": formulas}
-    return found, _text(found, best)
+        formulas = {key: plan[key] for key in COMPILED if key in plan}
+        plan |= compile_step(run, best.target).as_json() | {"formulas": formulas}
+    return plan, _text(plan, best)
 
 
 # What the compiler is asked too.
@@ -134,7 +134,7 @@ def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
     run, target = best.case.run, best.target
     step_tokens = run.data.rows * run.data.context
     tokens = step_tokens * run.train.steps if tokens is None else tokens
-    given = sum(best.arguments.values())
+    arguments = sum(best.arguments.values())
     batch = best.arguments["batch"]
     per_host = max(1, 4 * target.chip.devices if target.chip.kind == "tpu" else target.shape[-1])
     return {
@@ -142,10 +142,10 @@ def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
         "chips": target.chips,
         "accumulate": best.case.accumulate,
         "bytes_per_device": {
-            "arguments": given,
-            "temporaries": best.peak - given,
-            "outputs": given - batch,
-            "aliased": given - batch,
+            "arguments": arguments,
+            "temporaries": best.peak - arguments,
+            "outputs": arguments - batch,
+            "aliased": arguments - batch,
             "peak": best.peak,
         },
         "parts_bytes": best.parts,
@@ -164,10 +164,10 @@ def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
 
 
 def _decoding(run: RunConfig, target: Target, fixed: dict[str, int], size: str) -> dict[str, Any]:
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
-    if not found:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
+    if not match:
         raise ConfigError(f"--decode takes BATCHxCONTEXT, not {size!r}; for example 256x8192")
-    batch, context = int(found[1]), int(found[2])
+    batch, context = int(match[1]), int(match[2])
     if context > run.model.context:
         raise ConfigError(f"--decode {size}: the model's context is {run.model.context}")
     divides = (m for m in meshes(target.devices, fixed) if not indivisible_axis(run.model, m, 1))
@@ -185,15 +185,14 @@ def _decoding(run: RunConfig, target: Target, fixed: dict[str, int], size: str) 
     }
 
 
-def _text(found: dict[str, Any], best: Estimate) -> str:
-    gb = lambda size: f"{_short(size / 1e9)} GB"
+def _text(plan: dict[str, Any], best: Estimate) -> str:
     lines = [
-        f"{found['config']} on {found['target']}: {found['devices']} devices of"
-        f" {gb(found['hbm_limit_bytes'])}",
+        f"{plan['config']} on {plan['target']}: {plan['devices']} devices of"
+        f" {_gb(plan['hbm_limit_bytes'])}",
         f"{'best mesh' if best.fits else 'NOTHING FITS; nearest'}: {best.case.mesh},"
-        f" {found['accumulate']} micro-batches",
-        f"memory      {gb(best.peak)} a device at its worst, in '{best.worst}'",
-        *(f"  {gb(size):>12} {name}" for name, size in best.parts.items() if size > 1e7),
+        f" {plan['accumulate']} micro-batches",
+        f"memory      {_gb(best.peak)} a device at its worst, in '{best.worst}'",
+        *(f"  {_gb(size):>12} {name}" for name, size in best.parts.items() if size > 1e7),
     ]
     roofline = best.roofline
     lines += [
@@ -202,35 +201,35 @@ def _text(found: dict[str, Any], best: Estimate) -> str:
         f"bound by    {best.bound} ("
         + ", ".join(f"{name} {_short(value)} s" for name, value in roofline.items())
         + ")",
-        f"FLOPs       {_short(found['flops_per_device'] / 1e12)} TFLOP a device and step,"
+        f"FLOPs       {_short(plan['flops_per_device'] / 1e12)} TFLOP a device and step,"
         f" {_short(best.optimizer_flops / 1e12)} of them Newton-Schulz",
-        f"network     {gb(traffic.total(best.wire))} sent by a device in a step",
+        f"network     {_gb(traffic.total(best.wire))} sent by a device in a step",
         *(
-            f"  {gb(sent):>12} {kind} over {axes}"
+            f"  {_gb(sent):>12} {kind} over {axes}"
             for kind, row in sorted(best.wire.items())
             for axes, sent in row.items()
             if sent > 1e7
         ),
-        f"host        {gb(found['host_save_bytes'])} a host for a save in the background"
-        + (f", {gb(away)} for layers' inputs" if (away := found["host_offload_bytes"]) else ""),
-        f"cost        {found['cost']['tokens']:.3g} tokens: {_cost(found['cost'])}",
+        f"host        {_gb(plan['host_save_bytes'])} a host for a save in the background"
+        + (f", {_gb(away)} for layers' inputs" if (away := plan["host_offload_bytes"]) else ""),
+        f"cost        {plan['cost']['tokens']:.3g} tokens: {_cost(plan['cost'])}",
     ]
-    for other in found["others"]:
+    for other in plan["others"]:
         sizes = " ".join(f"{axis}={n}" for axis, n in other["mesh"].items() if n > 1)
         lines.append(f"not         {sizes}: {other['reason']}")
-    if found["refused"]:
-        refused = ", ".join(f"{axis} ({n})" for axis, n in found["refused"].items())
+    if plan["refused"]:
+        refused = ", ".join(f"{axis} ({n})" for axis, n in plan["refused"].items())
         lines.append(f"not         meshes that do not divide {refused}")
-    for words, peak in found.get("remedies", {}).items():
-        lines.append(f"would take  {gb(peak)} with {words}")
-    if "formulas" in found:
-        lines += _beside(found)
+    for words, peak in plan.get("remedies", {}).items():
+        lines.append(f"would take  {_gb(peak)} with {words}")
+    if "formulas" in plan:
+        lines += _beside(plan)
     return "\n".join(lines) + "\n"
 
 
-def _beside(found: dict[str, Any]) -> list[str]:
+def _beside(plan: dict[str, Any]) -> list[str]:
     """Formulas and compiler, line by line."""
-    ours, real = found["formulas"], found
+    ours, real = plan["formulas"], plan
     rows = [
         (f"{name} GB", ours["bytes_per_device"][name] / 1e9, real["bytes_per_device"][name] / 1e9)
         for name in ("arguments", "temporaries", "peak")
@@ -245,33 +244,36 @@ def _beside(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _gb(size: float) -> str:
+    return f"{_short(size / 1e9)} GB"
+
+
 def _short(value: float) -> str:
     """One digit behind the point, three digits of small numbers."""
     return f"{value:.3g}" if 0 < value < 10 else f"{value:,.1f}"
 
 
-def _cost(found: dict[str, float]) -> str:
+def _cost(plan: dict[str, float]) -> str:
     return (
-        f"{found['hours']:,.1f} hours, {found['chip_hours']:,.1f} chip hours,"
-        f" ${found['dollars']:,.2f}, {found['kwh']:,.1f} kWh"
+        f"{plan['hours']:,.1f} hours, {plan['chip_hours']:,.1f} chip hours,"
+        f" ${plan['dollars']:,.2f}, {plan['kwh']:,.1f} kWh"
     )
 
 
-def _decode_text(found: dict[str, Any]) -> str:
-    gb = lambda size: f"{_short(size / 1e9)} GB"
-    sizes = " ".join(f"{axis}={n}" for axis, n in found["mesh"].items() if n > 1)
-    held = found["bytes_per_device"]
+def _decode_text(plan: dict[str, Any]) -> str:
+    sizes = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items() if n > 1)
+    held = plan["bytes_per_device"]
     roofline = ", ".join(
-        f"{name} {1e3 * value:,.2f} ms" for name, value in found["roofline_seconds"].items()
+        f"{name} {1e3 * value:,.2f} ms" for name, value in plan["roofline_seconds"].items()
     )
     lines = [
-        f"{found['config']} on {found['target']}, decoding",
-        f"{'best mesh' if found['fits'] else 'NOTHING FITS; nearest'}: {sizes or 'one device'}",
-        f"memory      {gb(held['peak'])} of {gb(found['hbm_limit_bytes'])} a device: "
-        + ", ".join(f"{name} {gb(size)}" for name, size in held.items() if name != "peak"),
-        f"speed       {found['tokens_per_second']:,.0f} tokens/s,"
-        f" {1e3 * found['token_seconds']:,.1f} ms a token",
-        f"bound by    {found['bound']} ({roofline})",
-        f"cost        a million tokens: {_cost(found['cost_per_million_tokens'])}",
+        f"{plan['config']} on {plan['target']}, decoding",
+        f"{'best mesh' if plan['fits'] else 'NOTHING FITS; nearest'}: {sizes or 'one device'}",
+        f"memory      {_gb(held['peak'])} of {_gb(plan['hbm_limit_bytes'])} a device: "
+        + ", ".join(f"{name} {_gb(size)}" for name, size in held.items() if name != "peak"),
+        f"speed       {plan['tokens_per_second']:,.0f} tokens/s,"
+        f" {1e3 * plan['token_seconds']:,.1f} ms a token",
+        f"bound by    {plan['bound']} ({roofline})",
+        f"cost        a million tokens: {_cost(plan['cost_per_million_tokens'])}",
     ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""What an optimizer's numbers must be, said when it is made and not by a loss that rises."""
+"""Check an optimizer's numbers when it is made, not by a loss that rises."""
 
 import math
 from typing import Any

@@ -71,7 +71,10 @@ def scale_by_muon(  # noqa: PLR0913, each is a choice of the recipe
 
     def iterate(x: jax.Array, split: tuple[str, ...]) -> jax.Array:
         by = None if split else gram
-        run = lambda x: newton_schulz(x, steps, dtype, polynomial=polynomial, gram=by, split=split)
+
+        def run(x: jax.Array) -> jax.Array:
+            return newton_schulz(x, steps, dtype, polynomial=polynomial, gram=by, split=split)
+
         # One matrix at a time stays in a CPU's cache; devices that share matrices go in step.
         one_by_one = run if split else lambda x: jax.lax.map(run, x)
         return jax.lax.platform_dependent(x, cpu=one_by_one, default=run)
@@ -82,7 +85,10 @@ def scale_by_muon(  # noqa: PLR0913, each is a choice of the recipe
 
     def update(updates, state, params=None):
         del params
-        add = lambda m, g: momentum * m.astype(jnp.float32) + g.astype(jnp.float32)
+
+        def add(m: jax.Array, g: jax.Array) -> jax.Array:
+            return momentum * m.astype(jnp.float32) + g.astype(jnp.float32)
+
         moved = jax.tree.map(add, state.momentum, updates)
         nesterov = jax.tree.map(lambda m, g: add(m, g).astype(dtype), moved, updates)
         view = views(nesterov)
@@ -90,9 +96,12 @@ def scale_by_muon(  # noqa: PLR0913, each is a choice of the recipe
         # Leaves that another group owns are empty nodes here, and pass through.
         leaves = names(nesterov)
         ready = orthogonalise(leaves, view, iterate, shard_above_flops, slice_bytes)
-        size = lambda name, u: UPDATE_RMS * max(view[name].sizes(u.shape)[1:]) ** 0.5
+
+        def scale(name: str, u: jax.Array) -> jax.Array:
+            return UPDATE_RMS * max(view[name].sizes(u.shape)[1:]) ** 0.5 * u.astype(jnp.float32)
+
         scaled = [
-            (size(name, u) * u.astype(jnp.float32)).astype(g.dtype)
+            scale(name, u).astype(g.dtype)
             for (name, u), g in zip(ready.items(), jax.tree.leaves(updates), strict=True)
         ]
         kept = jax.tree.map(lambda m: m.astype(momentum_dtype), moved)

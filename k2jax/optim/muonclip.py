@@ -69,9 +69,9 @@ def muonclip(  # noqa: PLR0913, the recipe's numbers are its interface
     number("adam eps", adam["eps"], low=LEAST_EPS)
 
     def labels(params: Any) -> Any:
-        group = lambda view: "adam" if view == "adam" else "muon"
-        found = [group(view) for view in assign(params, specs).values()]
-        return jax.tree.unflatten(jax.tree.structure(params), found)
+        views = assign(params, specs).values()
+        groups = ["adam" if view == "adam" else "muon" for view in views]
+        return jax.tree.unflatten(jax.tree.structure(params), groups)
 
     groups = {
         "muon": scale_by_muon(specs, momentum, ns_dtype, **settings),

@@ -125,8 +125,8 @@ def _standard(x: jax.Array, coefficients: list[Polynomial], split: tuple[str, ..
         # Sums are float32 and rounded once, and coefficients never.
         a, b, c = abc
         part = _gram(x, tall)
-        gram, mine = _sum(part, split, dtype) if split else (part.astype(dtype), part)
-        poly = (b * mine + c * _times(mine.astype(dtype), gram)).astype(dtype)
+        gram, rows = _sum(part, split, dtype) if split else (part.astype(dtype), part)
+        poly = (b * rows + c * _times(rows.astype(dtype), gram)).astype(dtype)
         if split:
             poly = jax.lax.all_gather(poly, split, axis=poly.ndim - 2, tiled=True)
         moved = _times(x, poly) if tall else _times(poly, x)
@@ -138,12 +138,12 @@ def _standard(x: jax.Array, coefficients: list[Polynomial], split: tuple[str, ..
 
 def _sum(part: jax.Array, split: tuple[str, ...], dtype) -> tuple[jax.Array, jax.Array]:
     """The sum of every device's `part`, whole in `dtype`, and this device's rows in float32."""
-    n, rows = jax.lax.axis_size(split), part.shape[-2]
-    chunks = part.astype(dtype).reshape(*part.shape[:-2], n, rows // n, part.shape[-1])
+    n, height = jax.lax.axis_size(split), part.shape[-2]
+    chunks = part.astype(dtype).reshape(*part.shape[:-2], n, height // n, part.shape[-1])
     at = chunks.ndim - 3
     chunks = jax.lax.all_to_all(chunks, split, split_axis=at, concat_axis=at, tiled=True)
-    mine = chunks.astype(jnp.float32).sum(axis=-3)
-    return jax.lax.all_gather(mine.astype(dtype), split, axis=part.ndim - 2, tiled=True), mine
+    rows = chunks.astype(jnp.float32).sum(axis=-3)
+    return jax.lax.all_gather(rows.astype(dtype), split, axis=part.ndim - 2, tiled=True), rows
 
 
 def _by_gram(x: jax.Array, coefficients: list[Polynomial], restarts: tuple[int, ...]) -> jax.Array:
@@ -157,7 +157,10 @@ def _by_gram(x: jax.Array, coefficients: list[Polynomial], restarts: tuple[int, 
     # XLA's CPU backend folds a transpose before this into a product, and has none for bfloat16.
     x = jax.lax.optimization_barrier(x)
     cuts = [0, *sorted(at for at in set(restarts) if 0 < at < len(coefficients)), len(coefficients)]
-    wide = lambda y: y.astype(jnp.float32)
+
+    def wide(y: jax.Array) -> jax.Array:
+        return y.astype(jnp.float32)
+
     for first, last in itertools.pairwise(cuts):
         r = _gram(x, tall).astype(dtype)
         q, e = 1.0, None

@@ -42,15 +42,15 @@ def assign(params: Any, specs: Any = None, per_head: bool = False) -> dict[str, 
     known = None if specs is None else names(specs)
     if known is not None and (not known or isinstance(specs, str)):
         raise ConfigError(f"specs is {specs!r}; it must be a tree with the parameters' names")
-    found: dict[str, Matrices | str] = {}
+    views: dict[str, Matrices | str] = {}
     for name, leaf in names(params).items():
         if known is None:
-            found[name] = _guess(name, np.shape(leaf))
+            views[name] = _guess(name, np.shape(leaf))
         elif name not in known:
             raise ConfigError(f"parameter {name!r} has no spec; {nearest(name, known)}")
         else:
-            found[name] = _read(name, np.shape(leaf), known[name], per_head)
-    return found
+            views[name] = _read(name, np.shape(leaf), known[name], per_head)
+    return views
 
 
 def _guess(name: str, shape: tuple[int, ...]) -> Matrices | str:
@@ -82,16 +82,16 @@ def _read(name: str, shape: tuple[int, ...], spec: Any, per_head: bool) -> Matri
     return spec
 
 
-def matrices_only(found: Mapping[str, Matrices | str]) -> dict[str, Matrices]:
+def matrices_only(views: Mapping[str, Matrices | str]) -> dict[str, Matrices]:
     """All of them as matrices.
 
     Raises:
         ConfigError: names the first one that is none.
     """
-    for name, view in found.items():
+    for name, view in views.items():
         if not isinstance(view, Matrices):
             raise ConfigError(
                 f"{name!r} under Muon is no matrix (embeddings, heads, norms and biases are not):"
                 " give it to Adam, or ask for it by a spec Matrices(...)"
             )
-    return {name: view for name, view in found.items() if isinstance(view, Matrices)}
+    return {name: view for name, view in views.items() if isinstance(view, Matrices)}

@@ -109,10 +109,12 @@ def _compile(run: RunConfig, target: Target, trace: Callable[["Program", Place],
     platform = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}[target.chip.kind]
 
     def place(tree: Any) -> Any:
-        put = lambda a: jax.ShapeDtypeStruct(
-            a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
+            ),
+            tree,
         )
-        return jax.tree.map(put, tree)
 
     with jax.set_mesh(mesh):
         lowered = trace(build(run), place).lower(lowering_platforms=(platform,))
@@ -129,17 +131,17 @@ def _compile(run: RunConfig, target: Target, trace: Callable[["Program", Place],
     )
 
 
-def _memory(found: Any) -> dict[str, float]:
-    given = found.argument_size_in_bytes
-    outputs, aliased = found.output_size_in_bytes, found.alias_size_in_bytes
+def _memory(analysis: Any) -> dict[str, float]:
+    arguments = analysis.argument_size_in_bytes
+    outputs, aliased = analysis.output_size_in_bytes, analysis.alias_size_in_bytes
     # What is live at once; the sum also has what the allocator leaves between.
-    peak = getattr(found, "peak_memory_in_bytes", 0)
+    peak = getattr(analysis, "peak_memory_in_bytes", 0)
     return {
-        "arguments": given,
-        "temporaries": found.temp_size_in_bytes,
+        "arguments": arguments,
+        "temporaries": analysis.temp_size_in_bytes,
         "outputs": outputs,
         "aliased": aliased,
-        "peak": peak or given + found.temp_size_in_bytes + outputs - aliased,
+        "peak": peak or arguments + analysis.temp_size_in_bytes + outputs - aliased,
     }
 
 

@@ -90,9 +90,9 @@ def _wire(cfg: ModelConfig, mesh: MeshConfig, rows: float) -> Wire:
 
 def best(cfg: ModelConfig, target: Target, batch: int, context: int, meshes) -> list[Decode]:
     """Meshes over `data`, `expert` and `model` that divide model and batch, best first."""
-    found = [
+    plans = [
         decode(cfg, mesh, target, batch, context)
         for mesh in meshes
         if mesh.context == 1 and batch % math.prod((mesh.replica, mesh.data, mesh.expert)) == 0
     ]
-    return sorted(found, key=lambda d: (not d.fits, d.seconds if d.fits else d.peak))
+    return sorted(plans, key=lambda d: (not d.fits, d.seconds if d.fits else d.peak))

@@ -44,8 +44,8 @@ class Estimate(Roofline):
     @property
     def parts(self) -> dict[str, float]:
         """All of the worst moment, largest first."""
-        found = self.arguments | self.moments[self.worst]
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        parts = self.arguments | self.moments[self.worst]
+        return dict(sorted(parts.items(), key=lambda item: -item[1]))
 
     @property
     def fits(self) -> bool:

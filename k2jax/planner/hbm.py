@@ -120,9 +120,12 @@ def _cast_weights(case: Case) -> dict[str, float]:
 
 def _layer_weights(case: Case) -> dict[str, float]:
     """One mixture layer's weights that are not kept, gathered and cast, and all its gradients."""
-    whole = lambda leaf: device_size(leaf, case.mesh, gathered=True) / leaf.shape[0]
-    weights = sum(whole(leaf) for leaf in _stacked(case) if not _stays(case, leaf))
-    gradients = sum(map(whole, _stacked(case)))
+    used = [
+        (leaf, device_size(leaf, case.mesh, gathered=True) / leaf.shape[0])
+        for leaf in _stacked(case)
+    ]
+    weights = sum(size for leaf, size in used if not _stays(case, leaf))
+    gradients = sum(size for _, size in used)
     return {"layer weights": case.width * weights, "layer gradients": case.width * gradients}
 
 

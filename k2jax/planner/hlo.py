@@ -47,8 +47,8 @@ class Instruction:
 
     def attribute(self, name: str) -> str:
         """Text of `name=...` up to the next comma outside of braces."""
-        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.rest)
-        return found[1] if found else ""
+        match = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^,\s]+)", self.rest)
+        return match[1] if match else ""
 
 
 @dataclasses.dataclass
@@ -77,18 +77,18 @@ def account(text: str, mesh: tuple[int, ...] = (), open_trips: float = 1.0) -> A
         than is sent on average.
     """
     entry, computations = _parse(text)
-    found = Account()
-    times = _times(entry, computations, found, open_trips)
+    counted = Account()
+    times = _times(entry, computations, counted, open_trips)
     for name, weight in times.items():
         lines = computations[name]
         shapes = {line.name: line.shapes for line in lines}
         scattered = name.startswith("all-reduce-scatter")  # TPU: one fused reduce-scatter
         for line in lines:
-            found.flops += weight * _flops(line, shapes)
+            counted.flops += weight * _flops(line, shapes)
             if line.op == "custom-call" and not _flops(line, shapes):
-                found.kernels[line.attribute("custom_call_target").strip('"')] += int(weight)
-            _collective(line, shapes, weight, mesh, scattered, found.wire)
-    return found
+                counted.kernels[line.attribute("custom_call_target").strip('"')] += int(weight)
+            _collective(line, shapes, weight, mesh, scattered, counted.wire)
+    return counted
 
 
 def _parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
@@ -101,18 +101,18 @@ def _parse(text: str) -> tuple[str, dict[str, list[Instruction]]]:
             lines = computations.setdefault(head[1], [])
             entry = head[1] if row.startswith("ENTRY") else entry
             continue
-        found = _LINE.match(row)
-        if found:
+        match = _LINE.match(row)
+        if match:
             shapes = [
                 (kind, tuple(map(int, dims.split(","))) if dims else ())
-                for kind, dims in _SHAPE.findall(found[2])
+                for kind, dims in _SHAPE.findall(match[2])
             ]
-            lines.append(Instruction(found[1], shapes, found[3], found[4]))
+            lines.append(Instruction(match[1], shapes, match[3], match[4]))
     return entry, computations
 
 
 def _times(
-    entry: str, computations: dict[str, list[Instruction]], found: Account, open_trips: float
+    entry: str, computations: dict[str, list[Instruction]], counted: Account, open_trips: float
 ) -> dict[str, float]:
     """How often each computation runs. Callees stand before their callers in the text."""
     times: dict[str, float] = defaultdict(float)
@@ -125,7 +125,7 @@ def _times(
             count = 1.0
             if line.op == "while":
                 trips = _trips(line, computations)
-                found.open_loops += trips is None
+                counted.open_loops += trips is None
                 count = float(trips or open_trips)
             for callee in _callees(line):
                 times[callee] += weight * count
@@ -166,8 +166,8 @@ def _size(shape: tuple[str, tuple[int, ...]]) -> float:
 def _flops(line: Instruction, shapes: dict) -> float:
     if line.op == "convolution":
         return _convolution(line, shapes)
-    if told := line.op == "custom-call" and _TOLD.search(line.rest):
-        return float(told[1])
+    if stated := line.op == "custom-call" and _TOLD.search(line.rest):
+        return float(stated[1])
     if kernel := line.op == "custom-call" and _TRITON.search(line.rest):
         operands = [shapes[name][0][1] for name in line.operands]
         return _kernel(kernel[1], operands, line.shapes[0][1])
@@ -229,9 +229,10 @@ def _window(line: Instruction) -> dict[str, list[str]]:
 
 def _taps(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
     """Pairs of output position and kernel position that meet a real element."""
-    get = lambda key, default: int(window.get(key) or default)
-    stride, low = get("stride", "1"), int(window.get("pad", "0_0").split("_")[0])
-    left_dilation, right_dilation = get("lhs_dilate", "1"), get("rhs_dilate", "1")
+    stride, left_dilation, right_dilation = (
+        int(window.get(key) or 1) for key in ("stride", "lhs_dilate", "rhs_dilate")
+    )
+    low = int(window.get("pad", "0_0").split("_")[0])
     at = np.arange(out)[:, None] * stride + np.arange(kernel)[None, :] * right_dilation - low
     real = (at >= 0) & (at % left_dilation == 0) & (at // left_dilation < size)
     return int(real.sum())
@@ -247,16 +248,16 @@ def _collective(
     members = _members(line)
     ways = len(members)
     axes = _axes(members, mesh)
-    given = sum(_size(shape) for name in line.operands for shape in shapes.get(name, [])[:1])
+    size = sum(_size(shape) for name in line.operands for shape in shapes.get(name, [])[:1])
     if kind == "all-reduce" and scattered:
         kind = "reduce-scatter"
     if kind == "all-gather":
-        given *= ways
+        size *= ways
     if kind == "ragged-all-to-all":
         # What is sent, and what it is written into: a start's own shape is a tuple of both.
-        given = min(_size(shapes[name][0]) for name in line.operands[:2])
+        size = min(_size(shapes[name][0]) for name in line.operands[:2])
     share = 1.0 if kind == "collective-permute" else (ways - 1) / ways
-    sent = given * share * (2 if kind == "all-reduce" else 1)
+    sent = size * share * (2 if kind == "all-reduce" else 1)
     if sent:
         row = wire.setdefault(kind, {})
         row[axes] = row.get(axes, 0.0) + weight * sent
@@ -265,8 +266,8 @@ def _collective(
 def _members(line: Instruction) -> list[int]:
     """Devices of the first group of a collective."""
     if "source_target_pairs" in line.rest:
-        found = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line.rest)
-        return [int(found[1]), int(found[2])] if found else [0]
+        match = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line.rest)
+        return [int(match[1]), int(match[2])] if match else [0]
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line.rest)
     if iota:
         ids = np.arange(math.prod(_numbers(iota[3]))).reshape(_numbers(iota[3]))
@@ -282,8 +283,8 @@ def _members(line: Instruction) -> list[int]:
         along = re.findall(r"'(\w+)'", named[4])
         first = tuple(slice(None) if axis in along else 0 for axis in sizes)
         return ids.reshape(tuple(sizes.values()))[first].ravel().tolist()
-    found = re.search(r"replica_groups=\{\{([\d,]+)\}", line.rest)
-    return [int(n) for n in found[1].split(",")] if found else [0]
+    match = re.search(r"replica_groups=\{\{([\d,]+)\}", line.rest)
+    return [int(n) for n in match[1].split(",")] if match else [0]
 
 
 def _numbers(text: str) -> list[int]:

@@ -78,13 +78,13 @@ def _groups(cfg: ModelConfig, mesh: MeshConfig, each: int, per_head: bool) -> tu
         name: Leaf(specs[name].shape, view, tuple(split(a, sizes) for a in specs[name].axes))
         for name, view in _views(cfg, per_head).items()
     }
-    found = []
+    grouped = []
     for names in group_leaves(leaves, sizes, each):
         upright = [leaves[name].upright() for name in names]
         routes = route_group(upright, sizes)
         _, *matrix = upright[0].view.sizes(upright[0].shape)
         over, shared_by = routes[0].over(routes[0].stack), routes[0].over(routes[0].longer)
-        found.append(
+        grouped.append(
             Group(
                 specs=tuple(specs[name] for name in names),
                 routes=tuple(routes),
@@ -93,7 +93,7 @@ def _groups(cfg: ModelConfig, mesh: MeshConfig, each: int, per_head: bool) -> tu
                 shared_by=shared_by,
             )
         )
-    return tuple(found)
+    return tuple(grouped)
 
 
 def optimizer_flops(case: Case) -> float:

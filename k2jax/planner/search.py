@@ -24,13 +24,13 @@ REMEDIES = {
 class Search:
     """What was looked at."""
 
-    found: list[Estimate]  # best first; those that do not fit last, nearest first
+    plans: list[Estimate]  # best first; those that do not fit last, nearest first
     refused: Counter[str]  # meshes by the logical axis that they do not divide
 
     @property
     def best(self) -> Estimate:
         """The fastest that fits, else the one nearest to fitting."""
-        return self.found[0]
+        return self.plans[0]
 
 
 def search(run: RunConfig, target: Target, fixed: dict[str, int], keep: bool) -> Search:
@@ -46,7 +46,7 @@ def search(run: RunConfig, target: Target, fixed: dict[str, int], keep: bool) ->
         ConfigError: no mesh divides the model and the batch.
     """
     refused: Counter[str] = Counter()
-    found: list[Estimate] = []
+    plans: list[Estimate] = []
     for mesh in meshes(target.devices, fixed, target.slices):
         axis = indivisible_axis(run.model, mesh, run.data.context) or _uneven_rows(
             run, mesh, run.train.accumulate if keep else 1
@@ -54,14 +54,14 @@ def search(run: RunConfig, target: Target, fixed: dict[str, int], keep: bool) ->
         if axis:
             refused[axis] += 1
         else:
-            found.append(_fitting(run, mesh, target, keep))
-    if not found:
+            plans.append(_fitting(run, mesh, target, keep))
+    if not plans:
         worst = ", ".join(f"{axis} ({n} meshes)" for axis, n in refused.most_common(3))
         raise ConfigError(
             f"no mesh of {target.devices} devices divides the run; what does not divide: {worst}"
         )
-    found.sort(key=lambda e: (not e.fits, e.seconds if e.fits else e.peak))
-    return Search(found, refused)
+    plans.sort(key=lambda e: (not e.fits, e.seconds if e.fits else e.peak))
+    return Search(plans, refused)
 
 
 def meshes(devices: int, fixed: dict[str, int], slices: int = 1) -> Iterator[MeshConfig]:
@@ -119,12 +119,12 @@ def _fitting(run: RunConfig, mesh: MeshConfig, target: Target, keep: bool) -> Es
     return most
 
 
-def remedies(run: RunConfig, found: Search) -> list[tuple[str, Estimate]]:
+def remedies(run: RunConfig, searched: Search) -> list[tuple[str, Estimate]]:
     """What each change would reach on the mesh nearest to fitting, most helpful first."""
-    case = found.best.case
+    case = searched.best.case
     changed = {words: override(run, settings) for words, settings in REMEDIES.items()}
     tried = [
-        (words, estimate(other, case.mesh, case.accumulate, found.best.target))
+        (words, estimate(other, case.mesh, case.accumulate, searched.best.target))
         for words, other in changed.items()
         if other != run
     ]
@@ -136,6 +136,6 @@ def reason(loser: Estimate, best: Estimate) -> str:
     if not loser.fits:
         name, size = next(iter(loser.parts.items()))
         return f"does not fit: {loser.peak / 1e9:.1f} GB, {name} {size / 1e9:.1f}"
-    mine, other = loser.roofline, best.roofline
-    worse = max(mine, key=lambda name: mine[name] - other[name])
-    return f"{loser.seconds / best.seconds:.2f} times as long: {worse} {mine[worse]:.1f} s"
+    own, other = loser.roofline, best.roofline
+    worse = max(own, key=lambda name: own[name] - other[name])
+    return f"{loser.seconds / best.seconds:.2f} times as long: {worse} {own[worse]:.1f} s"

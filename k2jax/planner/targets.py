@@ -53,11 +53,11 @@ def parse(name: str, dollars: float | None = None, watts: float | None = None) -
     Raises:
         ConfigError: no such chip, or a shape it cannot have.
     """
-    found = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name)
-    if not found:
+    match = re.fullmatch(r"(?:(\d+)\*)?(\w+):(\d+(?:x\d+)*)", name)
+    if not match:
         raise ConfigError(f"target {name!r} is not understood; for example {EXAMPLES}")
-    slices, generation = int(found[1] or 1), found[2]
-    shape = tuple(map(int, found[3].split("x")))
+    slices, generation = int(match[1] or 1), match[2]
+    shape = tuple(map(int, match[3].split("x")))
     if generation not in CHIPS:
         raise ConfigError(f"no target {generation!r}; {nearest(generation, CHIPS)}")
     chip = CHIPS[generation]

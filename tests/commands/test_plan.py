@@ -93,9 +93,9 @@ def test_a_mistake_is_one_line(capsys, words, says):
 def test_the_best_is_the_fastest_of_all_that_fit():
     run = override(configs.load("moonlight_16b_a3b"), {})
     found = search(run, targets.parse("v5p:4x4x4"), {}, False)
-    fitting = [e for e in found.found if e.fits]
+    fitting = [e for e in found.plans if e.fits]
     assert found.best.seconds == min(e.seconds for e in fitting)
-    looked = len(found.found) + sum(found.refused.values())
+    looked = len(found.plans) + sum(found.refused.values())
     assert looked == len(list(meshes(64, {})))
 
 
