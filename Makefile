@@ -7,8 +7,14 @@ PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 VENV := .venv
 RUN := $(VENV)/bin
+# The newest tested Python (README, "Versions"), with the newest jax that setup.cfg allows.
+NEWEST_PYTHON = $(shell for p in python3.13 $(HOME)/.pyenv/versions/3.13*/bin/python3.13; do \
+	$$p -c 'import venv' 2>/dev/null && echo $$p && break; done)
+NEWEST := .venv-newest
+NEWEST_TESTS := tests/ops tests/model tests/planner tests/training/test_step.py tests/training/test_loop.py
 
-.PHONY: train test test-all parity compiles lint notebooks clean
+.PHONY: train test test-all newest-python install-newest test-newest parity compiles lint notebooks \
+	clean
 
 train: $(VENV)/installed  ## Install, train the small model on real text, print a sample.
 	$(HUGE_PAGES) $(RUN)/k2jax train tiny
@@ -18,6 +24,17 @@ test: $(VENV)/installed-dev  ## Install what tests need and run all but the slow
 
 test-all: $(VENV)/installed-dev  ## The slow ones too.
 	$(RUN)/python -m pytest -q -m "not parity and not compiles"
+
+newest-python:
+	@echo $(NEWEST_PYTHON)
+
+install-newest: $(NEWEST)/installed
+
+test-newest: install-newest  ## On the newest Python and jax: part of the tests, and the compilers.
+	@$(NEWEST)/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "jax", jax.__version__)'
+	$(NEWEST)/bin/python -m pytest -q -m "not slow and not parity and not compiles" $(NEWEST_TESTS)
+	$(NEWEST)/bin/python -m pytest -q -m compiles tests/ops tests/planner
+	@echo "left out on this Python: all tests besides $(NEWEST_TESTS)"
 
 parity: $(VENV)/installed-parity  ## Against transformers on PyTorch; installs both.
 	$(RUN)/python -m pytest -q -m parity
@@ -53,5 +70,13 @@ $(VENV)/installed-parity: $(VENV)/installed-dev
 	$(RUN)/python -m pip install -q -e ".[dev,parity]"
 	@touch $@
 
-clean:  ## Remove the environment and every run.
-	rm -rf $(VENV) runs
+$(NEWEST)/bin/python:
+	@test -n "$(NEWEST_PYTHON)" || { echo "no Python 3.13 on PATH or under ~/.pyenv/versions"; exit 1; }
+	$(NEWEST_PYTHON) -m venv $(NEWEST)
+
+$(NEWEST)/installed: $(NEWEST)/bin/python setup.cfg pyproject.toml
+	$(NEWEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e ".[dev,plan]"
+	@touch $@
+
+clean:  ## Remove the environments and every run.
+	rm -rf $(VENV) $(NEWEST) runs

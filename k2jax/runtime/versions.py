@@ -125,7 +125,7 @@ def gpu_topology(library: str, topology: str, description: str) -> list[Any]:
     return list(found._make_compile_only_devices())
 
 
-def detect_cluster(timeout: int) -> tuple[str | None, int | None, int | None, Any]:
+def detect_cluster(timeout: int) -> tuple[Any, ...]:
     """Coordinator, number of processes, this one's and its devices; None what is not known."""
     # JAX has no public name for this; `jax.distributed.initialize` begins with the same call.
     from jax._src.clusters import ClusterEnv
