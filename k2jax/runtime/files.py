@@ -36,7 +36,7 @@ def open_atomic(path: Path, durable: bool = False) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: str | bytes, durable: bool = False) -> None:
+def write_atomic(path: Path, content: str | bytes | memoryview, durable: bool = False) -> None:
     """Write a file that is the old one or the new one at any moment; text as UTF-8.
 
     Args:

@@ -209,7 +209,7 @@ def _make_generation_tag() -> Any:
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        tags = frozenset({"generation"})
+        tags = frozenset({"generation"})  # type: ignore[assignment]  # nothing adds to it
 
         def parse(self, parser: Any) -> Any:
             """The tag's body; what is set in it stays in it, as in transformers."""
