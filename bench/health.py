@@ -26,7 +26,7 @@ from k2jax import configs, sharding
 from k2jax.model.batch import to_devices
 from k2jax.params.arrays import initial
 from k2jax.training.metrics import METRICS, MetricsFile, metrics_to_host, to_line
-from k2jax.training.profiling import speed_of
+from k2jax.training.profiling import make_speed
 from k2jax.training.recovery import Recovery
 from k2jax.training.step import (
     Program,
@@ -69,7 +69,7 @@ def main(rounds: int) -> None:
         params = initial(program.specs, 0, run.model.init_std)
         plain = jax.jit(lambda s, b: bare(program, s, b), donate_argnums=0)
         guarded = jax.jit(program.step, donate_argnums=0)
-        recovery, speed = Recovery(run, Path(folder), lambda line: None), speed_of(run)
+        recovery, speed = Recovery(run, Path(folder), lambda line: None), make_speed(run)
         file = MetricsFile(Path(folder) / METRICS, 0, print)
         host = []
         # Copies: each step donates its own state.
@@ -86,7 +86,7 @@ def main(rounds: int) -> None:
                 return
             jax.block_until_ready(found)
             began = time.thread_time()
-            values = metrics_to_host(found) | speed.rates(1.0, 0.0)
+            values = metrics_to_host(found) | speed.compute_rates(1.0, 0.0)
             applied = recovery.count_applied(number, recovery.judge(number, values))
             file.write(
                 to_line(number, values | {"learning_rate": float(program.schedule(applied))})

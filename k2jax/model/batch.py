@@ -24,7 +24,7 @@ class Batch(NamedTuple):
 
 
 def plain(token_BT: jax.Array) -> Batch:
-    """Rows that are one document each, without padding; the targets are left out."""
+    """Make rows that are one document each, without padding; the targets are left out."""
     length = token_BT.shape[1]
     ones = reshard(jnp.ones_like(token_BT), "batch", "length")
     position = reshard(jnp.broadcast_to(jnp.arange(length), token_BT.shape), "batch", "length")
@@ -32,19 +32,19 @@ def plain(token_BT: jax.Array) -> Batch:
 
 
 def micro_spec() -> P:
-    """Layout of a step's batch arrays, [micro-batches, rows, length]."""
+    """Return the layout of a step's batch arrays, [micro-batches, rows, length]."""
     return P(None, *sharding.storage_spec(("batch", "length")))
 
 
 def own_parts(accumulate: int = 1) -> dict[str, Any]:
-    """Which parts of a batch this host makes; arguments of `k2jax.data.Batches.batch`."""
+    """Return which parts of a batch this host makes: arguments of `k2jax.data.Batches.batch`."""
     parts, of, _ = sharding.batch_share()
     micro = range(accumulate)
     return {"parts": [k * of + part for k in micro for part in parts], "of": of * accumulate}
 
 
 def to_devices(rows: Mapping[str, np.ndarray], accumulate: int = 0) -> Batch:
-    """This host's rows as a global batch on the mesh in use.
+    """Make a global batch of this host's rows, on the mesh in use.
 
     Args:
         rows: arrays of `k2jax.data`, [rows of this host, length]: `own_parts` of the batch.

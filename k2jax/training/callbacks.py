@@ -94,7 +94,7 @@ class MeasureSpeed(Callback):
 
     def on_step(self, step: int, state: Any, metrics: dict[str, Any]) -> Action:
         """Add them to the metrics."""
-        metrics |= self.speed.rates(metrics["seconds"], metrics["input_seconds"])
+        metrics |= self.speed.compute_rates(metrics["seconds"], metrics["input_seconds"])
         metrics |= self.saver.pop_metrics()
         return Continue()
 
@@ -233,7 +233,7 @@ class Track(Callback):
 
     def begin(self, step: int) -> None:
         """Open them; a resumed run continues its curves."""
-        self.track = self.stack.enter_context(trackers.opened(self.run, self.out, step))
+        self.track = self.stack.enter_context(trackers.open_trackers(self.run, self.out, step))
 
     def on_step(self, step: int, state: Any, metrics: dict[str, Any]) -> Action:
         """Send a line."""

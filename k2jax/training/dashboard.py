@@ -79,12 +79,12 @@ class Dashboard:
         text = f"loss {values['loss']:.4f}{self.heldout}{when}, {speed:,.0f} tokens/s"
         if self.progress.bar is not None:
             self.newest |= values  # the held-out loss is measured seldom
-            self.progress.show(step, text, table(self.newest, skipped, spikes))
+            self.progress.show(step, text, draw_table(self.newest, skipped, spikes))
         elif step % self.run.train.log_every == 0 or step == self.run.train.steps:
             self.say(f"step {step}/{self.run.train.steps}: {text}")
 
 
-def table(values: Mapping[str, Any], skipped: int, spikes: int) -> "Table":
+def draw_table(values: Mapping[str, Any], skipped: int, spikes: int) -> "Table":
     """Draw the newest metrics; one that a run does not have shows as a dash.
 
     Args:

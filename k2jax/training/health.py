@@ -16,8 +16,8 @@ TO_SIGMA = 1.4826  # of a Gaussian's median absolute deviation
 LEAST_DEVIATION = 0.005  # of the median: losses that hardly differ make no spike of the next
 
 
-def threshold(losses: Iterable[float], spike: float) -> float:
-    """Loss above which the next one is a spike: median + `spike` deviations.
+def spike_threshold(losses: Iterable[float], spike: float) -> float:
+    """Return the loss above which the next one is a spike: median + `spike` deviations.
 
     The deviation is 1.4826 times the median absolute one, which a few wild losses do not move,
     and at least half a percent of the median. Infinite for fewer than 20 losses, or `spike` 0.
@@ -36,7 +36,7 @@ class Health:
     def __init__(self, config: HealthConfig, saved: Mapping[str, Any] | None = None):
         """Start anew, or from a checkpoint's `state`.
 
-        A run that goes on may have been helped meanwhile, so skipped steps in a row start at 0.
+        A resumed run may have been helped meanwhile, so skipped steps in a row start at 0.
         """
         saved = saved or {}
         self.config = config
@@ -46,17 +46,17 @@ class Health:
         self.skipped_in_a_row = 0
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON-able."""
+        """Return what a checkpoint keeps, JSON-able."""
         return {"losses": list(self.losses), "skipped": self.skipped, "spikes": self.spikes}
 
     @property
     def threshold(self) -> float:
-        """Loss above which the next one is a spike."""
-        return threshold(self.losses, self.config.spike)
+        """Return the loss above which the next one is a spike."""
+        return spike_threshold(self.losses, self.config.spike)
 
     @property
     def ceiling(self) -> float:
-        """Loss above which the next step is refused."""
+        """Return the loss above which the next step is refused."""
         return self.threshold if self.config.on_spike == "skip" else math.inf
 
     def judge(self, loss: float, skipped: bool) -> str:

@@ -45,8 +45,8 @@ from k2jax.training.callbacks import (
 )  # fmt: skip
 from k2jax.training.compile import Programs, wait_until_all_compiled
 from k2jax.training.dashboard import Dashboard
-from k2jax.training.metrics import METRICS, metrics_to_host, plot
-from k2jax.training.profiling import Profiler, speed_of, time_waits
+from k2jax.training.metrics import METRICS, metrics_to_host, plot_metrics
+from k2jax.training.profiling import Profiler, make_speed, time_waits
 from k2jax.training.recovery import Recovery
 from k2jax.training.saver import Saver
 from k2jax.training.step import State, build
@@ -180,7 +180,7 @@ class _Training:
         self.say = say if self.first else _say_nothing
         self.program = build(run)
         sharding.check_divisible(self.program.specs, run.mesh, run.data.context)
-        trackers.check(run)
+        trackers.require_packages(run)
         self.recovery = Recovery(run, out, self.say)
 
     def run_to_end(self, init: str, closing: Callable[[Model], None] | None) -> Model:
@@ -203,7 +203,7 @@ class _Training:
             else:
                 state = self._restore(checkpoints, latest)
             if step < last:
-                provenance.record(run, self.out, step)
+                provenance.record_start(run, self.out, step)
                 state, step = self._fit(state, step, data, programs, checkpoints, signals)
             model = Model(run.model, state.params, data.tokenizer)
             if step < last:
@@ -287,7 +287,7 @@ class _Training:
         callbacks = [
             Profile(Profiler(run, self.out, recovery.events)),
             CompileEarly(programs.start_evaluation),
-            MeasureSpeed(speed_of(run), saver),
+            MeasureSpeed(make_speed(run), saver),
             Recover(recovery, saver, self.program.schedule),
             ScoreHeldout(score, run.train.eval_every, run.train.steps),
             WriteMetrics(metrics_file, self.say),
@@ -307,13 +307,13 @@ class _Training:
         run, order = self.run, self.recovery.order
         batches = Batches(data.train, run.data.rows, run.data.context, run.data.seed)
         if isinstance(data.train, Mixture):
-            epochs = batches.epochs(order.index(run.train.steps))
+            epochs = batches.epochs(order.find_batch(run.train.steps))
             parts = (f"{name} {n:.2f}" for name, n in zip(data.train.names, epochs, strict=True))
             self.say("epochs in all: " + ", ".join(parts))
         own = own_parts(run.train.accumulate)  # here: the thread has no mesh
 
         def fetch(step: int) -> dict[str, np.ndarray]:
-            return batches.batch(order.index(step), **own)
+            return batches.batch(order.find_batch(step), **own)
 
         return prefetch(fetch, start, run.train.steps - start)
 
@@ -360,7 +360,7 @@ class _Training:
         if closing:
             closing(model)
         if self.first:
-            plot(self.out / METRICS, self.out / PLOT, self.run.name)
+            plot_metrics(self.out / METRICS, self.out / PLOT, self.run.name)
             seconds = time.perf_counter() - self.began
             self.say(f"{self.out}: checkpoints, {METRICS}, {PLOT} ({seconds:.0f} s in all)")
 

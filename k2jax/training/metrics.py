@@ -69,7 +69,7 @@ def read_metrics(out: str | Path) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-def plot(metrics: Path, picture: Path, title: str) -> None:
+def plot_metrics(metrics: Path, picture: Path, title: str) -> None:
     """Draw a run's losses, logits and expert load.
 
     Args:

@@ -25,7 +25,7 @@ class Speed:
     flops: float  # of a token: three forward passes
     peak: float  # operations a second of all devices; 0: not known
 
-    def rates(self, seconds: float, waited: float) -> dict[str, float]:
+    def compute_rates(self, seconds: float, waited: float) -> dict[str, float]:
         """Return the metrics of a step that took `seconds`, after `waited` for its input."""
         rate = self.tokens / (seconds + waited)
         metrics = {"tokens_per_second": rate, "flops_per_second": rate * self.flops}
@@ -36,7 +36,7 @@ class Speed:
         return metrics
 
 
-def speed_of(run: RunConfig) -> Speed:
+def make_speed(run: RunConfig) -> Speed:
     """Describe how a run's seconds become rates on the devices of this process."""
     peak = peak_of(jax.devices()[0].device_kind) * run.mesh.devices
     work = count_flops(run.model, run.data.context)

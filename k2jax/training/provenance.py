@@ -18,37 +18,38 @@ from k2jax.runtime.files import write_atomic
 from k2jax.runtime.versions import source_hash, versions
 
 NAME = "run.json"
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Settings of jax and its compilers that come from outside of the config.
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_", "NVIDIA_TF32_OVERRIDE")
 
 
-def record(run: RunConfig, out: Path, step: int) -> None:
+def record_start(run: RunConfig, out: Path, step: int) -> None:
     """Add this start to `out/run.json`; the file is the old one or the new one at any moment.
 
     Args:
         run: the run.
         out: its folder.
-        step: where it goes on from; 0: it begins.
+        step: the one it resumes from; 0: a new run.
     """
     if jax.process_index() == 0:
-        write_atomic(out / NAME, json.dumps([*read(out), entry(run, step)], indent=1) + "\n")
+        starts = [*read_starts(out), describe_start(run, step)]
+        write_atomic(out / NAME, json.dumps(starts, indent=1) + "\n")
 
 
-def read(out: Path) -> list[dict[str, Any]]:
-    """The starts of a run; what is no such list is put aside as `run.json.damaged`."""
+def read_starts(out: Path) -> list[dict[str, Any]]:
+    """Return the starts of a run; what is no such list is set aside as `run.json.damaged`."""
     path = out / NAME
     if not path.exists():
         return []
     with contextlib.suppress(ValueError):
-        if isinstance(found := json.loads(path.read_text()), list):
-            return found
+        if isinstance(starts := json.loads(path.read_text()), list):
+            return starts
     path.replace(path.with_name(f"{NAME}.damaged"))
     return []
 
 
-def entry(run: RunConfig, step: int) -> dict[str, Any]:
-    """What one needs to know to do the same again, besides `config.json`."""
+def describe_start(run: RunConfig, step: int) -> dict[str, Any]:
+    """Return what is needed to do the same again, besides `config.json`."""
     first = jax.devices()[0]
     return {
         "step": step,
@@ -56,7 +57,7 @@ def entry(run: RunConfig, step: int) -> dict[str, Any]:
         "command": sys.argv,
         "seeds": {"train.seed": run.train.seed, "data.seed": run.data.seed},
         "mesh": run.mesh.sizes,
-        "code": code(),
+        "code": describe_code(),
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
         "platform": platform.platform(),
         "backend": jax.default_backend(),
@@ -67,18 +68,18 @@ def entry(run: RunConfig, step: int) -> dict[str, Any]:
     }
 
 
-def code() -> dict[str, Any]:
-    """Which code: its hash, and the git commit where it is a checkout of k2jax.
+def describe_code() -> dict[str, Any]:
+    """Return the hash of the code, and its git commit where it is a checkout of k2jax.
 
     `dirty`: files that git follows are not those of the commit. The hash says which code it is
     in any case.
     """
-    found: dict[str, Any] = {"sha256": source_hash()}
+    facts: dict[str, Any] = {"sha256": source_hash()}
     if (ROOT / ".git").exists():
         commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "-uno")
         if commit:
-            found |= {"commit": commit, "dirty": bool(changes)}
-    return found
+            facts |= {"commit": commit, "dirty": bool(changes)}
+    return facts
 
 
 def _git(*words: str) -> str:

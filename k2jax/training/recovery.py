@@ -26,15 +26,15 @@ class Order:
         """Leave out the batches with these indices."""
         self.left_out = sorted(set(left_out))
 
-    def index(self, step: int) -> int:
+    def find_batch(self, step: int) -> int:
         """Return the batch of `step` (0, 1, ...): the step-th of those not left out."""
         for out in self.left_out:
             step += out <= step
         return step
 
-    def without(self, first: int, last: int) -> "Order":
-        """Return this order without the batches of steps `first` to `last` - 1."""
-        return Order([*self.left_out, *map(self.index, range(first, last))])
+    def leave_out(self, first: int, last: int) -> "Order":
+        """Return this order, less the batches of steps `first` to `last` - 1."""
+        return Order([*self.left_out, *map(self.find_batch, range(first, last))])
 
 
 class Recovery:
@@ -63,7 +63,7 @@ class Recovery:
         limit, loss = self.health.threshold, values["loss"]
         verdict = self.health.judge(loss, bool(values["skipped"]))
         if verdict:
-            batch = self.order.index(step - 1)
+            batch = self.order.find_batch(step - 1)
             norm = values["grad_norm"]
             self.events.add(step, verdict, loss=loss, limit=limit, grad_norm=norm, batch=batch)
             what = "is a spike" if loss > limit else "is finite, what it does to the weights is not"
@@ -108,8 +108,8 @@ class Recovery:
                 f"the loss spiked after each of {self.run.health.patience} rewinds to step {back}:"
                 " other batches do not help; lower optim.learning_rate"
             )
-        left_out = [self.order.index(back), self.order.index(step - 1)]
-        self.order = self.order.without(back, step)
+        left_out = [self.order.find_batch(back), self.order.find_batch(step - 1)]
+        self.order = self.order.leave_out(back, step)
         self.events.add(step, "rewound", to=back, left_out=left_out)
         self.say(f"back to step {back}; batches {left_out[0]} to {left_out[1]} are left out")
         saver.drop_after(back)
@@ -137,7 +137,7 @@ class Recovery:
         """Write this host's rows and what else a replay needs; return the file's name."""
         host = f".host-{jax.process_index()}" if jax.process_count() > 1 else ""
         file = f"{REPLAY}/step-{step}{host}.npz"
-        index, seed = self.order.index(step - 1), self.run.data.seed
+        index, seed = self.order.find_batch(step - 1), self.run.data.seed
         try:
             (self.out / REPLAY).mkdir(exist_ok=True)
             np.savez(self.out / file, step=step, index=index, seed=seed, **rows)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from k2jax.training.step import State, build
 
 
 def replay(run: str | Path, step: int) -> dict[str, Any]:
-    """The metrics of `step` on the newest checkpoint before it, with its kept batch.
+    """Return the metrics of `step` on the newest checkpoint before it, with its kept batch.
 
     Nothing is written. The weights are those of that checkpoint: steps taken between it and `step`
     are not done again, skipped ones moved none. Of a run that began with `--init` there must be a
@@ -27,16 +27,16 @@ def replay(run: str | Path, step: int) -> dict[str, Any]:
 
     Args:
         run: its folder; `config.json` may be edited to try other settings.
-        step: of a file `replay/step-N.npz` there.
+        step: N of a file `replay/step-N.npz` in it.
 
     Raises:
-        ConfigError: no such file; those that there are are named.
+        ConfigError: no such file; names those that exist.
     """
     folder = Path(run)
     file = folder / REPLAY / f"step-{step}.npz"
     if not file.is_file():
-        there = sorted(path.name for path in (folder / REPLAY).glob("*.npz"))
-        raise ConfigError(f"no file {file}; there are: {', '.join(there) or 'none'}")
+        kept = sorted(path.name for path in (folder / REPLAY).glob("*.npz"))
+        raise ConfigError(f"no file {file}; there are: {', '.join(kept) or 'none'}")
     config = from_json(json.loads((folder / "config.json").read_text()))
     with jax.set_mesh(sharding.make_mesh(config.mesh)) as _, Checkpoints(folder) as saved:
         program = build(config)
@@ -45,7 +45,7 @@ def replay(run: str | Path, step: int) -> dict[str, Any]:
             state = program.init(initial(program.specs, config.train.seed, config.model.init_std))
         else:
             state = State(**saved.restore(before, program.abstract_state()._asdict()))
-        take = compile_step(program, jax.sharding.get_mesh())
+        compiled = compile_step(program, jax.sharding.get_mesh())
         with np.load(file) as rows:
             batch = to_devices(rows, config.train.accumulate)
-        return metrics_to_host(take(state, batch, np.float32(np.inf))[1])
+        return metrics_to_host(compiled(state, batch, np.float32(np.inf))[1])

@@ -1,5 +1,6 @@
 """When a run saves, and what happens when it cannot."""
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,13 +16,13 @@ class Saver:
     """A failed save is a warning, and the next one is tried as planned; the last must succeed."""
 
     def __init__(self, checkpoints: Checkpoints, say: Callable[[str], None]):
-        """`say` is told of failures, and of waiting."""
+        """Report failures and waits to `say`."""
         self.checkpoints, self.say = checkpoints, say
         self.last: tuple[int, Mapping[str, Any]] | None = None
         self.seconds: float | None = None
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-        """Begin to write a step; a failure, of this save or the one before, is said."""
+        """Begin to write a step; a failure, of this save or the one before, is reported."""
         began = time.perf_counter()
         self.settle()
         if (waited := time.perf_counter() - began) > NOTABLE:
@@ -29,16 +30,16 @@ class Saver:
                 f"step {step} waited {waited:.1f} s until the checkpoint before it was written;"
                 " a larger train.save_every waits less"
             )
-        self._try(lambda: self.checkpoints.save(step, state, meta))
+        self._try(functools.partial(self.checkpoints.save, step, state, meta))
         self.last = step, meta
         self.seconds = time.perf_counter() - began
 
     def settle(self) -> None:
-        """Wait for the save in progress; its failure is said.
+        """Wait for the save in progress; its failure is reported.
 
         Raises:
             ConfigError: it failed here, and there are other processes. They do not know, and wait
-                for this one's share; the run ends, and goes on from the checkpoint before.
+                for this one's share; the run ends, and is resumed from the checkpoint before.
         """
         if cluster.current().count > 1:
             self.checkpoints.wait()
@@ -46,7 +47,7 @@ class Saver:
             self._try(self.checkpoints.wait)
 
     def drop_after(self, step: int) -> None:
-        """Delete the checkpoints after `step`, to which the run goes back."""
+        """Delete the checkpoints after `step`, to which the run is rewound."""
         self.checkpoints.drop_after(step)
         self.last = None
 
@@ -70,6 +71,6 @@ class Saver:
             self.checkpoints.wait()
 
     def pop_metrics(self) -> dict[str, float]:
-        """For the metrics: what the save after the step before took, if there was one."""
+        """Return the metric of the save after the step before, once; empty if there was none."""
         seconds, self.seconds = self.seconds, None
         return {} if seconds is None else {"save_seconds": seconds}

@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard and Weights & Biases, beside `metrics.jsonl`."""
+"""Metrics for TensorBoard and Weights & Biases, besides `metrics.jsonl`."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ UNPLOTTED = ("step", "expert_load")  # thousands of numbers; `metrics.jsonl` and
 Line = dict[str, Any]
 
 
-def check(run: RunConfig) -> None:
+def require_packages(run: RunConfig) -> None:
     """Refuse what `train.log_to` names and is not installed.
 
     Raises:
@@ -31,42 +31,42 @@ def check(run: RunConfig) -> None:
 
 
 @contextlib.contextmanager
-def opened(run: RunConfig, out: Path, start: int) -> Iterator[Callable[[Line], None]]:
-    """What takes each line of `metrics.jsonl`; a run that goes on continues its curves.
+def open_trackers(run: RunConfig, out: Path, start: int) -> Iterator[Callable[[Line], None]]:
+    """Open the trackers: a function that takes each line of `metrics.jsonl`.
 
     Args:
         run: `train.log_to` names the trackers; none means that lines are dropped.
         out: folder of the run; its subfolders `tensorboard` and `wandb` are theirs.
-        start: step resumed from; what was logged after it is superseded.
+        start: step resumed from; the curves continue, and what was logged after it is superseded.
     """
     with contextlib.ExitStack() as stack:
         names = run.train.trackers if jax.process_index() == 0 else ()
         takers = [OPENERS[name](run, out, start, stack) for name in names]
 
         def track(line: Line) -> None:
-            values = scalars(line) if takers else {}
+            values = flatten_scalars(line) if takers else {}
             for take in takers:
                 take(line["step"], values)
 
         yield track
 
 
-def scalars(line: Line) -> dict[str, float]:
-    """Numbers by name; those of a list as `name/layer_0`, ..."""
-    found: dict[str, float] = {}
+def flatten_scalars(line: Line) -> dict[str, float]:
+    """Return the numbers of a line by name; those of a list are `name/layer_0`, ..."""
+    numbers: dict[str, float] = {}
     for name, value in line.items():
         if name in UNPLOTTED or value is None:
             continue
         if isinstance(value, list):
             short = name.removesuffix("_layers")
             parts = {f"{short}/layer_{i}": part for i, part in enumerate(value)}
-            found |= {part: number for part, number in parts.items() if number is not None}
+            numbers |= {part: number for part, number in parts.items() if number is not None}
         else:
-            found[name] = value
-    return found
+            numbers[name] = value
+    return numbers
 
 
-def _tensorboard(run: RunConfig, out: Path, start: int, stack: contextlib.ExitStack):
+def _open_tensorboard(run: RunConfig, out: Path, start: int, stack: contextlib.ExitStack):
     from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
 
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
@@ -79,10 +79,10 @@ def _tensorboard(run: RunConfig, out: Path, start: int, stack: contextlib.ExitSt
     return take
 
 
-def _wandb(run: RunConfig, out: Path, start: int, stack: contextlib.ExitStack):
+def _open_wandb(run: RunConfig, out: Path, start: int, stack: contextlib.ExitStack):
     import wandb  # type: ignore[import-not-found]
 
-    known = out / "wandb" / "k2jax-id"  # so that a run that goes on is one run there
+    known = out / "wandb" / "k2jax-id"  # so that a resumed run is the same run for wandb
     if not known.exists():
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(uuid.uuid4().hex)
@@ -91,9 +91,9 @@ def _wandb(run: RunConfig, out: Path, start: int, stack: contextlib.ExitStack):
         config=to_json(run),
     )  # fmt: skip
     stack.callback(job.finish)
-    # Their own count of steps cannot go back, as a rewound run does.
+    # Wandb's own count of steps cannot go back, as a rewound run does.
     job.define_metric("*", step_metric="step")
     return lambda step, values: job.log({"step": step, **values})
 
 
-OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+OPENERS = {"tensorboard": _open_tensorboard, "wandb": _open_wandb}

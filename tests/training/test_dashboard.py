@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from k2jax import configs
-from k2jax.training.dashboard import Dashboard, table
+from k2jax.training.dashboard import Dashboard, draw_table
 
 VALUES = {
     "loss": 3.25, "grad_norm": 0.31, "update_norm": 1.5, "logit_max": 39.4, "clipped": 0.125,
@@ -17,7 +17,7 @@ HELDOUT = {"heldout_loss": 3.5, "heldout_bits_per_byte": 1.543}
 
 def shown(*args) -> str:
     console = Console(record=True, width=110, file=io.StringIO())
-    console.print(table(*args))
+    console.print(draw_table(*args))
     return console.export_text()
 
 

@@ -7,11 +7,11 @@ from k2jax.training.profiling import Speed
 
 
 def test_rates_follow_from_the_seconds_of_a_step_and_its_wait():
-    found = Speed(tokens=1000, flops=6e6, peak=1e10).rates(1.5, 0.5)
+    found = Speed(tokens=1000, flops=6e6, peak=1e10).compute_rates(1.5, 0.5)
     assert found["tokens_per_second"] == 500
     assert found["flops_per_second"] == 3e9
     assert found["mfu"] == 0.3
-    assert "mfu" not in Speed(1000, 6e6, 0.0).rates(1.0, 0.0)
+    assert "mfu" not in Speed(1000, 6e6, 0.0).compute_rates(1.0, 0.0)
 
 
 def test_a_window_of_steps_is_profiled(run, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+import k2jax
 from k2jax.config import RunConfig
 from k2jax.training import provenance
 
@@ -14,9 +15,9 @@ RUN = RunConfig()
 
 
 def test_each_start_adds_what_is_needed_to_do_it_again(tmp_path):
-    provenance.record(RUN, tmp_path, 0)
-    provenance.record(RUN, tmp_path, 150)
-    first, second = provenance.read(tmp_path)
+    provenance.record_start(RUN, tmp_path, 0)
+    provenance.record_start(RUN, tmp_path, 150)
+    first, second = provenance.read_starts(tmp_path)
     assert (first["step"], second["step"]) == (0, 150)
     assert first["seeds"] == {"train.seed": RUN.train.seed, "data.seed": RUN.data.seed}
     assert first["versions"]["jax"] == jax.__version__ and first["versions"]["python"]
@@ -30,7 +31,7 @@ def test_each_start_adds_what_is_needed_to_do_it_again(tmp_path):
 @pytest.mark.parametrize("text", ["[{", '{"step": 0}'])
 def test_what_cannot_be_read_is_put_aside(text, tmp_path):
     (tmp_path / "run.json").write_text(text)
-    provenance.record(RUN, tmp_path, 3)
+    provenance.record_start(RUN, tmp_path, 3)
     assert [start["step"] for start in json.loads((tmp_path / "run.json").read_text())] == [3]
     assert (tmp_path / "run.json.damaged").read_text() == text
 
@@ -45,15 +46,20 @@ def git(folder: Path, *words: str) -> str:
 
 def test_code_is_a_commit_with_what_was_changed_since_or_a_hash_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    assert provenance.code() == {"sha256": provenance.source_hash()}
+    assert provenance.describe_code() == {"sha256": provenance.source_hash()}
     git(tmp_path, "init", "-q")
-    assert list(provenance.code()) == ["sha256"], "no commit yet"
+    assert list(provenance.describe_code()) == ["sha256"], "no commit yet"
     (tmp_path / "file").write_text("a")
     git(tmp_path, "add", "file")
     git(tmp_path, "commit", "-qm", "first")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert provenance.code() | {"sha256": ""} == {"sha256": "", "commit": commit, "dirty": False}
+    code = provenance.describe_code()
+    assert (code["commit"], code["dirty"]) == (commit, False)
     (tmp_path / "notes").write_text("files that git does not follow are no code")
-    assert not provenance.code()["dirty"]
+    assert not provenance.describe_code()["dirty"]
     (tmp_path / "file").write_text("b")
-    assert provenance.code()["dirty"]
+    assert provenance.describe_code()["dirty"]
+
+
+def test_the_checkout_that_is_asked_is_the_one_that_holds_the_package():
+    assert (provenance.ROOT / "k2jax" / "__init__.py").samefile(k2jax.__file__)

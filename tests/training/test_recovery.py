@@ -20,13 +20,13 @@ from k2jax.training.replay import replay
 def test_an_order_is_all_batches_in_turn_but_those_left_out():
     for left_out in ((), (0,), (3, 4, 5), (9, 2, 2, 0), range(0, 30, 3)):
         kept = [i for i in range(60) if i not in set(left_out)][:20]
-        assert [Order(left_out).index(step) for step in range(20)] == kept
+        assert [Order(left_out).find_batch(step) for step in range(20)] == kept
 
 
 def test_leaving_out_steps_leaves_out_their_batches():
-    order = Order([2, 5]).without(3, 5)
+    order = Order([2, 5]).leave_out(3, 5)
     assert order.left_out == [2, 4, 5, 6]
-    assert [order.index(step) for step in range(6)] == [0, 1, 3, 7, 8, 9]
+    assert [order.find_batch(step) for step in range(6)] == [0, 1, 3, 7, 8, 9]
 
 
 def test_steps_that_cannot_be_taken_end_the_run_in_one_line_and_the_batch_is_kept(run, again):

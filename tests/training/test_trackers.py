@@ -39,15 +39,15 @@ def fake(monkeypatch, name: str, **content) -> None:
 def test_a_package_that_is_not_there_is_named_with_its_extra(name, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
-        trackers.check(asking(name))
+        trackers.require_packages(asking(name))
     package = trackers.PACKAGES[name]
     says = f"train.log_to {name} needs the package {package}: pip install 'k2jax[{name}]'"
     assert str(error.value) == says
 
 
 def test_nothing_is_asked_for_by_default_and_nothing_is_loaded(tmp_path):
-    trackers.check(configs.load("tiny"))
-    with trackers.opened(configs.load("tiny"), tmp_path, 0) as track:
+    trackers.require_packages(configs.load("tiny"))
+    with trackers.open_trackers(configs.load("tiny"), tmp_path, 0) as track:
         track(LINE)
     assert not {"tensorboardX", "wandb"} & set(sys.modules)
     assert not list(tmp_path.iterdir())
@@ -69,8 +69,8 @@ def test_tensorboard_gets_each_number_and_layer_and_forgets_what_a_rewind_takes_
             found.append("closed")
 
     fake(monkeypatch, "tensorboardX", SummaryWriter=Writer)
-    trackers.check(asking("tensorboard"))
-    with trackers.opened(asking("tensorboard"), tmp_path, 6) as track:
+    trackers.require_packages(asking("tensorboard"))
+    with trackers.open_trackers(asking("tensorboard"), tmp_path, 6) as track:
         track(LINE)
     opened, *scalars, closed = found
     assert opened == (str(tmp_path / "tensorboard"), 7)
@@ -80,7 +80,7 @@ def test_tensorboard_gets_each_number_and_layer_and_forgets_what_a_rewind_takes_
 
 def test_the_real_tensorboard_writer_takes_them(tmp_path):
     pytest.importorskip("tensorboardX")
-    with trackers.opened(asking("tensorboard"), tmp_path, 0) as track:
+    with trackers.open_trackers(asking("tensorboard"), tmp_path, 0) as track:
         track(LINE)
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"logit_max/layer_1" in file.read_bytes()
@@ -106,7 +106,7 @@ def test_wandb_continues_one_run_over_stops_and_counts_steps_itself(tmp_path, mo
     fake(monkeypatch, "wandb", init=init)
     run = asking("wandb")
     for _ in range(2):
-        with trackers.opened(run, tmp_path, 0) as track:
+        with trackers.open_trackers(run, tmp_path, 0) as track:
             track(LINE)
     assert opened[0] == opened[1]
     assert opened[0]["config"] == to_json(run)
