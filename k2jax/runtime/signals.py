@@ -8,8 +8,11 @@ from types import FrameType
 import jax
 
 
-class Interrupted(Exception):
-    """A stop was requested, and nothing is left to save."""
+class Interrupted(BaseException):
+    """A stop was requested, and nothing is left to save.
+
+    As KeyboardInterrupt it is no `Exception`, which jax, for one, catches around its caches.
+    """
 
 
 class StopSignals:

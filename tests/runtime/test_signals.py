@@ -1,11 +1,12 @@
 """Which signals stop a run between two steps, and which still interrupt."""
 
+import contextlib
 import os
 import signal
 
 import pytest
 
-from k2jax.runtime.signals import StopSignals
+from k2jax.runtime.signals import Interrupted, StopSignals
 
 
 def send(number: int) -> None:
@@ -30,3 +31,11 @@ def test_schedulers_may_repeat_themselves_but_a_second_ctrl_c_interrupts():
         assert stop.requested
         send(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_interruption_passes_through_what_catches_every_exception():
+    with pytest.raises(Interrupted), StopSignals() as stop:
+        stop.interrupt_from_now_on()
+        with contextlib.suppress(Exception):
+            send(signal.SIGTERM)
+        pytest.fail("the signal was swallowed")
