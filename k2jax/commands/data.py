@@ -10,8 +10,9 @@ from k2jax.runtime.progress import Progress
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `k2jax data`."""
     parser.add_argument(
-        "source", metavar="SRC", help="text or .jsonl (also .gz, .zst), .parquet, .arrow,"
-        " .arrayrecord, or a folder; records have a text, or messages of a conversation",
+        "source", metavar="SRC", help="text, .jsonl, .json or .csv (also .gz .zst .xz .bz2),"
+        " .parquet, .arrow, .arrayrecord, or a folder; records have a text, or messages of a"
+        " conversation",
     )  # fmt: skip
     parser.add_argument("folder", metavar="DST", help="folder of tokens: --data.path of train")
     parser.add_argument(
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " many tokens on the source",
     )  # fmt: skip
     parser.add_argument(
-        "--field", default="text", help="of JSON lines, Parquet and Arrow; default: text"
+        "--field", default="text", help="of records, that has the text; default: text"
     )
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes; default: one a core"
@@ -34,8 +35,12 @@ def main(args: argparse.Namespace) -> int:
     """Tokenise; the exit code."""
     if args.workers < 0:
         raise ConfigError(f"--workers is {args.workers}; it must be at least 1")
+    from k2jax.data.sources import find
+    from k2jax.data.tally import Tally
     from k2jax.data.tokenise import tokenise
 
+    if left_out := find(args.source, args.field).describe_left_out():
+        sys.stdout.write(f"{left_out}\n")
     report = _Report()
     with report.progress:
         manifest = tokenise(
@@ -48,6 +53,8 @@ def main(args: argparse.Namespace) -> int:
         f" {train.tokens + heldout.tokens:,} tokens in {len(train.shards)} shard(s),"
         f" {heldout.documents:,} documents of them held out; {report.rate()}\n"
     )
+    if notes := Tally(**manifest.tally).describe():
+        sys.stdout.write(f"{args.source}: {'; '.join(notes)}\n")
     return 0
 
 

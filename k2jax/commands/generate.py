@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from k2jax.config import ConfigError, nearest
+from k2jax.text.unicode import replace_surrogates
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print every prompt with its continuation, or the answers; the exit code."""
+    # Bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
+    args.prompt = [replace_surrogates(prompt) for prompt in args.prompt]
     talks = conversations(args)
 
     from k2jax.inference.generate import generate
@@ -98,12 +101,13 @@ def read_conversation(file: str) -> Conversation:
         ConfigError: it is missing or malformed; one line says how.
     """
     from k2jax.text.messages import check_messages, check_tools
+    from k2jax.text.unicode import replace_surrogates_in
 
     try:
-        content = json.loads(Path(file).read_text("utf-8"))
+        content = replace_surrogates_in(json.loads(Path(file).read_text("utf-8-sig")))
     except FileNotFoundError:
         raise ConfigError(f"no file {file}") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{file} is not readable JSON: {error}") from None
     if isinstance(content, list):
         content = {"messages": content}
@@ -113,6 +117,7 @@ def read_conversation(file: str) -> Conversation:
     if other := [key for key in content if key not in known]:
         raise ConfigError(f"{file} has {other[0]!r}; {nearest(other[0], known)}")
     try:
-        return check_messages(content["messages"]), check_tools(content.get("tools") or [])
+        tools = content.get("tools")
+        return check_messages(content["messages"]), check_tools([] if tools is None else tools)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None

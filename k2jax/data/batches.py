@@ -45,8 +45,8 @@ class Batches:
             parts: which ones, of a batch cut into `of` equal ones: a host takes its devices' own.
             of: how many there are.
         """
-        mine = rows_of(self.rows, parts, of)
-        source, numbers = self._numbers(step * self.rows + mine)
+        chosen = rows_of(self.rows, parts, of)
+        source, numbers = self._numbers(step * self.rows + chosen)
         if len(self._sources) == 1:
             return self._sources[0].make(numbers)
         mixed = empty_batch(len(numbers), self.context)
@@ -193,6 +193,6 @@ def eval_batches(
     if 0 < limit < windows.rows:
         numbers = np.arange(limit) * windows.rows // limit
     numbers = np.pad(numbers, (0, -len(numbers) % rows), constant_values=-1)
-    mine = rows_of(rows, parts, of)
+    chosen = rows_of(rows, parts, of)
     for start in range(0, len(numbers), rows):
-        yield make_windows(store, windows, numbers[start : start + rows][mine], context)
+        yield make_windows(store, windows, numbers[start : start + rows][chosen], context)

@@ -18,6 +18,7 @@ from k2jax.data.stream import Stream
 from k2jax.runtime.files import default_cache
 from k2jax.text.kimi_tokenizer import FILE, PATTERN, Tokenizer
 from k2jax.text.train_bpe import train_tokenizer
+from k2jax.text.unicode import replace_surrogates
 
 # A tokenizer is trained on every k-th document, so that about this much is read. Half of the
 # standard library gives 0.3% more tokens on held-out text than all of it does, in half the time.
@@ -31,7 +32,7 @@ class Data:
     """Text ready for training.
 
     Attributes:
-        title: what was opened, as given.
+        title: the path that was opened.
         tokenizer: trained on the training text, or loaded.
         train: documents to learn from.
         heldout: documents to score.
@@ -79,16 +80,19 @@ def open_data(
     if folders := _token_folders(path):
         return _open_folders(path, folders, tokenizer, vocab)
     source = sources.find(path)
-    given = _load_tokenizer(tokenizer, vocab) if tokenizer else None
-    key = _key(source.fingerprint(), given.digest() if given else f"bpe {vocab}")
+    progress = progress or _ignore
+    if left_out := source.describe_left_out():
+        progress(left_out)
+    loaded = _load_tokenizer(tokenizer, vocab) if tokenizer else None
+    key = _key(source.fingerprint(), loaded.digest() if loaded else f"bpe {vocab}")
     folder = store.cached(
         Path(cache) if cache else default_cache(),
         key,
-        lambda new: _build(new, source, given, vocab, progress or (lambda line: None)),
-        _open if given else _open_trained,
+        lambda new: _build(new, source, loaded, vocab, progress),
+        _open if loaded else _open_trained,
     )
     train, heldout, names = _open(folder)
-    return Data(source.title, given or Tokenizer.load(folder), train, heldout, names)
+    return Data(source.title, loaded or Tokenizer.load(folder), train, heldout, names)
 
 
 def check(path: str = "", tokenizer: str = "", vocab: int = 4_096) -> None:
@@ -121,11 +125,11 @@ def _open_folders(path: str, folders: list[tuple[str, float]], tokenizer: str, v
     opened = [tokens.open_tokens(folder) for folder, _ in folders]
     first = opened[0]
     _check_vocab(folders[0][0], first.tokenizer, vocab)
-    given = [(tokenizer, Tokenizer.load(tokenizer).digest())] if tokenizer else []
+    loaded = [(tokenizer, Tokenizer.load(tokenizer).digest())] if tokenizer else []
     digests = [
         (folder, o.manifest.tokenizer) for (folder, _), o in zip(folders, opened, strict=True)
     ]
-    for name, digest in (*given, *digests):
+    for name, digest in (*loaded, *digests):
         if digest != first.manifest.tokenizer:
             raise ConfigError(
                 f"{folders[0][0]} was made with another tokenizer than {name}:"
@@ -139,7 +143,7 @@ def _open_folders(path: str, folders: list[tuple[str, float]], tokenizer: str, v
 
 def compressors(texts: Iterable[str]) -> dict[str, float]:
     """Bits per byte that `gzip -9` and `xz -9` need for the texts, one after the other."""
-    content = "".join(texts).encode("utf-8")
+    content = replace_surrogates("".join(texts)).encode()
     if not content:
         raise ValueError("no text to compress")
     packed = {
@@ -163,8 +167,13 @@ def _check_vocab(path: str, tokenizer: Tokenizer, vocab: int) -> None:
         )
 
 
+def _ignore(line: str) -> None:
+    """Report nothing."""
+
+
 def _key(*facts: str) -> str:
-    rules = (store.FORMAT, PATTERN, sources.HELD_OUT_ONE_IN, readers.BLOCK, TRAIN_CHARACTERS)
+    reading = (readers.BLOCK, readers.RULES)
+    rules = (store.FORMAT, PATTERN, sources.HELD_OUT_ONE_IN, reading, TRAIN_CHARACTERS)
     return hashlib.sha256(repr((rules, facts)).encode()).hexdigest()[:32]
 
 
@@ -179,16 +188,18 @@ def _open_trained(folder: Path) -> None:
 
 
 def _build(
-    folder: Path, source: sources.Source, given: Tokenizer | None, vocab: int, progress: Say
+    folder: Path, source: sources.Source, loaded: Tokenizer | None, vocab: int, progress: Say
 ) -> None:
     split = sources.split(source)
+    if notes := split.tally.describe():
+        progress(f"{source.title}: {'; '.join(notes)}")
     heldout = frozenset(split.heldout)
 
     def texts(kept: bool) -> Iterator[str]:
         return (d.text for d in source.documents() if (d.name in heldout) == kept)
 
-    if given:
-        tokenizer = given
+    if loaded:
+        tokenizer = loaded
     else:
         progress(f"training a tokenizer of {vocab} tokens")
         step = -(-split.train_characters // TRAIN_CHARACTERS)

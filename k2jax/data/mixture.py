@@ -44,7 +44,7 @@ def parse(path: str) -> list[tuple[str, float]]:
     matches = [_WEIGHTED.fullmatch(part.strip()) for part in parts]
     if not any(matches) or Path(path).exists():
         return []
-    found = []
+    weighted = []
     for part, match in zip(parts, matches, strict=True):
         if match is None:
             raise ConfigError(f"data.path: {part.strip()!r} needs a weight, as in a:0.7,b:0.3")
@@ -54,8 +54,8 @@ def parse(path: str) -> list[tuple[str, float]]:
             weight = 0.0
         if not 0 < weight < float("inf"):
             raise ConfigError(f"data.path: the weight of {match[1]} is {match[2]}; it must be > 0")
-        found.append((match[1], weight))
-    return found
+        weighted.append((match[1], weight))
+    return weighted
 
 
 def quotas(weights: Sequence[float]) -> np.ndarray:

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from k2jax.data import readers
-from k2jax.data.readers import Share, Value
+from k2jax.data.readers import Share
 from k2jax.data.sources import Source
+from k2jax.data.tally import Tally
+from k2jax.data.values import Value
 
 PART_BYTES = (4 << 20, 512 << 20)  # of text: the least and the most that one part takes
 PARTS = 256  # and how many there are in between
 SHARES = 8  # of a file that every process must read from its beginning
 # Text in a file over the file's own size, where it is compressed; for sizes and time left only.
-UNPACKED = {".gz": 4, ".zst": 4, ".parquet": 3}
+UNPACKED = {".gz": 4, ".zst": 4, ".xz": 5, ".bz2": 5, ".parquet": 3}
 
 
 class Piece(NamedTuple):
@@ -34,10 +36,13 @@ class Part(NamedTuple):
         """About how many bytes of text."""
         return sum(piece.size for piece in self.pieces)
 
-    def values(self, source: Source) -> Iterator[tuple[Path, str, Value]]:
-        """File, name and value of each document."""
+    def values(
+        self, source: Source, tally: Tally | None = None
+    ) -> Iterator[tuple[Path, str, Value]]:
+        """File, name and value of each document; `tally` counts what is empty or replaced."""
         for file, share, _ in self.pieces:
-            yield from ((file, name, value) for name, value in source.records(file, share))
+            records = source.records(file, share, tally)
+            yield from ((file, name, value) for name, value in records)
 
 
 def text_bytes(file: Path) -> int:
@@ -68,6 +73,8 @@ def cut(source: Source) -> list[Part]:
 
 
 def _shares(source: Source, file: Path, wanted: int) -> int:
-    if readers.kind(file) not in readers.READERS and file != source.root:
+    if file != source.root and not readers.has_records(file):
         return 1  # a file of a folder is one document
+    if readers.is_whole(file):
+        return 1
     return max(wanted if readers.is_sought(file) else min(wanted, SHARES), 1)

@@ -1,35 +1,29 @@
-"""Records of one file, whole or a share of it: lines, Parquet and Arrow rows, ArrayRecord entries.
+"""Records of one file, whole or a share of it: lines, rows, entries, or stretches of a text.
 
 Several processes may read one file, each its share. JSON lines, Parquet and ArrayRecord are sought
 into; what can only be read from its beginning (compressed files, lone text, Arrow streams) every
 process reads, and takes every n-th stretch of. A record's place does not depend on the shares.
 """
 
-import contextlib
-import gzip
-import importlib
+import csv
 import io
 import json
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from k2jax.config import ConfigError, one_line
+from k2jax.data import kinds, tables
+from k2jax.data.kinds import Form, form_of
+from k2jax.data.optional import import_optional
+from k2jax.data.tally import Tally
+from k2jax.data.values import FIELD, Value, is_record, to_value
 
-TEXT = (".txt", ".text", ".md", ".rst", ".py")
-PACKED = (".gz", ".zst")
 BLOCK = 16_384  # characters: a lone text file becomes documents of about this size
 RECORDS = 1_024  # ArrayRecord entries read at once
+RULES = 2  # of what is read and how; changes when the same files give other documents
 STRETCH = 64  # records in a row that one process takes of what every process reads
-
-
-class Chat(NamedTuple):
-    """A conversation, as `k2jax.text.messages` describes it."""
-
-    messages: Any
-    tools: Any
 
 
 class Share(NamedTuple):
@@ -48,93 +42,103 @@ class Share(NamedTuple):
 
 
 WHOLE = Share()
-Value = str | Chat
 Records = Iterator[tuple[int, Value]]
 
 
-def kind(file: Path) -> str:
-    """The suffix that says how a file is read, without that of its compression; "": no data."""
-    name = file.with_suffix("") if file.suffix.lower() in PACKED else file
-    suffix = name.suffix.lower()
-    if suffix == ".json" and name != file:
-        return ".jsonl"  # as the C4 corpus calls its lines
-    packable = (*TEXT, ".jsonl")
-    return suffix if suffix in (packable if name != file else KINDS) else ""
+class _Job(NamedTuple):
+    """What a reader is to read, and how."""
+
+    file: Path
+    form: Form
+    field: str
+    share: Share
+    tally: Tally
 
 
 def is_sought(file: Path) -> bool:
     """Whether a share is read without reading the rest of the file."""
-    sought = (".jsonl", ".parquet", ".arrayrecord", ".array_record")
-    return kind(file) in sought and file.suffix.lower() not in PACKED
+    form = form_of(file)
+    return form.kind in kinds.SOUGHT and not form.packing
 
 
-def read(file: Path, field: str = "text", share: Share = WHOLE) -> Records:
+def is_whole(file: Path) -> bool:
+    """Whether a file is read at once whatever the share: a JSON array."""
+    form = form_of(file)
+    return form.kind == ".json" and kinds.is_array(file, form.packing)
+
+
+def has_records(file: Path) -> bool:
+    """Whether a file is made of records; else it is a text."""
+    return form_of(file).kind in READERS
+
+
+def describe_place(file: Path, place: int) -> str:
+    """What the record at `place` is called in messages."""
+    return f"line {place + 1}" if form_of(file).kind in kinds.LINES else f"record {place}"
+
+
+def read(
+    file: Path, field: str = FIELD, share: Share = WHOLE, tally: Tally | None = None
+) -> Records:
     """Records with their places in the file: texts, or conversations where there are `messages`.
 
     Raises:
-        ConfigError: the file is damaged or cut short, or a record has none of them.
+        ConfigError: the file is damaged, cut short or of another kind, or a record is neither.
     """
-    with _explained(file):
-        yield from READERS[kind(file)](file, field, share)
+    with kinds.explain(file):
+        job = _Job(file, form_of(file), field, share, tally or Tally())
+        kinds.refuse_pointer(file)
+        yield from READERS[job.form.kind](job)
 
 
-def blocks(file: Path, share: Share = WHOLE) -> Iterator[tuple[int, str]]:
+def read_blocks(
+    file: Path, share: Share = WHOLE, tally: Tally | None = None
+) -> Iterator[tuple[int, str]]:
     """Stretches of a text of about BLOCK characters, each to the end of a line."""
-    with (
-        _explained(file),
-        _unpacked(file) as raw,
-        io.TextIOWrapper(raw, encoding="utf-8", errors="replace", newline="") as lines,
-    ):
+    tally = tally or Tally()
+    kinds.refuse_pointer(file)
+    with kinds.explain(file), _open_text(file, form_of(file).packing) as lines:
         place = 0
         while text := lines.read(BLOCK):
             # To the end of the line, unless that is far away.
             text += lines.readline(BLOCK)
             if share.has(place):
-                yield place, text
+                yield place, tally.mend(text, str(file))
             place += 1
 
 
-def whole_text(file: Path) -> str:
+def read_text(file: Path, tally: Tally | None = None) -> str:
     """A text file as one document."""
-    with _explained(file), _unpacked(file) as raw:
-        return raw.read().decode("utf-8", errors="replace")
+    with kinds.explain(file), kinds.unpack(file, form_of(file).packing) as raw:
+        content = raw.read()
+        if content.startswith(kinds.LFS):
+            kinds.refuse_pointer(file)
+        kinds.check_text(content[: kinds.HEAD], file)
+        return (tally or Tally()).decode(content.removeprefix(kinds.MARK), str(file))
 
 
-@contextlib.contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{file} is damaged or cut short: {one_line(error)}") from None
-    except (OSError, ValueError, RuntimeError, IndexError) as error:
-        if getattr(error, "filename", None):
-            raise  # the system's: no such file, no permission
-        noun = _NOUNS.get(kind(file), f"readable {file.suffix}")
-        raise ConfigError(f"{file} is no {noun} file, or damaged: {one_line(error)}") from None
+def _open_text(file: Path, packing: str) -> io.TextIOWrapper:
+    """A text from behind its mark on; bytes that are no UTF-8 are for `Tally.mend`."""
+    kinds.check_text(kinds.read_head(file, packing), file)
+    raw = kinds.unpack(file, packing)
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _unpacked(file: Path) -> IO[bytes]:
-    if file.suffix.lower() == ".gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if file.suffix.lower() == ".zst":
-        arrow = module("pyarrow", "pip install 'k2jax[parquet]'")
-        return io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(str(file)), "zstd"))
-    return file.open("rb")
-
-
-def _lines(file: Path, share: Share) -> Iterator[tuple[int, bytes]]:
+def _read_lines(job: _Job) -> Iterator[tuple[int, bytes]]:
     """Lines of a share with their numbers from 0; a line belongs to where it begins."""
-    with _unpacked(file) as lines:
-        if not is_sought(file):
-            yield from ((i, line) for i, line in enumerate(lines) if share.has(i))
+    file, share = job.file, job.share
+    kinds.check_text(kinds.read_head(file, job.form.packing), file)
+    with kinds.unpack(file, job.form.packing) as lines:
+        if job.form.kind not in kinds.SOUGHT or job.form.packing:
+            for number, line in enumerate(lines):
+                if share.has(number):
+                    yield number, line if number else line.removeprefix(kinds.MARK)
             return
         begin, end = share.of_range(file.stat().st_size)
         number = _seek_line(lines, begin) if begin else 0
         at = lines.tell()
         while at < end and (line := lines.readline()):
-            yield number, line
+            yield number, line if number else line.removeprefix(kinds.MARK)
             at, number = at + len(line), number + 1
 
 
@@ -146,122 +150,111 @@ def _seek_line(lines: IO[bytes], begin: int) -> int:
     return number + lines.readline().endswith(b"\n")
 
 
-def _read_jsonl(file: Path, field: str, share: Share) -> Records:
-    for number, line in _lines(file, share):
+def _read_jsonl(job: _Job) -> Records:
+    for number, line in _read_lines(job):
         if not line.strip():
             continue
-        where = f"{file} line {number + 1}"
-        try:
-            record = json.loads(line.decode("utf-8", errors="replace"))
-        except (ValueError, RecursionError) as error:
-            said = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
-            raise ConfigError(f"{where} is not JSON: {said}") from None
-        yield number, _value(record, field, where)
+        where = f"{job.file} line {number + 1}"
+        yield number, _parse(line, where, job)
 
 
-def _value(record: Any, field: str, where: str) -> Value:
-    fields = record if isinstance(record, Mapping) else {}
-    if isinstance(fields.get("messages"), list):
-        return Chat(fields["messages"], fields.get("tools") or [])
-    if isinstance(fields.get(field), str):
-        return fields[field]
-    found = ", ".join(fields) if fields else type(record).__name__
-    raise ConfigError(f'{where} has no field "{field}" or "messages"; it has: {found}')
+def _parse(content: bytes, where: str, job: _Job) -> Value:
+    try:
+        record = json.loads(job.tally.decode(content, where))
+        record = job.tally.mend_record(record, content, where)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
+        raise ConfigError(f"{where} is not JSON: {reason}") from None
+    return to_value(record, job.field, where)
 
 
-def _columns(names: list[str], field: str, file: Path) -> list[str]:
-    if "messages" in names:
-        return [name for name in ("messages", "tools") if name in names]
-    if field not in names:
-        raise ConfigError(
-            f'{file} has no column "{field}" or "messages"; it has: {", ".join(names)}'
-        )
-    return [field]
+def _read_json(job: _Job) -> Records:
+    """A file that is an array of records, one record, or lines of them."""
+    file, packing = job.file, job.form.packing
+    kinds.check_text(kinds.read_head(file, packing), file)
+    if not kinds.is_array(file, packing) and not _is_one_object(file, packing):
+        yield from _read_jsonl(job)
+        return
+    with kinds.unpack(file, packing) as raw:
+        content = raw.read().removeprefix(kinds.MARK)
+    try:
+        records = json.loads(job.tally.decode(content, str(file)))
+        records = job.tally.mend_record(records, content, str(file))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is not JSON: {one_line(error)}") from None
+    alone = not isinstance(records, list)
+    for place, record in enumerate([records] if alone else records):
+        if job.share.has(place):
+            where = str(file) if alone else f"{file} record {place}"
+            yield place, to_value(record, job.field, where)
 
 
-def _rows(batch: Any, columns: list[str], file: Path, place: int) -> Records:
-    """Rows of an Arrow batch. An empty cell keeps its place, so that names do not move."""
-    for i, cells in enumerate(zip(*(batch[name].to_pylist() for name in columns), strict=True)):
-        if cells[0] is None:
-            yield place + i, ""
-        elif columns[0] == "messages":
-            yield place + i, Chat(cells[0], cells[-1] or [] if len(cells) > 1 else [])
-        else:
-            yield place + i, _as_text(cells[0])
+def _is_one_object(file: Path, packing: str) -> bool:
+    """Whether a JSON file is an object over several lines."""
+    with kinds.unpack(file, packing) as lines:
+        for line in lines:
+            if content := line.removeprefix(kinds.MARK).strip():
+                try:
+                    return not isinstance(json.loads(content), dict)
+                except (ValueError, RecursionError):
+                    return True
+    return False
 
 
-def _read_parquet(file: Path, field: str, share: Share) -> Records:
-    parquet = module("pyarrow.parquet", "pip install 'k2jax[parquet]'")
-    table = parquet.ParquetFile(file)
-    columns = _columns(table.schema_arrow.names, field, file)
-    place = 0
-    for group in range(table.num_row_groups):
-        count = table.metadata.row_group(group).num_rows
-        if group % share.of == share.number:
-            at = place
-            for batch in table.iter_batches(1_024, row_groups=[group], columns=columns):
-                yield from _rows(batch, columns, file, at)
-                at += batch.num_rows
-        place += count
+def _read_cells(job: _Job) -> Records:
+    """Rows of a CSV or TSV file, whose first line names the columns."""
+    csv.field_size_limit(sys.maxsize)
+    with _open_text(job.file, job.form.packing) as lines:
+        rows = csv.reader(lines, kinds.dialect(job.form.kind), strict=True)
+        names = next(rows, [])
+        if job.field not in names:
+            raise ConfigError(
+                f'{job.file} has no column "{job.field}" in its first line, which has:'
+                f" {', '.join(names) or 'nothing'}"
+            )
+        column = names.index(job.field)
+        for place, row in enumerate(row for row in rows if row):
+            where = f"{job.file} line {rows.line_num}"
+            if len(row) != len(names):
+                raise ConfigError(f"{where} has {len(row)} cells, the first line {len(names)}")
+            if job.share.has(place):
+                yield place, job.tally.mend(row[column], where)
 
 
-def _read_arrow(file: Path, field: str, share: Share) -> Records:
-    arrow = module("pyarrow", "pip install 'k2jax[parquet]'")
-    importlib.import_module("pyarrow.ipc")
-    with arrow.memory_map(str(file)) as source:
-        try:
-            batches: Any = arrow.ipc.open_stream(source)  # what the datasets package saves
-        except arrow.ArrowInvalid:
-            table = arrow.ipc.open_file(source)
-            batches = (table.get_batch(i) for i in range(table.num_record_batches))
-        place = 0
-        for number, batch in enumerate(batches):
-            if number % share.of == share.number:
-                yield from _rows(batch, _columns(batch.schema.names, field, file), file, place)
-            place += batch.num_rows
-
-
-def _read_array_record(file: Path, field: str, share: Share) -> Records:
-    array_record = module(
+def _read_array_record(job: _Job) -> Records:
+    """Entries: texts, or JSON records where the first one is one."""
+    array_record = import_optional(
         "array_record.python.array_record_module", "pip install 'k2jax[arrayrecord]'"
     )
-    reader = array_record.ArrayRecordReader(str(file))
+    reader = array_record.ArrayRecordReader(str(job.file))
     total = reader.num_records()
     if not total:  # also what the reader says of a file of another format
         raise ValueError("it has no records")
-    begin, end = share.of_range(total)
+    first = reader.read(0, min(RECORDS, total))
+    kinds.check_text(b"".join(first)[: kinds.HEAD], job.file)
+    as_json = _holds_record(first[0], job.field)
+    begin, end = job.share.of_range(total)
     for start in range(begin, end, RECORDS):
-        records = reader.read(start, min(start + RECORDS, end))
-        yield from ((start + i, _as_text(record)) for i, record in enumerate(records))
+        for place, entry in enumerate(reader.read(start, min(start + RECORDS, end)), start):
+            where = f"{job.file} record {place}"
+            yield place, _parse(entry, where, job) if as_json else job.tally.decode(entry, where)
 
 
-def _as_text(value: Any) -> str:
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
-
-
-def module(name: str, remedy: str) -> ModuleType:
-    """An optional package.
-
-    Raises:
-        ConfigError: it is not installed; the message says how to.
-    """
+def _holds_record(entry: bytes, field: str) -> bool:
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise ConfigError(f"this data needs the package {package}: {remedy}") from None
+        return is_record(json.loads(entry), field)
+    except (ValueError, RecursionError):
+        return False
 
 
-# Called with a file, a field and a share; each yields records in order.
-READERS: dict[str, Callable[[Path, str, Share], Records]] = {
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
-    ".arrayrecord": _read_array_record,
-    ".array_record": _read_array_record,
+# Each yields records in order.
+READERS: dict[str, Callable[[_Job], Records]] = {
+    **dict.fromkeys(kinds.LINES, _read_jsonl),
+    ".json": _read_json,
+    **dict.fromkeys(kinds.CELLS, _read_cells),
+    ".parquet": lambda job: tables.read_parquet(job.file, job.field, job.share, job.tally),
+    **dict.fromkeys(
+        kinds.ARROW, lambda job: tables.read_arrow(job.file, job.field, job.share, job.tally)
+    ),
+    **dict.fromkeys(kinds.ARRAY_RECORD, _read_array_record),
 }
-KINDS = (*TEXT, *READERS)
-_NOUNS = {
-    ".parquet": "Parquet", ".arrow": "Arrow", ".arrayrecord": "ArrayRecord",
-    ".array_record": "ArrayRecord",
-}  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from k2jax.config import ConfigError, one_line
-from k2jax.data.readers import module
+from k2jax.data.optional import import_optional
 from k2jax.data.store import Store
 from k2jax.data.stream import ID, PADDING, UNSCORED
 from k2jax.runtime.files import rename_durably
@@ -95,10 +95,10 @@ class Shards:
         self.whole = whole
         self.paths = [folder / shard.file for shard in shards]
         for path, shard in zip(self.paths, shards, strict=True):
-            found = path.stat().st_size if path.is_file() else None
-            if found != shard.size:
-                said = "is missing" if found is None else f"has {found} bytes"
-                raise ConfigError(f"{path} {said}; {shard.size} were written: make {folder} anew")
+            size = path.stat().st_size if path.is_file() else None
+            if size != shard.size:
+                state = "is missing" if size is None else f"has {size} bytes"
+                raise ConfigError(f"{path} {state}; {shard.size} were written: make {folder} anew")
         self.starts = np.cumsum([0] + [shard.tokens for shard in shards])
         self._readers: OrderedDict[int, Any] = OrderedDict()
 
@@ -114,7 +114,7 @@ class Shards:
         Raises:
             ConfigError: a file of lengths is missing or damaged.
         """
-        found = [np.zeros(1, np.int64)]
+        all_lengths = [np.zeros(1, np.int64)]
         for path, tokens in zip(self.paths, np.diff(self.starts), strict=True):
             file = lengths_of(path)
             try:
@@ -123,8 +123,8 @@ class Shards:
                 raise ConfigError(f"{file} is missing or damaged: {one_line(error)}") from None
             if lengths.sum(dtype=np.int64) != tokens:
                 raise ConfigError(f"{file} does not add up to the {tokens} tokens of {path.name}")
-            found.append(lengths.astype(np.int64))
-        return np.cumsum(np.concatenate(found))
+            all_lengths.append(lengths.astype(np.int64))
+        return np.cumsum(np.concatenate(all_lengths))
 
     def cut(self, begin: np.ndarray, length: int) -> np.ndarray:
         """Stretches of the stream; see `k2jax.data.stream.Stream`.
@@ -163,16 +163,16 @@ class Shards:
         """Where words first..first + length are: place in the row, file, record, from, to."""
         place, stop = max(first, 0), min(first + length, self.size)
         shard = int(np.searchsorted(self.starts, place, side="right")) - 1
-        found = []
+        pieces = []
         while place < stop:
             if place >= self.starts[shard + 1]:
                 shard += 1
                 continue
             record, low = divmod(place - int(self.starts[shard]), RECORD)
             end = min(stop, int(self.starts[shard + 1]), place - low + RECORD)
-            found.append((place - first, shard, record, low, low + end - place))
+            pieces.append((place - first, shard, record, low, low + end - place))
             place = end
-        return found
+        return pieces
 
     def _read(self, shard: int, records: list[int]) -> list[bytes]:
         try:
@@ -198,4 +198,6 @@ def array_record() -> Any:
     Raises:
         ConfigError: it is not installed.
     """
-    return module("array_record.python.array_record_module", "pip install 'k2jax[arrayrecord]'")
+    return import_optional(
+        "array_record.python.array_record_module", "pip install 'k2jax[arrayrecord]'"
+    )

@@ -59,13 +59,14 @@ class Manifest:
     """What a folder holds.
 
     Attributes:
-        plan: `source` as it was given, `files` (name, bytes, time of the last change in ns),
+        plan: `source` as it was named, `files` (name, bytes, time of the last change in ns),
             `field`, `tokenizer` (sha256 of its model file, or what it was trained for) and
             `template` (sha256 of the chat template's files, or "").
         tokenizer: sha256 of `tiktoken.model`.
         vocab: its tokens.
         train: documents to learn from.
         heldout: documents to score.
+        tally: what reading the source replaced and passed over, as `Tally` has it.
     """
 
     plan: dict[str, Any]
@@ -73,6 +74,7 @@ class Manifest:
     vocab: int
     train: Split
     heldout: Split
+    tally: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The content of `tokens.json`."""
@@ -87,8 +89,8 @@ class Manifest:
         """
         try:
             fields = json.loads((folder / TOKENS).read_text())
-            if (found := fields.pop("format")) != FORMAT:
-                raise ConfigError(f"{folder} has format {found}, this version reads {FORMAT}")
+            if (version := fields.pop("format")) != FORMAT:
+                raise ConfigError(f"{folder} has format {version}, this version reads {FORMAT}")
             fields |= {side: Split.from_json(fields[side]) for side in ("train", "heldout")}
             return cls(**fields)
         except ConfigError:

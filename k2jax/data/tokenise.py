@@ -23,11 +23,13 @@ from k2jax.data import parts, pool
 from k2jax.data.dataset import TRAIN_CHARACTERS
 from k2jax.data.parts import Part
 from k2jax.data.pool import Counters
-from k2jax.data.readers import Chat, Value, kind
+from k2jax.data.readers import describe_place
 from k2jax.data.shards import SUFFIX, ShardWriter, array_record
 from k2jax.data.sources import HELD_OUT_ONE_IN, TOKENS, WORK, Source, find, held_out
 from k2jax.data.stream import ID, UNSCORED, document
+from k2jax.data.tally import Tally
 from k2jax.data.token_folder import Manifest, Split
+from k2jax.data.values import FIELD, Chat, Value
 from k2jax.runtime.files import hold_lock, write_atomic
 from k2jax.text.jinja_template import TEMPLATE
 from k2jax.text.kimi_tokenizer import CONFIG, FILE, Tokenizer
@@ -52,7 +54,7 @@ def tokenise(
     *,
     tokenizer: str = "",
     vocab: int = 0,
-    field: str = "text",
+    field: str = FIELD,
     workers: int = 0,
     watch: Watch = lambda documents, size, share: None,
 ) -> Manifest:
@@ -63,30 +65,35 @@ def tokenise(
         folder: new, empty, or left by the same call.
         tokenizer: a `tiktoken.model` file, or a folder with one and maybe a chat template.
         vocab: instead of `tokenizer`: train one of that many tokens on the source.
-        field: of JSON lines, Parquet and Arrow files, that has the text.
+        field: of JSON records, column of tables, that has the text.
         workers: processes; 0: one for every core. The result does not depend on it.
         watch: called now and then.
 
     Raises:
-        ConfigError: nothing to read, a damaged file or record, other content in `folder`.
+        ConfigError: nothing to read, nothing to learn, a damaged file or record, other content in
+            `folder`.
     """
     if bool(tokenizer) == bool(vocab):
         raise ConfigError("give --tokenizer FILE or --train-tokenizer VOCAB, one of them")
-    found = _without(find(source, field), Path(folder))
-    given = Tokenizer.load(tokenizer) if tokenizer else None
+    text = _without(find(source, field), Path(folder))
+    loaded = _load_tokenizer(tokenizer) if tokenizer else None
     array_record()  # is it there?
     folder = Path(folder)
     with _locked(folder):
-        plan = _plan(found, tokenizer, given, vocab)
+        plan = _plan(text, tokenizer, loaded, vocab)
         if (folder / TOKENS).is_file():
             return _finished(folder, plan)
         _prepare(folder, plan)
-        job = Job(found, folder, parts.cut(found))
-        _keep_tokenizer(job, tokenizer, given, vocab)
+        job = Job(text, folder, parts.cut(text))
+        _keep_tokenizer(job, tokenizer, loaded, vocab)
         missing = [n for n in range(len(job.parts)) if not job.facts(n).is_file()]
         expected = sum(job.parts[n].size for n in missing)
-        seen = lambda c: watch(c.documents, c.bytes, c.bytes / max(expected, c.bytes, 1))
-        pool.run(job, missing, workers, seen)
+
+        def report(counters: Counters) -> None:
+            done = counters.bytes
+            watch(counters.documents, done, done / max(expected, done, 1))
+
+        pool.run(job, missing, workers, report)
         return _finish(job, plan)
 
 
@@ -124,22 +131,25 @@ class Job:
         tokenizer, lengths = self.tools
         files = {s: ShardWriter(self.folder / f"{s}-{number:05d}{SUFFIX}") for s in SIDES}
         totals = dict.fromkeys(SIDES, np.zeros(5, np.int64))
-        first = number == 0
-        for file, name, value in self.parts[number].values(self.source):
+        first, tally = number == 0, Tally()
+        for file, name, value in self.parts[number].values(self.source, tally):
             words = _encode(tokenizer, value, file, name)
             side, first = self.side(name, first), False
             files[side].add(words)
             sizes = lengths[words & ID]
             scored = words < UNSCORED
+            tally.untaught += not scored.any()
             chat = isinstance(value, Chat)
             totals[side] = totals[side] + (1, chat, len(words), scored.sum(), sizes[scored].sum())
             counters.add(1, int(sizes.sum()))
             if counters.stopped:
                 return
-        self._close(number, files, totals)
+        self._close(number, files, totals, tally)
 
-    def _close(self, number: int, files: dict[str, ShardWriter], totals: dict[str, Any]) -> None:
-        splits = {}
+    def _close(
+        self, number: int, files: dict[str, ShardWriter], totals: dict[str, Any], tally: Tally
+    ) -> None:
+        splits: dict[str, Any] = {"tally": dataclasses.asdict(tally)}
         for side, file in files.items():
             shard = file.close()
             shards = (shard,) if shard else ()
@@ -149,10 +159,16 @@ class Job:
         write_atomic(self.facts(number), json.dumps(splits), durable=True)
 
 
+def _load_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer at `path`; a folder's chat template is compiled, to see that it can be."""
+    tokenizer = open_tokenizer(path) if Path(path, FILE).is_file() else None
+    return tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(path)
+
+
 def _without(source: Source, folder: Path) -> Source:
     """The source without what was written into a folder inside of it."""
-    inside = os.path.abspath(folder) + os.sep
-    files = [file for file in source.files if not os.path.abspath(file).startswith(inside)]
+    inside = os.path.realpath(folder) + os.sep
+    files = [file for file in source.files if not os.path.realpath(file).startswith(inside)]
     return dataclasses.replace(source, files=tuple(files))
 
 
@@ -162,14 +178,13 @@ def _encode(tokenizer: Tokenizer, value: Value, file: Path, name: str) -> np.nda
         return document(np.concatenate(([tokenizer.bos], text, [tokenizer.eos])))
     try:
         ids, learned = encode_supervised(tokenizer, value.messages, value.tools)
-    except ConfigError as error:
-        place = int(name.rpartition(":")[2])
-        where = f"line {place + 1}" if kind(file) == ".jsonl" else f"record {place}"
+    except (ConfigError, RecursionError) as error:
+        where = describe_place(file, int(name.rpartition(":")[2]))
         raise ConfigError(f"{file} {where}: {error}") from None
     return document(ids, ~learned)
 
 
-def _plan(source: Source, path: str, given: Tokenizer | None, vocab: int) -> dict[str, Any]:
+def _plan(source: Source, path: str, loaded: Tokenizer | None, vocab: int) -> dict[str, Any]:
     """All that the tokens depend on."""
     stats = [(source.name(file), file.stat()) for file in source.files]
     files = [Path(path) / name for name in TEMPLATE_FILES if (Path(path) / name).is_file()]
@@ -178,7 +193,7 @@ def _plan(source: Source, path: str, given: Tokenizer | None, vocab: int) -> dic
         "source": source.title,
         "files": [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats],
         "field": source.field,
-        "tokenizer": given.digest() if given else f"trained on the source, vocab {vocab}",
+        "tokenizer": loaded.digest() if loaded else f"trained on the source, vocab {vocab}",
         "template": template if path and files else "",
     }
 
@@ -219,15 +234,15 @@ def _prepare(folder: Path, plan: dict[str, Any]) -> None:
     write_atomic(before, json.dumps(plan), durable=True)
 
 
-def _keep_tokenizer(job: Job, path: str, given: Tokenizer | None, vocab: int) -> None:
-    """Put the tokenizer into the folder, training it first where none was given."""
+def _keep_tokenizer(job: Job, path: str, loaded: Tokenizer | None, vocab: int) -> None:
+    """Put the tokenizer into the folder, training it first where none was loaded."""
     if (job.folder / FILE).is_file():
         return
     for name in TEMPLATE_FILES:
-        if given and (Path(path) / name).is_file():
+        if loaded and (Path(path) / name).is_file():
             shutil.copyfile(Path(path) / name, job.folder / name)
-    if given:
-        given.save(job.folder / FILE)
+    if loaded:
+        loaded.save(job.folder / FILE)
     else:
         train_tokenizer(_sample(job), vocab, job.folder / FILE)
 
@@ -258,18 +273,22 @@ def _texts(job: Job, part: Part, first: bool) -> Iterator[str]:
 
 def _finish(job: Job, plan: dict[str, Any]) -> Manifest:
     """Put the parts together: from here on the folder can be opened."""
-    sides = dict.fromkeys(SIDES, Split())
+    sides, tally = dict.fromkeys(SIDES, Split()), Tally()
     for number in range(len(job.parts)):
         facts = json.loads(job.facts(number).read_text())
         sides = {side: sides[side] + Split.from_json(facts[side]) for side in SIDES}
+        tally += Tally(**facts.get("tally", {}))
     if not all(split.documents for split in sides.values()):
         count = sum(split.documents for split in sides.values())
         raise ConfigError(
             f"{job.source.title} has {count} document(s) with text; training and held-out text"
             " need at least one each"
         )
+    if not sides["train"].scored:
+        raise ConfigError(f"{job.source.title} teaches nothing: no token of it is learned")
     tokenizer = Tokenizer.load(job.folder)
-    manifest = Manifest(plan, tokenizer.digest(), tokenizer.vocab, **sides)
+    counts = dataclasses.asdict(tally)
+    manifest = Manifest(plan, tokenizer.digest(), tokenizer.vocab, **sides, tally=counts)
     write_atomic(job.folder / TOKENS, manifest.to_json(), durable=True)
     shutil.rmtree(job.folder / WORK)
     return manifest

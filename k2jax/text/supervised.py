@@ -32,12 +32,13 @@ def encode_supervised(
         The ids, which `k2jax.text.kimi_template.encode` gives too, and bool [ids].
 
     Raises:
-        ConfigError: a message is malformed, or the template is not Kimi's.
+        ConfigError: a message is malformed, it has a thought and the template writes none, or the
+            template is not Kimi's.
     """
     if tokenizer.template is None:
         raise ConfigError("this tokenizer has no chat template; conversations need one")
     turns = renumber_calls(check_messages(messages))
-    answers = [turn for turn in turns if turn["role"] == "assistant"]
+    answers = [(i, turn) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     runs = list(_split_runs(tokenizer.template.parts(turns, tools, prompt=False)))
     written = sum(is_reply for _, is_reply in runs)
     if written != len(answers):
@@ -51,7 +52,7 @@ def encode_supervised(
     for run, is_reply in runs:
         run_ids = to_ids(tokenizer, run)
         ids += run_ids
-        learned += [is_reply and _is_learned(next(following), run)] * len(run_ids)
+        learned += [is_reply and _is_learned(*next(following), run)] * len(run_ids)
     return ids, np.array(learned, bool)
 
 
@@ -70,7 +71,14 @@ def _split_runs(parts: Sequence[Part]) -> Iterator[tuple[list[Part], bool]]:
         yield run, reply
 
 
-def _is_learned(turn: Mapping[str, Any], run: Sequence[Part]) -> bool:
+def _is_learned(place: int, turn: Mapping[str, Any], run: Sequence[Part]) -> bool:
+    if not turn.get("weight", 1):
+        return False
     thought = turn.get("reasoning_content", "")
     text = "".join(part.text for part in run)
-    return bool(turn.get("weight", 1)) and (thought in text or THINK.text not in text)
+    if thought not in text and THINK.text not in text:
+        raise ConfigError(
+            f"messages[{place}] has a thought, which this chat template never writes; take it out,"
+            " or name a tokenizer's folder with a template that does"
+        )
+    return thought in text

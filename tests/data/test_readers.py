@@ -5,8 +5,9 @@ import pytest
 
 from k2jax.config import ConfigError
 from k2jax.data import readers
-from k2jax.data.readers import WHOLE, Chat, Share
+from k2jax.data.readers import WHOLE, Share
 from k2jax.data.sources import Source, find
+from k2jax.data.values import Chat
 
 LINES = [{"text": f"text {i} \u4e8c" * (i % 7)} for i in range(300)]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -78,8 +79,8 @@ def test_shares_of_a_lone_text_are_its_blocks_once(tmp_path, monkeypatch, name):
     monkeypatch.setattr(readers, "STRETCH", 2)
     text = "".join(f"line {i} \u00e9\r\n" for i in range(500))
     file = pack(name, text.encode(), tmp_path)
-    assert "".join(dict(readers.blocks(file)).values()) == text
-    parts = [dict(readers.blocks(file, Share(i, 3))) for i in range(3)]
+    assert "".join(dict(readers.read_blocks(file)).values()) == text
+    parts = [dict(readers.read_blocks(file, Share(i, 3))) for i in range(3)]
     together = {place: block for part in parts for place, block in part.items()}
     assert "".join(together[i] for i in range(len(together))) == text
     assert sum(map(len, parts)) == len(together) > 50

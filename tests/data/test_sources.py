@@ -132,6 +132,8 @@ def test_missing_and_empty_data_are_named(tmp_path):
     assert error_of(tmp_path) == f"data at {tmp_path} is empty"
     (tmp_path / "corpus.txt").unlink()
     assert "has no data files; it may hold .txt" in error_of(tmp_path)
+    (tmp_path / "program.js").write_text("x")
+    assert "1 not read: 1 .js (program.js)" in error_of(tmp_path)
 
 
 def test_records_without_text_are_named(tmp_path):

@@ -212,7 +212,7 @@ BYTES = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)
         (b"\n\n", "tokenizer .* is empty"),
         (BYTES + b"hello\n", "line 257: expected 'base64 rank', found b'hello'"),
         (BYTES + b"YWI= x\n", "line 257: expected 'base64 rank'"),
-        (b"version https://git-lfs\noid sha256:1\n", "line 1: expected 'base64 rank'"),
+        (b"version https://git-lfs\noid sha256:1\n", "is a Git LFS pointer"),
         (BYTES + b"YWI= 300\n", "ranks must be 0..256, each once"),
         (BYTES.replace(b"QQ== 65\n", b"QUE= 65\n"), "lacks 1 of the 256 bytes, first 0x41"),
     ],

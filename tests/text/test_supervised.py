@@ -69,6 +69,13 @@ def test_a_turn_without_its_thought_is_not_learned(tokenizer):
     assert learned(tokenizer, running[:2]) == ""
 
 
+def test_a_thought_that_the_template_never_writes_is_refused(tokenizer):
+    talk = [TALK[1], {**TALK[4], "reasoning": "easy"}]
+    with pytest.raises(ConfigError, match=r"messages\[1\] has a thought, which this chat template"):
+        encode_supervised(tokenizer, talk)
+    assert learned(tokenizer, [talk[0], {**talk[1], "weight": 0}]) == ""
+
+
 def test_a_turn_of_weight_0_is_not_learned(tokenizer):
     talk = [{**turn, "weight": 0} if turn is TALK[4] else turn for turn in TALK]
     assert learned(tokenizer, talk) == LEARNED.replace("Two.<|im_end|>", "")
