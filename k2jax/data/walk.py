@@ -20,7 +20,7 @@ class LeftOut(NamedTuple):
     """Files, or folders, that are not read for one reason."""
 
     reason: str
-    count: int
+    number: int
     first: str
 
 
@@ -50,10 +50,11 @@ class Walk:
     def left_out(self) -> tuple[LeftOut, ...]:
         """The rest, the commonest reason first."""
         each = [LeftOut(why, len(names), names[0]) for why, names in self._left_out.items()]
-        return tuple(sorted(each, key=lambda left: -left.count))
+        return tuple(sorted(each, key=lambda left: -left.number))
 
     def _walk(self) -> Iterator[Path]:
-        above = {self._root: (os.path.realpath(self._root),)}  # of each folder: it and its parents
+        # Of each folder, it and its parents.
+        above: dict[Path, tuple[str, ...]] = {self._root: (os.path.realpath(self._root),)}
         for name, folders, files in os.walk(self._root, onerror=_refuse, followlinks=True):
             folder = Path(name)
             parents = above.pop(folder)
@@ -105,8 +106,8 @@ def describe(left_out: tuple[LeftOut, ...]) -> str:
     """One line on what is not read; "" where all is."""
     if not left_out:
         return ""
-    count = sum(left.count for left in left_out)
-    reasons = [f"{left.count:,} {left.reason} ({left.first})" for left in left_out]
+    count = sum(left.number for left in left_out)
+    reasons = [f"{left.number:,} {left.reason} ({left.first})" for left in left_out]
     return f"{count:,} not read: {', '.join(reasons)}"
 
 
