@@ -3,6 +3,9 @@
 import argparse
 import difflib
 import importlib
+import io
+import os
+import re
 import sys
 from typing import NoReturn
 
@@ -43,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         0: done; 2: the command line, a config or an input is wrong; 130: interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _print_any_text()
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
             raise ConfigError(f"no verb {argv[0]!r}; {nearest(argv[0], VERBS)}")
@@ -51,14 +55,31 @@ def main(argv: list[str] | None = None) -> int:
         args.settings = _read_settings(rest, args, options)
         return importlib.import_module(VERBS[args.verb][0]).main(args)
     except ConfigError as error:
-        sys.stderr.write(f"k2jax: {error}\n")
-        return 2
+        return _refuse(str(error))
     except KeyboardInterrupt:
         sys.stderr.write("k2jax: interrupted\n")
         return 130
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left; nothing to say
-        return 0
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stderr.close()  # the reader of our output left; nothing to say
+            return 0
+        if error.filename is None:
+            raise
+        return _refuse(f"cannot read or write {os.fsdecode(error.filename)}: {error.strerror}")
+
+
+def _refuse(mistake: str) -> int:
+    """Print a mistake in one line, whatever names are in it; the exit code."""
+    line = re.sub(r"[\x00-\x1f\x7f]", lambda control: repr(control[0])[1:-1], mistake)
+    sys.stderr.write(f"k2jax: {line}\n")
+    return 2
+
+
+def _print_any_text() -> None:
+    """Print what a terminal of another encoding has no character for as stderr does, escaped."""
+    stream = sys.stdout
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+        stream.reconfigure(errors="backslashreplace")
 
 
 def _build_parser(verb: str) -> tuple[argparse.ArgumentParser, list[str]]:

@@ -8,6 +8,7 @@ process reads, and takes every n-th stretch of. A record's place does not depend
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -226,7 +227,7 @@ def _read_array_record(job: _Job) -> Records:
     array_record = import_optional(
         "array_record.python.array_record_module", "pip install 'k2jax[arrayrecord]'"
     )
-    reader = array_record.ArrayRecordReader(str(job.file))
+    reader = array_record.ArrayRecordReader(os.fsencode(job.file))
     total = reader.num_records()
     if not total:  # also what the reader says of a file of another format
         raise ValueError("it has no records")

@@ -7,6 +7,7 @@ a file's documents are beside it (`.lengths.npy`, uint32), for those who need wh
 """
 
 import functools
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ class ShardWriter:
         """Begin the file under another name."""
         self.path, self.tokens = path, 0
         self._temporary = path.with_name(f".{path.name}")
-        self._writer = array_record().ArrayRecordWriter(str(self._temporary), _WRITE)
+        self._writer = array_record().ArrayRecordWriter(os.fsencode(self._temporary), _WRITE)
         self._waiting: list[np.ndarray] = []
         self._lengths: list[int] = []
         self._count = 0
@@ -177,7 +178,7 @@ class Shards:
     def _read(self, shard: int, records: list[int]) -> list[bytes]:
         try:
             if shard not in self._readers:
-                reader = array_record().ArrayRecordReader(str(self.paths[shard]), _READ)
+                reader = array_record().ArrayRecordReader(os.fsencode(self.paths[shard]), _READ)
                 self._readers[shard] = reader
                 if len(self._readers) > OPEN:
                     self._readers.popitem(last=False)[1].close()
