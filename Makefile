@@ -22,8 +22,8 @@ train: $(VENV)/installed  ## Install, train the small model on real text, print 
 test: $(VENV)/installed-dev  ## Install what tests need and run all but the slow ones.
 	$(RUN)/python -m pytest -q -m "not slow and not parity and not compiles"
 
-test-all: $(VENV)/installed-dev  ## The slow ones too.
-	$(RUN)/python -m pytest -q -m "not parity and not compiles"
+test-all: $(VENV)/installed-dev  ## The slow ones too, and an hour of drawn inputs.
+	K2JAX_FUZZ=80 $(RUN)/python -m pytest -q -m "not parity and not compiles"
 
 newest-python:
 	@echo $(NEWEST_PYTHON)

@@ -23,7 +23,7 @@ from k2jax.params.arrays import Params, bind
 
 
 class HeldOut(NamedTuple):
-    """Sums over scored tokens, of all processes together."""
+    """Sums over scored tokens, of all processes together; means over no tokens are 0."""
 
     nll: float  # nats
     tokens: float
@@ -32,12 +32,12 @@ class HeldOut(NamedTuple):
     @property
     def nats_per_token(self) -> float:
         """Mean negative log likelihood."""
-        return self.nll / self.tokens
+        return self.nll / max(self.tokens, 1.0)
 
     @property
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers, and with compressors."""
-        return self.nll / math.log(2) / self.bytes
+        return self.nll / math.log(2) / max(self.bytes, 1)
 
 
 Evaluate = Callable[[Batch], tuple[jax.Array, jax.Array]]  # `total_loss` of some weights

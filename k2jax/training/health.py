@@ -59,11 +59,15 @@ class Health:
         """Return the loss above which the next step is refused."""
         return self.threshold if self.config.on_spike == "skip" else math.inf
 
-    def judge(self, loss: float, skipped: bool) -> str:
-        """Take in a step: "", "spike" or "skipped" (refused, a spike or not finite).
+    def judge(self, loss: float, skipped: bool, targets: float = 1.0) -> str:
+        """Take in a step: "", "spike", "skipped" (refused, a spike or not finite) or "untaught".
 
-        The loss of a refused step is not taken into the window.
+        The loss of a refused step is not taken into the window. A batch without targets teaches
+        nothing; that is no fault of the run, however many come in a row.
         """
+        if not targets:
+            self.skipped += 1
+            return "untaught"
         sick = loss > self.threshold
         self.spikes += sick
         if skipped:

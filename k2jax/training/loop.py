@@ -320,12 +320,14 @@ class _Training:
     def _score(
         self, params: Any, data: Data, programs: Programs, limit: int = 0
     ) -> dict[str, float]:
-        """Score held-out rows; `limit` 0: all of them."""
+        """Score held-out rows, `limit` 0: all of them; nothing where they have no targets."""
         evaluate = wait_until_all_compiled(programs.start_evaluation(), "compiled evaluation")
         heldout = heldout_loss(
             functools.partial(evaluate, params), data.heldout, *self.program.micro_shape,
             data.tokenizer.byte_lengths(), limit=limit,
         )  # fmt: skip
+        if not heldout.tokens:
+            return {}
         return {
             "heldout_loss": heldout.nats_per_token,
             "heldout_bits_per_byte": heldout.bits_per_byte,
@@ -350,7 +352,9 @@ class _Training:
     ) -> None:
         """Score all held-out text and compare it with compressors, call `closing`, and plot."""
         score = self._score(model.params, data, programs)
-        if self.first:
+        if self.first and not score:
+            self.say("held out: no token is to be learned, so none is scored")
+        elif self.first:
             packed = compressors(data.heldout_texts())
             self.say(
                 f"held out: {score['heldout_bits_per_byte']:.4f} bits per byte,"

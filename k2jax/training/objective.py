@@ -13,6 +13,7 @@ clips attention heads and moves router biases; its `metrics` are the objective's
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from k2jax.config import RunConfig
 from k2jax.model import Aux, Batch, Dispatch, Kimi, Policy, hidden, losses, mtp
@@ -34,6 +35,7 @@ def language_model(run: RunConfig) -> Objective:
 
     def objective(params: Params, batch: Batch) -> tuple[jax.Array, Aux]:
         total = batch.weight.sum() if batch.total is None else batch.total
+        total = jnp.maximum(total, 1.0)  # a mean over no targets is 0
         w = bind(Kimi(cfg), params)
         x_BTD, aux = hidden(w, batch, cfg, policy)
         nll_BT = losses(w.head, x_BTD, batch.target, policy)

@@ -74,7 +74,7 @@ class Recovery:
 
     def count_applied(self, step: int, verdict: str) -> int:
         """Count the steps before `step` that moved the weights."""
-        return step - 1 - self.health.skipped + (verdict == "skipped")
+        return step - 1 - self.health.skipped + (verdict in ("skipped", "untaught"))
 
     def maybe_rewind(self, step: int, verdict: str, saver: Saver) -> int | None:
         """Prepare to go back before the spike of `step`; return the step to restore, or None.

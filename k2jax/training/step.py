@@ -43,10 +43,10 @@ def make_step(
 ) -> Step:
     """Make the function `step(state, batch, ceiling=inf) -> (state, metrics)`.
 
-    A step is refused if the loss, a gradient, a weight, an update or a logit is not finite, or the
-    loss above `ceiling`: weights, optimizer state and its counts then stay as they were, bit for
-    bit, and the metric `skipped` is 1. Old and new values are chosen between element by element, so
-    the state is never held twice.
+    A step is refused if the loss, a gradient, a weight, an update or a logit is not finite, the
+    loss above `ceiling`, or the batch without targets (metric `targets`): weights, optimizer state
+    and its counts then stay as they were, bit for bit, and the metric `skipped` is 1. Old and new
+    values are chosen between element by element, so the state is never held twice.
 
     Args:
         objective: what is minimised; see `k2jax.training.objective`.
@@ -72,11 +72,13 @@ def make_step(
         loss = aux.metrics["loss"]
         good = jnp.isfinite(loss) & (loss <= ceiling) & (aux.logit_max.max() < jnp.inf)
         good &= jnp.isfinite(grad_norm) & jnp.isfinite(update_norm)
+        targets = (batch.weight != 0).sum()
+        good &= targets > 0
         if not run.optim.weight_decay:  # else a weight's decay is part of its update
             good &= jnp.isfinite(_squares(trainable))
         new = State(optax.apply_updates(trainable | fixed, updates | moved), opt)
         norms = {"grad_norm": grad_norm, "update_norm": update_norm}
-        metrics = _measure(run, specs, aux, norms) | {"skipped": 1.0 - good}
+        metrics = _measure(run, specs, aux, norms) | {"skipped": 1.0 - good, "targets": targets}
         return _choose(good, new, state), metrics
 
     return step
