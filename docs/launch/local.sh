@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # N processes of one run on this machine, over loopback: bash docs/launch/local.sh N CONFIG [options]
+# VERB=evaluate or VERB=generate: VERB=evaluate bash docs/launch/local.sh 2 runs/tiny --mesh.data 2
 # Without GPUs the mesh's devices are emulated, an equal share in each process.
 # Only process 0 prints. A lost process ends the others (exit code 75), and all start again.
 set -u
@@ -16,7 +17,7 @@ trap stop INT TERM
 for ((try = 1; try <= tries; try++)); do
   pids=()
   for ((i = 0; i < processes; i++)); do
-    $command train "$@" --coordinator "127.0.0.1:$port" --processes "$processes" --process "$i" &
+    $command "${VERB:-train}" "$@" --coordinator "127.0.0.1:$port" --processes "$processes" --process "$i" &
     pids+=($!)
   done
   code=0

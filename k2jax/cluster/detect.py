@@ -84,4 +84,5 @@ def _detect() -> Place | None:
         )
     if processes is None or processes == 1:
         return None
+    assert coordinator is not None and process is not None, "jax knows all of it, or nothing"
     return Place(coordinator, processes, process, list(devices) if devices else None)

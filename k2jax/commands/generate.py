@@ -4,19 +4,25 @@ JAX is imported when there is something to compute, so that help and mistakes an
 """
 
 import argparse
+import dataclasses
+import hashlib
 import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from k2jax.config import ConfigError, nearest
+from k2jax.commands import loading
+from k2jax.config import ConfigError, MeshConfig, nearest
 from k2jax.text.unicode import replace_surrogates
+
+if TYPE_CHECKING:
+    from k2jax.text.interface import TokenizerLike
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `k2jax generate`."""
-    parser.add_argument("checkpoint", help="a run's folder, a checkpoint, or a published folder")
+    loading.add_arguments(parser)
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="repeat it for several"
     )
@@ -43,36 +49,59 @@ def main(args: argparse.Namespace) -> int:
     # Bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
     args.prompt = [replace_surrogates(prompt) for prompt in args.prompt]
     talks = conversations(args)
+    mesh = fold_context(loading.read_mesh(args))
 
-    from k2jax.inference.generate import generate
-    from k2jax.runtime import backend as startup
+    from k2jax.inference.generate import check_prompts, generate
+    from k2jax.model import Model
     from k2jax.text.kimi_template import encode
-    from k2jax.text.reply import parse
-    from k2jax.weights.source import load
 
-    startup.prepare()
-    model = load(args.checkpoint)
-    if model.tokenizer is None:
-        raise ConfigError(f"{args.checkpoint} has no tokenizer; k2jax.generate takes token ids")
-    prompts = [encode(model.tokenizer, *talk) for talk in talks] or args.prompt
-    began = time.perf_counter()
-    found = generate(model, prompts, args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    seconds = time.perf_counter() - began
-    texts = [model.tokenizer.decode(ids) for ids in found]
-    given = args.prompt or [args.messages]
-    if args.json:
-        samples = [
-            {"prompt": prompt, "text": text, "ids": ids}
-            for prompt, text, ids in zip(given, texts, found, strict=True)
-        ]
-        for sample, prompt in zip(samples if talks else [], prompts, strict=False):
-            sample["message"] = parse(model.tokenizer, sample["ids"], prompt).message()
-        sys.stdout.write(json.dumps({"samples": samples, "seconds": round(seconds, 3)}) + "\n")
-    else:
-        before = [""] * len(texts) if talks else given
-        shown = (prompt + text for prompt, text in zip(before, texts, strict=True))
-        sys.stdout.write("\n---\n".join(shown) + "\n")
+    with loading.opened(args, mesh) as (group, source):
+        tokenizer = source.tokenizer
+        if tokenizer is None:
+            raise ConfigError(f"{args.checkpoint} has no tokenizer; k2jax.generate takes token ids")
+        prompts = [encode(tokenizer, *talk) for talk in talks] or args.prompt
+        request = prompts, args.max_new_tokens, args.temperature, args.top_p
+        # Before the weights are read, which takes longest.
+        rows = check_prompts(Model(source.config, {}, tokenizer), *request)
+        group.require_equal("prompts", {"token ids": _digest(rows)})
+        model = source.load(args.dtype)
+        began = time.perf_counter()
+        new_ids = generate(model, *request, args.seed)
+        seconds = time.perf_counter() - began
+        if group.number == 0:
+            sys.stdout.write(render(args, tokenizer, prompts, new_ids, seconds) + "\n")
     return 0
+
+
+def fold_context(mesh: MeshConfig) -> MeshConfig:
+    """The same devices for decoding: a token a row leaves `context` nothing to split."""
+    return dataclasses.replace(mesh, data=mesh.data * mesh.context, context=1)
+
+
+def _digest(rows: list[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
+
+
+def render(
+    args: argparse.Namespace, tokenizer: "TokenizerLike", prompts: list[Any],
+    new_ids: list[list[int]], seconds: float,
+) -> str:  # fmt: skip
+    """What is printed: text, or one JSON object."""
+    from k2jax.text.reply import parse
+
+    texts = [tokenizer.decode(ids) for ids in new_ids]
+    asked = args.prompt or [args.messages]
+    replies = bool(args.chat or args.messages)
+    if not args.json:
+        before = [""] * len(texts) if replies else asked
+        return "\n---\n".join(prompt + text for prompt, text in zip(before, texts, strict=True))
+    samples: list[dict[str, Any]] = [
+        {"prompt": prompt, "text": text, "ids": ids}
+        for prompt, text, ids in zip(asked, texts, new_ids, strict=True)
+    ]
+    for sample, prompt in zip(samples if replies else [], prompts, strict=False):
+        sample["message"] = parse(tokenizer, sample["ids"], prompt).message()
+    return json.dumps({"samples": samples, "seconds": round(seconds, 3)})
 
 
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]]]

@@ -7,6 +7,7 @@ import numpy as np
 from k2jax.config import ConfigError
 from k2jax.inference import sampler as sample
 from k2jax.model import Model
+from k2jax.ops.moe.dispatch import choose_dispatch
 
 # Below it logits over the temperature may overflow float32; even near ties are decided far above.
 COLD = 1e-30
@@ -45,10 +46,22 @@ def generate(
         ConfigError: no or empty prompts, text without a tokenizer, an id or a setting out of
             range, or more tokens than the model's context.
     """
-    rows = prompt_ids(model, prompts)
+    rows = check_prompts(model, prompts, max_new_tokens, temperature, top_p)
     ends = stop_ids(model, stop)
-    check(model, rows, max_new_tokens, temperature, top_p)
     return _run(model, rows, ends, (max_new_tokens, temperature, top_p, seed))
+
+
+def check_prompts(
+    model: Model, prompts: Prompts, max_new_tokens: int, temperature: float, top_p: float
+) -> list[list[int]]:
+    """Token ids of every prompt, for which the rest can be computed; weights are not looked at.
+
+    Raises:
+        ConfigError: see `generate`.
+    """
+    rows = prompt_ids(model, prompts)
+    check(model, rows, max_new_tokens, temperature, top_p)
+    return rows
 
 
 def prompt_ids(model: Model, prompts: Prompts) -> list[list[int]]:
@@ -141,7 +154,7 @@ def _run(
 ) -> list[list[int]]:
     new, temperature, top_p, seed = settings
     kind = sample.GREEDY if temperature < COLD else sample.PLAIN if top_p == 1 else sample.NUCLEUS
-    with sample.decoding(model.params) as params:
+    with sample.decoding(model.params, model.config) as params:
         padded = [*rows, *[[0]] * (-len(rows) % sample.batch_ways())]
         token_BT = np.zeros((len(padded), bucket(max(map(len, padded)))), np.int32)
         for row, ids in zip(token_BT, padded, strict=True):
@@ -157,7 +170,8 @@ def _run(
             seed=np.uint32(seed % (1 << 32)),
         )
         found = sample.extend(
-            params, request, cfg=model.config, dtype=model.dtype, room=bucket(new), kind=kind
-        )
+            params, request, cfg=model.config, dtype=model.dtype, room=bucket(new), kind=kind,
+            dispatch=choose_dispatch(),
+        )  # fmt: skip
         found_BN = np.asarray(found)[: len(rows), :new]
     return [ids[ids != sample.STOPPED].tolist() for ids in found_BN]

@@ -5,6 +5,7 @@ only a new size, or another kind of choice, compiles anew.
 """
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k2jax.config import MESH_AXES, ModelConfig
+from k2jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig
 from k2jax.inference.decode import prefill, stacks, step
 from k2jax.model.projection import Policy
+from k2jax.ops.moe.dispatch import Dispatch
 from k2jax.params.arrays import Params, bind
-from k2jax.params.kimi import Kimi
-from k2jax.sharding import BATCH, meshless, reshard
+from k2jax.params.kimi import Kimi, declare_kimi
+from k2jax.sharding import BATCH, check_divisible, meshless, reshard, storage_spec
 
 GREEDY, PLAIN, NUCLEUS = "greedy", "plain", "nucleus"
 STOPPED = -1  # in the place of a row's stop token and of everything behind it
@@ -38,10 +40,11 @@ class Request(NamedTuple):
     seed: np.uint32 = np.uint32(0)
 
 
-@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "room", "kind"))
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype", "room", "kind", "dispatch"))
 def extend(
-    params: Params, request: Request, *, cfg: ModelConfig, dtype: str, room: int, kind: str
-) -> jax.Array:
+    params: Params, request: Request, *, cfg: ModelConfig, dtype: str, room: int, kind: str,
+    dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
+) -> jax.Array:  # fmt: skip
     """New tokens, int32 [batch, room]; STOPPED from where a row ended.
 
     Args:
@@ -51,6 +54,7 @@ def extend(
         dtype: to compute in.
         room: new tokens there is room for.
         kind: GREEDY, PLAIN (temperature) or NUCLEUS (temperature and top-p).
+        dispatch: how the prompts' tokens reach their experts. New ones, one a row, are gathered.
     """
     w, policy = bind(Kimi(cfg), params), Policy(dtype)
     token_BT = reshard(jnp.asarray(request.token_BT), "batch", "length")
@@ -73,7 +77,9 @@ def extend(
         y_BX, cache = step(w, layers, cache, reshard(token_B, "batch"), cfg, policy)
         return choose(y_BX, i, done_B, new_BN), cache
 
-    y_BX, cache = prefill(w, token_BT, length_B, cfg, length + room, policy)
+    y_BX, cache = prefill(
+        w, token_BT, length_B, cfg, length + room, dataclasses.replace(policy, dispatch=dispatch)
+    )
     new_BN = jnp.full((rows, room), STOPPED, jnp.int32)
     first = choose(y_BX, jnp.int32(0), jnp.zeros(rows, bool), new_BN)
     return jax.lax.while_loop(more, one, (first, cache))[0][3]
@@ -115,22 +121,41 @@ def batch_ways() -> int:
 
 
 @contextlib.contextmanager
-def decoding(params: Params) -> Iterator[Params]:
+def decoding(params: Params, cfg: ModelConfig) -> Iterator[Params]:
     """The weights on a mesh that can decode: one token a row leaves `context` nothing to split.
 
-    Devices along `context` become replicas. They hold the same weights, so nothing moves.
+    Devices along `context` join those along `data`, which split stored experts too, so nothing
+    moves; or they become replicas, where `data` times `context` does not divide the model.
     """
     mesh = None if meshless() else jax.sharding.get_mesh()
     if mesh is None or mesh.shape["context"] == 1:
         yield params
         return
-    shape = dict(mesh.shape)
-    shape["replica"] *= shape.pop("context")
-    devices = np.moveaxis(mesh.devices, MESH_AXES.index("context"), 1)
-    devices = devices.reshape([shape.get(axis, 1) for axis in MESH_AXES])
-    wide = jax.sharding.Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
+    specs = declare_kimi(cfg)
+    wide = _fold_context(mesh, "data")
+    try:
+        check_divisible(specs, MeshConfig(**wide.shape), cfg.context)
+    except ConfigError:
+        wide = _fold_context(mesh, "replica")
     with jax.set_mesh(wide):
-        yield {
-            name: jax.device_put(leaf, jax.NamedSharding(wide, jax.typeof(leaf).sharding.spec))
-            for name, leaf in params.items()
-        }
+        yield {name: _lay(leaf, storage_spec(specs[name].axes)) for name, leaf in params.items()}
+
+
+def _fold_context(mesh: jax.sharding.Mesh, axis: str) -> jax.sharding.Mesh:
+    """The same devices, those along `context` next to each other along `axis`."""
+    shape = dict(mesh.shape)
+    shape[axis] *= shape.pop("context")
+    at = MESH_AXES.index(axis) + 1
+    devices = np.moveaxis(mesh.devices, MESH_AXES.index("context"), at)
+    devices = devices.reshape([shape.get(name, 1) for name in MESH_AXES])
+    return jax.sharding.Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
+
+
+def _lay(leaf: jax.Array, spec: jax.P) -> jax.Array:
+    """An array on the mesh in use; where every device has its part already, nothing is copied."""
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+    here = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+    if here != layout.addressable_devices_indices_map(leaf.shape):
+        return jax.device_put(leaf, layout)
+    parts = [shard.data for shard in leaf.addressable_shards]
+    return jax.make_array_from_single_device_arrays(leaf.shape, layout, parts)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from k2jax import cli, configs
+from k2jax.commands.loading import read_mesh
 from k2jax.config import override, validate
 
 FOLDER = Path(__file__).parents[2] / "docs/launch"
@@ -46,6 +47,25 @@ def test_the_command_in_a_template_is_a_valid_run_on_its_devices(name):
     validate(run, settings)
     assert run.mesh.devices == DEVICES[name]
     assert args.out and run.data.path
+
+
+def test_the_slurm_template_scores_the_run_on_its_devices():
+    plain = text("slurm.sbatch").replace('"', "")
+    command = re.search(r"k2jax evaluate (.+?) \|\| ", plain).group(1)
+    words = shlex.split(re.sub(r"\$(\w+)", r"\1", command))
+    parser, _ = cli._build_parser("evaluate")
+    args, rest = parser.parse_known_args(["evaluate", *words])
+    assert not rest and read_mesh(args).devices == DEVICES["slurm.sbatch"]
+    assert args.checkpoint == re.search(r"--out (\S+)", plain).group(1).replace("$", "")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "generate"])
+def test_the_commands_of_the_guide_are_taken(verb):
+    guide = (FOLDER.parent / "clusters.md").read_text()
+    words = shlex.split(re.search(rf"srun k2jax ({verb} .+)", guide).group(1))
+    parser, _ = cli._build_parser(verb)
+    args, rest = parser.parse_known_args(words)
+    assert not rest and read_mesh(args).devices == 64
 
 
 def test_slurm_directives_exist_and_fit_the_mesh():

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import jax.extend
@@ -16,6 +17,7 @@ from k2jax.config import ConfigError, DataConfig, MeshConfig, ModelConfig, RunCo
 from k2jax.data.tokenise import tokenise
 from k2jax.evals import perplexity as evaluate
 from k2jax.model import Kimi, Model, forward
+from k2jax.ops.moe.dispatch import choose_dispatch
 from k2jax.params.arrays import initial
 from k2jax.params.declare import specs
 from k2jax.text.kimi_tokenizer import Tokenizer
@@ -68,10 +70,45 @@ def test_every_byte_and_eos_is_scored_once(model, scored):
     assert scored["perplexity"] == pytest.approx(math.exp(nll / tokens), rel=1e-5)
 
 
-def test_a_mesh_scores_the_same(scored):
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))):
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 2, "expert": 2, "model": 2},
+        {"expert": 4, "model": 2},
+        {"data": 2, "expert": 2, "context": 2},
+    ],
+)
+def test_a_mesh_scores_the_same(scored, axes):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(**axes))):
         found = evaluate.score(drawn(), TEXTS, rows=3, stride=8)  # 3 rows become 4
-    assert found["nats_per_token"] == pytest.approx(scored["nats_per_token"], abs=1e-5)
+    assert found["nats_per_token"] == pytest.approx(scored["nats_per_token"], abs=1e-6)
+    assert found["bytes"] == scored["bytes"] and found["tokens"] == scored["tokens"]
+
+
+def test_the_exchange_is_the_one_that_takes_less_memory():
+    kinds = {}
+    for devices in (1, 2, 4):
+        with sharding.use_abstract_mesh(MeshConfig(data=2, expert=devices)):
+            kinds[devices] = choose_dispatch().kind
+    assert kinds == {1: "allgather", 2: "allgather", 4: "alltoall"}
+    assert choose_dispatch().kind == "allgather"
+
+
+def test_a_mesh_that_does_not_divide_the_model_gets_one_line(model, monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be")
+    monkeypatch.setattr("k2jax.weights.source.open_source", lambda path: opened(model))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    words = ["folder", "--data", str(tmp_path / "a.txt")]
+    for mesh, message in (
+        (["--mesh.expert", "3"], "mesh expert=3 splits 'embed' .* would divide it"),
+        (["--mesh.data", "0"], "mesh.data is 0; it must be at least 1"),
+        (["--mesh.replica", "16"], "takes 16 devices, there are 8"),
+        (["--rows", "0"], "rows is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            command.main(parser.parse_args([*words, *mesh]))
+        assert "\n" not in str(error.value)
 
 
 def gathers(jaxpr) -> list[tuple[int, ...]]:
@@ -127,8 +164,15 @@ def test_all_of_a_file_is_scored_and_an_unknown_one_names_the_nearest(tmp_path):
         command.texts(str(tmp_path / "note.txt"))
 
 
+def opened(model: Model) -> types.SimpleNamespace:
+    """A source of this model."""
+    return types.SimpleNamespace(
+        config=model.config, tokenizer=model.tokenizer, load=lambda dtype: model
+    )
+
+
 def test_the_command_prints_text_or_json(model, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
+    monkeypatch.setattr("k2jax.weights.source.open_source", lambda path: opened(model))
     (tmp_path / "a.txt").write_text("to be or not to be")
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -149,7 +193,7 @@ def test_a_folder_of_tokens_is_scored_on_what_it_holds_out(model, monkeypatch, c
     (tmp_path / "a.jsonl").write_text('{"text": "held out"}\n{"text": "learned"}\n')
     words = (str(tmp_path / "a.jsonl"), tmp_path / "tokens")
     tokenise(*words, tokenizer=str(tmp_path / "tiktoken.model"), workers=1)
-    monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
+    monkeypatch.setattr("k2jax.weights.source.open_source", lambda path: opened(model))
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     given = parser.parse_args(["run", "--data", str(tmp_path / "tokens"), "--rows", "2", "--json"])
@@ -157,8 +201,7 @@ def test_a_folder_of_tokens_is_scored_on_what_it_holds_out(model, monkeypatch, c
     found = json.loads(capsys.readouterr().out)
     assert (found["bytes"], found["tokens"]) == (len("held out"), len("held out") + 1)
     other = Tokenizer({bytes([255 - i]): i for i in range(256)})
-    monkeypatch.setattr(
-        "k2jax.weights.source.load", lambda path: dataclasses.replace(model, tokenizer=other)
-    )
+    without = opened(dataclasses.replace(model, tokenizer=other))
+    monkeypatch.setattr("k2jax.weights.source.open_source", lambda path: without)
     with pytest.raises(ConfigError, match="made with another tokenizer than the model's"):
         command.main(given)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -107,11 +108,35 @@ def test_lengths_share_few_programs_and_waste_at_most_a_quarter():
     assert len({sampling.bucket(n) for n in range(1, 131_073)}) < 50
 
 
-def test_a_mesh_generates_the_same_even_one_that_splits_the_sequence(greedy):
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, context=2, model=2))):
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 2, "context": 2, "model": 2},
+        {"data": 2, "expert": 2, "model": 2},
+        {"expert": 4, "model": 2},  # prompts are exchanged, new tokens gathered
+    ],
+)
+def test_a_mesh_generates_the_same_even_one_that_splits_the_sequence(greedy, axes):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(**axes))):
         assert sampling.generate(drawn(), PROMPTS, 6, stop=()) == greedy
 
 
+@pytest.mark.parametrize(("q_rank", "axis"), [(8, "data"), (4, "replica")])
+def test_devices_along_the_sequence_keep_their_parts_of_the_weights(q_rank, axis):
+    cfg = dataclasses.replace(CFG, q_rank=q_rank)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, context=4))):
+        params = initial(specs(Kimi(cfg)), 0, 0.1)
+        parts = {shard.device: shard.data for shard in params[GATE].addressable_shards}
+        with sample.decoding(params, cfg) as laid:
+            mesh = jax.sharding.get_mesh()
+            assert mesh.shape[axis] == (8 if axis == "data" else 4) and mesh.shape["context"] == 1
+            for shard in laid[GATE].addressable_shards if axis == "data" else ():
+                assert shard.data.unsafe_buffer_pointer() == (
+                    parts[shard.device].unsafe_buffer_pointer()
+                )
+
+
+GATE = "layers.moe.experts.gate"
 MISTAKES = {
     "context is 80: at most 7 new tokens fit": ([[1] * 73], {"max_new_tokens": 8}),
     "prompt 1 has 80 tokens and 32 new ones": ([[1], [1] * 80], {}),
@@ -143,8 +168,15 @@ def test_a_text_needs_a_tokenizer(model):
         sampling.generate(dataclasses.replace(model, tokenizer=None), ["a"])
 
 
+def opened(model: Model) -> types.SimpleNamespace:
+    """A source of this model."""
+    return types.SimpleNamespace(
+        config=model.config, tokenizer=model.tokenizer, load=lambda dtype: model
+    )
+
+
 def test_the_command_prints_text_or_json(model, monkeypatch, capsys):
-    monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
+    monkeypatch.setattr("k2jax.weights.source.open_source", lambda path: opened(model))
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     given = ["folder", "--prompt", "ab", "--prompt", "c", "--max-new-tokens", "3"]
@@ -164,7 +196,7 @@ def parsed(*words):
 
 
 def test_chat_answers_what_a_user_says(model, monkeypatch, capsys):
-    monkeypatch.setattr("k2jax.weights.source.load", lambda path: model)
+    monkeypatch.setattr("k2jax.weights.source.open_source", lambda path: opened(model))
     monkeypatch.setattr(BYTES, "template", KimiTemplate(system=""))  # the context is short
     assert command.main(parsed("--prompt", "ab", "--chat", "--max-new-tokens", "3", "--json")) == 0
     sample = json.loads(capsys.readouterr().out)["samples"][0]
@@ -213,7 +245,7 @@ def test_mistakes_in_a_conversation_are_answered_before_the_model_loads(
 
 def test_the_command_needs_a_tokenizer(model, monkeypatch):
     without = dataclasses.replace(model, tokenizer=None)
-    monkeypatch.setattr("k2jax.weights.source.load", lambda path: without)
+    monkeypatch.setattr("k2jax.weights.source.open_source", lambda path: opened(without))
     with pytest.raises(ConfigError, match="folder has no tokenizer"):
         command.main(parsed("--prompt", "a"))
 
