@@ -61,8 +61,12 @@ class Recovery:
     def judge(self, step: int, values: dict[str, Any]) -> str:
         """Return `Health.judge` of a step's metrics; a sick step is an event and a line."""
         limit, loss = self.health.threshold, values["loss"]
-        verdict = self.health.judge(loss, bool(values["skipped"]))
-        if verdict:
+        targets = values.get("targets", 1.0)
+        verdict = self.health.judge(loss, bool(values["skipped"]), targets)
+        if verdict == "untaught":
+            self.events.add(step, verdict, batch=self.order.find_batch(step - 1))
+            self.say(f"step {step}: its batch has no targets, so it teaches nothing")
+        elif verdict:
             batch = self.order.find_batch(step - 1)
             norm = values["grad_norm"]
             self.events.add(step, verdict, loss=loss, limit=limit, grad_norm=norm, batch=batch)
