@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from k2jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from k2jax.model import Kimi, hidden, losses
+from k2jax.model import Kimi, Policy, hidden, losses
 from k2jax.model.batch import Batch
 from k2jax.params.arrays import bind, initial
 from k2jax.training.step import build, make_step
@@ -25,6 +25,7 @@ RUN = RunConfig(
     optim=OptimConfig(name="adamw", learning_rate=2e-2, warmup=1),
     train=TrainConfig(steps=100, dtype="float32", remat="none"),
 )  # fmt: skip
+POLICY = Policy("float32")
 
 
 def rows(micros: int = 1) -> Batch:
@@ -39,8 +40,8 @@ def rows(micros: int = 1) -> Batch:
 def even_places(params, batch: Batch):
     """Cross-entropy of the tokens at even places, and the accuracy of what is predicted."""
     w = bind(Kimi(RUN.model), params)
-    x_BTD, aux = hidden(w, batch, RUN.model, "float32")
-    nll_BT = losses(w.head, x_BTD, batch.target)
+    x_BTD, aux = hidden(w, batch, RUN.model, POLICY)
+    nll_BT = losses(w.head, x_BTD, batch.target, POLICY)
     weight_BT = batch.weight * (batch.position % 2 == 0)
     total = batch.weight.sum() if batch.total is None else batch.total
     sure = ((nll_BT < 0.69) * weight_BT).sum() / (total / 2)
