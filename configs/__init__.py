@@ -5,11 +5,21 @@ A function's docstring has the command, the hardware, the time and the number to
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 if __name__ != "k2jax.configs":
     raise ImportError("import k2jax.configs, not configs; run `pip install -e .` once")
 
-from k2jax.config import ConfigError, DataConfig, RunConfig, from_json, nearest
+from k2jax.config import (
+    ConfigError,
+    DataConfig,
+    RunConfig,
+    flatten_settings,
+    from_json,
+    nearest,
+    override,
+    validate,
+)
 from k2jax.weights.hf_config import from_published, published_fields
 
 NAMES = {
@@ -57,3 +67,21 @@ def load(name: str) -> RunConfig:
     if len(path.parts) > 1 or path.suffix == ".json":
         raise ConfigError(f"no file {name}")
     raise ConfigError(f"no config {name!r}; {nearest(name, NAMES)}")
+
+
+def configure(config: RunConfig | str, **settings: Any) -> RunConfig:
+    """Return a checked run: a config, or the name of one, with settings changed.
+
+    Args:
+        config: a config; or what `load` takes: a name, a run's folder, a published `config.json`.
+        **settings: a section's fields, `train={"steps": 30}`, or dotted names,
+            `**{"train.steps": 30}`: what the command line takes as `--train.steps 30`.
+
+    Raises:
+        ConfigError: an unknown config or setting (the nearest is named), or an impossible run.
+    """
+    run = load(config) if isinstance(config, str) else config
+    changed = flatten_settings(settings)
+    run = override(run, changed)
+    validate(run, changed)
+    return run

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     )
     from k2jax.sharding.table import BATCH
 
-_HOMES = dict.fromkeys(("make_mesh", "mesh_over", "use_abstract_mesh"), "mesh") | {"BATCH": "table"}
+_HOMES = dict.fromkeys(("make_mesh", "mesh_over", "use_abstract_mesh", "use_mesh_of"), "mesh") | {
+    "BATCH": "table"
+}
 
 __all__ = [
     "BATCH",
@@ -36,6 +38,7 @@ __all__ = [
     "spec",
     "storage_spec",
     "use_abstract_mesh",
+    "use_mesh_of",
 ]
 
 

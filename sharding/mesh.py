@@ -80,6 +80,27 @@ def _laid(devices: list[Any], config: MeshConfig) -> np.ndarray:
 
 
 @contextlib.contextmanager
+def use_mesh_of(*arrays: Any) -> Iterator[None]:
+    """Use the mesh that arrays lie on, where none is in use and nothing is being traced.
+
+    Weights that training returns stay on its mesh; what is computed from them needs it.
+    """
+    meshes = [a.sharding.mesh for a in arrays if isinstance(a, jax.Array) and _lies_on_mesh(a)]
+    traced = any(isinstance(a, jax.core.Tracer) for a in arrays)
+    if traced or not meshes or not jax.sharding.get_abstract_mesh().empty:
+        yield
+        return
+    with jax.set_mesh(meshes[0]):
+        yield
+
+
+def _lies_on_mesh(array: jax.Array) -> bool:
+    if isinstance(array, jax.core.Tracer):
+        return False
+    return isinstance(array.sharding, jax.NamedSharding) and not array.sharding.mesh.empty
+
+
+@contextlib.contextmanager
 def use_abstract_mesh(config: MeshConfig) -> Iterator[AbstractMesh]:
     """Trace as if on the mesh's devices; none is needed and nothing can be computed."""
     mesh = AbstractMesh(config.shape, MESH_AXES, axis_types=_TYPES)

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -62,10 +61,10 @@ def test_a_mistake_is_one_line(words, says, capsys):
 def test_a_mistake_answers_before_jax_loads():
     code = (
         "import sys; from k2jax.cli import main;"
-        "print(main(['train', 'tiny', '--train.step', '3']), 'jax' in sys.modules)"
+        "print(main(['train', 'tiny', '--lr', '3']), {'jax', 'numpy'} & {*sys.modules})"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["2", "False"]
+    assert run.stdout.split() == ["2", "set()"]
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)
@@ -88,16 +87,6 @@ def test_help_of_train_lists_every_setting_with_its_value_in_the_config(config, 
     run = configs.load(config) if config else RunConfig()
     for name, knob, value in each_knob(run):
         assert re.search(rf"--{name} +{re.escape(knob.describe())} \[{value}\]\n", shown + "\n")
-
-
-def test_a_mistake_answers_in_a_third_of_a_second():
-    command = [sys.executable, "-m", "k2jax.cli", "train", "tiny", "--lr", "3"]
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        subprocess.run(command, capture_output=True, check=False)
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.3
 
 
 @pytest.mark.parametrize("name", configs.NAMES)

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from k2jax import configs
-from k2jax.config import RunConfig, override, validate
+from k2jax.config import RunConfig
 from k2jax.params.counts import count_flops, count_parameters
 from k2jax.params.kimi import declare_kimi
 from k2jax.weights.hf_config import published_fields
@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Print the description; the exit code."""
-    run = override(configs.load(args.config), args.settings)
-    validate(run, args.settings)
+    run = configs.configure(args.config, **args.settings)
     if args.published:
         return _print_published(describe_published(run, args.config), args.json)
     description = describe(run)
@@ -85,12 +84,18 @@ def _print_published(description: dict[str, Any], as_json: bool) -> int:
     return 0
 
 
-def describe(run: RunConfig) -> dict[str, Any]:
-    """Parameters, counts and FLOPs of a run's model; nothing is allocated.
+def describe(config: RunConfig | str, **settings: Any) -> dict[str, Any]:
+    """Return parameters, counts and FLOPs of a model: `k2jax describe` for Python.
 
-    Keys: `parameters` (a list of name, shape, layout on the run's mesh, group, published name),
+    Nothing is allocated. Keys: `parameters` (a list of name, shape, layout on the run's mesh,
+    group, published name),
     `counts` and `flops` (see `params.counts`).
+
+    Args:
+        config: a config, the name of one, or a published `config.json`.
+        **settings: as for `k2jax.configure`.
     """
+    run = configs.configure(config, **settings)
     from k2jax.sharding import storage_spec
 
     table = [

@@ -6,6 +6,7 @@ JAX is imported when there is something to compute, so that help and mistakes an
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from k2jax.commands import loading
@@ -13,6 +14,7 @@ from k2jax.config import ConfigError
 
 if TYPE_CHECKING:
     from k2jax.data import Store
+    from k2jax.model import Model
     from k2jax.text.interface import TokenizerLike
 
 
@@ -64,6 +66,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
+def evaluate(
+    model: "Model | str",
+    data: str | Iterable[str] = "",
+    *,
+    rows: int = 8,
+    context: int = 0,
+    stride: int = 0,
+) -> dict[str, float]:
+    """Score text in this process: `k2jax evaluate` for Python.
+
+    Keys: `nats_per_token`, `perplexity` (per token), `bits_per_byte`, `tokens`, `bytes`, `seconds`;
+    `gzip_bits_per_byte` and `xz_bits_per_byte` of the same text.
+
+    Args:
+        model: a model, or the path of one.
+        data: texts; or a path, as of `--data`: text to score, all of it, or a folder of tokens,
+            what it holds out. Empty: the modules of Python's standard library that training
+            leaves out.
+        rows: rows computed at once.
+        context: tokens per row; 0: the model's context, at most 4,096.
+        stride: tokens between overlapping windows; 0: no overlap.
+
+    Raises:
+        ConfigError: no text, no model or tokenizer, or a size out of range.
+    """
+    from k2jax.data.token_folder import holds_tokens
+
+    folder = data if isinstance(data, str) and holds_tokens(data) else ""
+    # Before the model: a mistake in the path should not wait for weights.
+    documents = [] if folder else texts(data) if isinstance(data, str) else list(data)
+    from k2jax.evals.perplexity import score
+    from k2jax.runtime import backend
+    from k2jax.sharding import use_mesh_of
+    from k2jax.weights.source import load
+
+    if isinstance(model, str):
+        backend.prepare()
+        model = load(model)
+    context = context or min(model.config.context, loading.LONGEST)
+    store = heldout(folder, model.tokenizer) if folder else None
+    with use_mesh_of(*model.params.values()):
+        result = score(model, store or documents, rows, context, stride)
+    if store and model.tokenizer:
+        documents = list(store.texts(model.tokenizer))
+    return result | compressed(documents)
+
+
+def compressed(documents: list[str]) -> dict[str, float]:
+    """Return what compressors need for the same text, by the names of the scores."""
+    from k2jax.data import compressors
+
+    return {f"{name}_bits_per_byte": bits for name, bits in compressors(documents).items()}
+
+
 def main(args: argparse.Namespace) -> int:
     """Print the scores, and what gzip and xz need for the same text; the exit code."""
     from k2jax.data.token_folder import holds_tokens
@@ -86,10 +142,7 @@ def main(args: argparse.Namespace) -> int:
 
 def render(result: dict[str, float], documents: list[str], as_json: bool) -> str:
     """The scores beside those of compressors, as text or one JSON object."""
-    from k2jax.data import compressors
-
-    for name, bits in compressors(documents).items():
-        result[f"{name}_bits_per_byte"] = bits
+    result = result | compressed(documents)
     if as_json:
         return json.dumps(result)
     return (

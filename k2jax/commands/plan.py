@@ -6,10 +6,19 @@ import json
 import math
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from k2jax import configs
-from k2jax.config import MESH_AXES, ConfigError, RunConfig, nearest, override, validate
+from k2jax.config import (
+    MESH_AXES,
+    ConfigError,
+    RunConfig,
+    flatten_settings,
+    nearest,
+    override,
+    validate,
+)
 from k2jax.planner import cost, targets, traffic
 from k2jax.planner import decoding as decode
 from k2jax.planner import hbm as memory
@@ -37,21 +46,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
+def plan(
+    config: RunConfig | str,
+    target: str,
+    *,
+    mesh: Mapping[str, int] | None = None,
+    decode: str = "",
+    tokens: float | None = None,
+    dollars_per_hour: float | None = None,
+    watts: float | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Estimate memory, time and cost of a run on other hardware: `k2jax plan` for Python.
+
+        plan = k2jax.plan("kimi_k2", "v5p:8x8x16")
+        plan["fits"], plan["mesh"], plan["bytes_per_device"]["peak"]
+
+    Args:
+        config: a config, the name of one, or a published `config.json`.
+        target: machines, such as "v5p:8x8x16" or "h200:16x8".
+        mesh: sizes of mesh axes that are fixed; the others are searched.
+        decode: "BATCHxCONTEXT": plan decoding of so many rows and tokens instead of training.
+        tokens: of the whole run; default: those of its steps.
+        dollars_per_hour: price of a chip; default: the table's.
+        watts: power of a chip, its share of the host included; default: the table's.
+        **settings: as for `k2jax.configure`.
+
+    Returns:
+        The plan as `k2jax plan --json` prints it; `docs/scaling.md` lists the keys.
+
+    Raises:
+        ConfigError: an unknown config, setting or target, or no mesh divides the model.
+    """
+    changed = flatten_settings(settings)
+    run = override(configs.load(config) if isinstance(config, str) else config, changed)
+    options = argparse.Namespace(
+        target=target,
+        mesh=",".join(f"{axis}={size}" for axis, size in (mesh or {}).items()),
+        decode=decode,
+        tokens=tokens,
+        dollars_per_hour=dollars_per_hour,
+        watts=watts,
+        compile=False,
+        settings=changed,
+    )
+    return _make_plan(run, options)[0]
+
+
 def main(args: argparse.Namespace) -> int:
     """Print the plan; the exit code: 0 where it fits, 1 where nothing does."""
-    run = override(configs.load(args.config), args.settings)
+    planned, text = _make_plan(override(configs.load(args.config), args.settings), args)
+    sys.stdout.write(json.dumps(planned) + "\n" if args.json else text)
+    return 0 if planned["fits"] else 1
+
+
+def _make_plan(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Return the plan as JSON and as text."""
     _check(args)
     target = targets.parse(args.target, args.dollars_per_hour, args.watts)
     fixed = _fixed(args.mesh)
     if args.decode:
-        plan = _decoding(run, target, fixed, args.decode)
-        text = _decode_text(plan)
-    else:
-        keep = "train.accumulate" in args.settings
-        searched = search(run, target, fixed, keep)
-        plan, text = _training(run, searched, args)
-    sys.stdout.write(json.dumps(plan) + "\n" if args.json else text)
-    return 0 if plan["fits"] else 1
+        decoded = _decoding(run, target, fixed, args.decode)
+        return decoded, _decode_text(decoded)
+    keep = "train.accumulate" in args.settings
+    return _training(run, search(run, target, fixed, keep), args)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -3,11 +3,12 @@
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from k2jax import cluster, configs
-from k2jax.config import ConfigError, RunConfig, each_knob, override, to_json, validate
+from k2jax.config import ConfigError, RunConfig, each_knob, to_json
 
 if TYPE_CHECKING:
     from k2jax.model import Model
@@ -55,11 +56,44 @@ def _describe_settings(config: str | None) -> str:
     return "\n".join(lines)
 
 
+def train(
+    config: RunConfig | str,
+    out: str | Path = "",
+    *,
+    init: str = "",
+    say: Callable[[str], None] = print,
+    **settings: Any,
+) -> "Model":
+    """Train a model in this process, or resume the run in `out`: `k2jax train` for Python.
+
+        model = k2jax.train("tiny", "runs/short", train={"steps": 30}, data={"rows": 16})
+
+    Args:
+        config: a config, the name of one, or a published `config.json`.
+        out: folder of the run; default: `runs/` and the name of the config.
+        init: weights to start from: a run, a checkpoint or a published folder; a checkpoint in
+            `out` wins over it.
+        say: called with each line worth printing.
+        **settings: as for `k2jax.configure`.
+
+    Returns:
+        The trained model, on the mesh of the run.
+
+    Raises:
+        ConfigError: the run cannot work here; nothing that was saved is lost.
+    """
+    run = configs.configure(config, **settings)
+    from k2jax.runtime import backend
+    from k2jax.training import loop
+
+    backend.prepare(run.mesh.devices)
+    return loop.train(run, out or Path("runs") / run.name, init=init, say=say)
+
+
 def main(args: argparse.Namespace) -> int:
     """Train; the exit code: 75 where one of several processes was asked to stop before the end."""
     began = time.perf_counter()
-    run = override(configs.load(args.config), args.settings)
-    validate(run, args.settings)
+    run = configs.configure(args.config, **args.settings)
     out = Path(args.out or Path("runs") / run.name)
     if "://" in str(args.out):
         raise ConfigError(f"--out {args.out} is no folder; mount the bucket and name its path")
@@ -73,9 +107,9 @@ def main(args: argparse.Namespace) -> int:
     facts = to_json(run) | {"--out": str(out.absolute()), "--init": args.init}
     with cluster.member(place, facts, run.mesh, _say, out) as group:
         from k2jax.checkpoint import Checkpoints
-        from k2jax.training.loop import train
+        from k2jax.training import loop
 
-        train(run, out, init=args.init, say=_say, began=began, closing=_print_sample)
+        loop.train(run, out, init=args.init, say=_say, began=began, closing=_print_sample)
         stopped = (Checkpoints(out).latest() or 0) < run.train.steps
     # Schedulers start a job again only where its processes fail.
     return cluster.EXIT_RETRY if stopped and group.count > 1 else 0

@@ -25,7 +25,7 @@ from k2jax.config.schema import (
     Yarn,
     yarn_scale,
 )
-from k2jax.config.settings import field_names, from_json, override, to_json
+from k2jax.config.settings import field_names, flatten_settings, from_json, override, to_json
 from k2jax.config.suggest import suggest
 from k2jax.config.validate import validate
 
@@ -54,6 +54,7 @@ __all__ = [
     "check_float32",
     "each_knob",
     "field_names",
+    "flatten_settings",
     "from_json",
     "knob",
     "nearest",

@@ -22,6 +22,23 @@ def override(config: Any, settings: Mapping[str, str]) -> Any:
     return config
 
 
+def flatten_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings by dotted name, as the command line has them.
+
+    Args:
+        settings: a value by `"section.field"`, or a mapping of fields by `"section"`:
+            `{"train": {"steps": 30}, "data.rows": 16}`.
+    """
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            nested = flatten_settings(value)
+            flat |= {f"{name}.{field}": text for field, text in nested.items()}
+        else:
+            flat[name] = str(value)
+    return flat
+
+
 def _set(node: Any, full: str, path: str, value: str) -> Any:
     """Set what `path` names below `node`; `full` is the whole name, for messages."""
     name, _, rest = path.partition(".")

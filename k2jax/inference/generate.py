@@ -8,6 +8,7 @@ from k2jax.config import ConfigError
 from k2jax.inference import sampler as sample
 from k2jax.model import Model
 from k2jax.ops.moe.dispatch import choose_dispatch
+from k2jax.sharding import use_mesh_of
 
 # Below it logits over the temperature may overflow float32; even near ties are decided far above.
 COLD = 1e-30
@@ -48,7 +49,8 @@ def generate(
     """
     rows = check_prompts(model, prompts, max_new_tokens, temperature, top_p)
     ends = stop_ids(model, stop)
-    return _run(model, rows, ends, (max_new_tokens, temperature, top_p, seed))
+    with use_mesh_of(*model.params.values()):
+        return _run(model, rows, ends, (max_new_tokens, temperature, top_p, seed))
 
 
 def check_prompts(

@@ -21,6 +21,7 @@ from k2jax.model.projection import Policy
 from k2jax.ops.moe.dispatch import Dispatch
 from k2jax.params.arrays import bind
 from k2jax.params.kimi import Kimi
+from k2jax.sharding import use_mesh_of
 
 __all__ = [
     "Aux",
@@ -65,7 +66,9 @@ def forward(model: Model, tokens: jax.Array) -> jax.Array:
         tokens: int32 [batch, length]; each row is one document. Rows no longer than the model's
             context; longer ones are computed all the same, without promise.
     """
-    return _forward(model.params, jax.numpy.asarray(tokens, "int32"), model.config, model.dtype)
+    token_BT = jax.numpy.asarray(tokens, "int32")
+    with use_mesh_of(token_BT, *model.params.values()):
+        return _forward(model.params, token_BT, model.config, model.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

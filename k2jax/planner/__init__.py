@@ -1,1 +1,8 @@
-"""What a run takes on given hardware: formulas, a search over meshes, and real compilers."""
+"""Memory, time and cost of a run on given hardware: formulas, a search over meshes, compilers.
+
+`targets.parse` describes machines, `search.search` tries every mesh; `k2jax.plan` does both.
+"""
+
+from k2jax.planner import search, targets
+
+__all__ = ["search", "targets"]

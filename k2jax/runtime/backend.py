@@ -1,5 +1,6 @@
 """What has to be set before jax starts its backends."""
 
+import contextlib
 import os
 
 import jax
@@ -21,7 +22,8 @@ def prepare(devices: int = 1, processes: int = 1) -> None:
     versions.warn_if_untested()
     memory.limit_malloc_arenas()  # heaps that threads have made already would stay
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", -(-devices // processes))
+        with contextlib.suppress(RuntimeError):  # jax has started already, with its devices
+            jax.config.update("jax_num_cpu_devices", -(-devices // processes))
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(default_cache() / "programs"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
