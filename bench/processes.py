@@ -67,7 +67,10 @@ def main(steps: int, settings: list[str]) -> None:
     result["settings"] = " ".join(settings)
     for name in ("processes", "other_order"):
         result[name] = apart(lines["one"], lines[name])
-    median = lambda found: round(float(np.median([line["seconds"] for line in found[1:]])), 3)
+
+    def median(found):
+        return round(float(np.median([line["seconds"] for line in found[1:]])), 3)
+
     result["step_seconds_median"] = {name: median(found) for name, found in lines.items()}
     print(json.dumps(result | {"run_seconds": seconds}))
 

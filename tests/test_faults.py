@@ -18,7 +18,9 @@ def faults(monkeypatch):
 
 
 def test_moments_come_in_turn_and_are_those_of_the_seed(faults):
-    draw = lambda seed: [faults.moment_of(random.Random(seed), number) for number in range(12)]
+    def draw(seed):
+        return [faults.moment_of(random.Random(seed), number) for number in range(12)]
+
     assert draw(1) == draw(1) != draw(2)
     assert sorted(moment for moment, _, _ in draw(1)) == sorted(faults.MOMENTS * 2)
 

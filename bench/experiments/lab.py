@@ -159,7 +159,9 @@ class Lab:
         return rows
 
     def _row(self, trial: Trial, step: int, seconds: float, seen, heldout) -> Row:
-        mean = lambda name: short(statistics.fmean(float(f.get(name, 0)) for f in seen))
+        def mean(name):
+            return short(statistics.fmean(float(f.get(name, 0)) for f in seen))
+
         tokens = step * self.run.data.rows * self.run.data.context
         return Row(
             self.cell.name, **dataclasses.asdict(trial), step=step, tokens=tokens,

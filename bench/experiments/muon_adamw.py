@@ -35,7 +35,10 @@ def cells(quick: bool) -> list[Cell]:
     for at, (size, (cfg, steps)) in enumerate((QUICK if quick else SIZES).items()):
         names = ["muonclip", "adamw"] if at % 2 else ["adamw", "muonclip"]
         for name in names:
-            todo = lambda found, name=name, steps=steps: trials(name, steps, found, quick)
+
+            def todo(found, name=name, steps=steps):
+                return trials(name, steps, found, quick)
+
             every = max(steps // 40, 1)
             found.append(Cell(f"{size} {name}", lab.small_run(cfg, name), todo, every))
     return found

@@ -131,7 +131,10 @@ def markdown(head: list[str], lines: Iterable[Iterable[Any]]) -> str:
 
 def finals(rows: list[Row], cell: str, **like: float) -> dict[int, list[Row]]:
     """By seed: the rows at the rate that did best on seed 0, of trials that are `like` that."""
-    fits = lambda r: r.cell == cell and all(getattr(r, k) == v for k, v in like.items())
+
+    def fits(r):
+        return r.cell == cell and all(getattr(r, k) == v for k, v in like.items())
+
     mine = [row for row in rows if fits(row)]
     ends = [row for row in mine if row.heldout is not None and row.seed == 0]
     if not ends:
@@ -152,7 +155,10 @@ def heldout(blocks: dict[int, list[Row]]) -> list[float]:
 def curve(blocks: dict[int, list[Row]], x: str, y: str) -> tuple[list[float], list[float]]:
     """Mean over seeds."""
     points = list(zip(*blocks.values(), strict=True))
-    mean = lambda name: [statistics.fmean(getattr(r, name) for r in rows) for rows in points]
+
+    def mean(name):
+        return [statistics.fmean(getattr(r, name) for r in rows) for rows in points]
+
     return mean(x), mean(y)
 
 

@@ -101,7 +101,10 @@ def uneven(found: Counter[tuple[int, str]]) -> str:
     each: dict[int, dict[str, int]] = {}
     for (process, kind), count in found.items():
         each.setdefault(process, {})[kind] = count
-    text = lambda kinds: " and ".join(f"{n} x {kind}" for kind, n in sorted(kinds.items()))
+
+    def text(kinds):
+        return " and ".join(f"{n} x {kind}" for kind, n in sorted(kinds.items()))
+
     for process, kinds in sorted(each.items()):
         if kinds != each[0]:
             return f"process {process} has {text(kinds)}, process 0 has {text(each[0])}"

@@ -88,7 +88,10 @@ def plot(
     scale = math.log10 if log else float
     x = _axis(steps[0], max(steps[1], steps[0] + 1), LEFT, WIDTH - RIGHT)
     rise = _axis(scale(low), scale(high), HEIGHT - BOTTOM, TOP)
-    y = lambda v: rise(scale(v))
+
+    def y(v):
+        return rise(scale(v))
+
     parts = []
     for tick in _powers(low, high) if log else ticks(low, high):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}"'

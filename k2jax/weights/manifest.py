@@ -86,6 +86,8 @@ def check(folder: Path, path: Path, needed: Iterable[str], remote: Remote | None
 
 
 def _digests(folder: Path, names: Iterable[str], remote: Remote | None = None) -> list[str]:
-    one = lambda name: remote.sha256(name) if remote else digest(folder / name)
+    def one(name):
+        return remote.sha256(name) if remote else digest(folder / name)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, names))

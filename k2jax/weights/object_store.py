@@ -142,7 +142,10 @@ class Ranges:
 
         Asks whether the last one is there, and no other.
         """
-        ask = lambda at: self._bucket.read(self._name, at, at + 1) is not None
+
+        def ask(at):
+            return self._bucket.read(self._name, at, at + 1) is not None
+
         if expected and not ask(expected - 1):
             return expected - 1
         return expected + ask(expected)

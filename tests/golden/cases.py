@@ -54,7 +54,10 @@ CASES = {
 def varied(name: str, seed: int) -> dict:
     """The case with other sizes."""
     rng = np.random.default_rng(seed)
-    draw = lambda low, high: int(rng.integers(low, high))
+
+    def draw(low, high):
+        return int(rng.integers(low, high))
+
     heads, groups = draw(2, 8), CASES[name]["n_group"]
     return CASES[name] | {
         "vocab_size": draw(40, 90), "hidden_size": draw(17, 50), "num_attention_heads": heads,

@@ -54,7 +54,10 @@ def half(batch: Batch, apart: bool) -> Batch:
     As many rows as before, so that nothing is compiled again.
     """
     if not apart:
-        blank = lambda a: np.concatenate([a[2:6], np.zeros_like(a[2:6])])
+
+        def blank(a):
+            return np.concatenate([a[2:6], np.zeros_like(a[2:6])])
+
         return jax.tree.map(blank, batch)
 
     def rows(a: np.ndarray) -> np.ndarray:
@@ -97,7 +100,10 @@ def computed(
         result = run(lambda a, axes: jnp.asarray(a))
     else:
         mesh = sharding.make_mesh(config)
-        place = lambda axes: jax.NamedSharding(mesh, sharding.storage_spec(axes))
+
+        def place(axes):
+            return jax.NamedSharding(mesh, sharding.storage_spec(axes))
+
         with jax.set_mesh(mesh):
             result = run(lambda a, axes: jax.device_put(a, place(axes)))
     return jax.tree.map(np.asarray, result)

@@ -47,7 +47,10 @@ LENGTH = 12
 def params():
     drawn = initial(specs(Kimi(CFG)), seed=1, std=CFG.init_std)
     rng = np.random.default_rng(0)
-    noisy = lambda name, a: jnp.asarray(np.asarray(a) + rng.uniform(0, 0.3, a.shape), "float32")
+
+    def noisy(name, a):
+        return jnp.asarray(np.asarray(a) + rng.uniform(0, 0.3, a.shape), "float32")
+
     return {n: noisy(n, a) if "norm" in n or n.endswith("bias") else a for n, a in drawn.items()}
 
 
@@ -229,7 +232,10 @@ def test_a_mesh_gives_the_same_losses(mesh):
     _, right = trained()
     with jax.set_mesh(sharding.make_mesh(mesh)):
         sharding.check_divisible(program.specs, mesh, LENGTH)
-        place = lambda a, spec: jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec))
+
+        def place(a, spec):
+            return jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec))
+
         on_mesh = {n: place(a, sharding.storage_spec(program.specs[n].axes))
                    for n, a in params().items()}  # fmt: skip
         rows = sharding.storage_spec(("batch", "length"))

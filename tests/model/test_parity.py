@@ -79,14 +79,20 @@ def computed(gold: Golden, dtype: str = "float32") -> Ours:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kimi, "rms_norm", recording_norm)
         patch.setattr(moe, "route", recording_route)
-        f = lambda p: loss_of(p | fixed, token, gold.cfg, dtype)
+
+        def f(p):
+            return loss_of(p | fixed, token, gold.cfg, dtype)
+
         if dtype == "float32":
             f = jax.value_and_grad(f, has_aux=True)
             (loss, (logits, x, aux)), grads = jax.jit(f)(trained)
         else:
             (loss, (logits, x, aux)), grads = jax.jit(f)(trained), {}
         jax.effects_barrier()
-    wide = lambda a: np.asarray(a, np.float32)
+
+    def wide(a):
+        return np.asarray(a, np.float32)
+
     return Ours(
         float(loss), wide(logits), wide(x), np.stack(residual), np.stack(choice),
         jax.tree.map(wide, grads), wide(aux.logit_max), wide(aux.load),
@@ -99,7 +105,10 @@ def assert_equal(ours: Ours, gold: Golden) -> None:
     same = (ours.choice == gold["choice"]).all(axis=-1)
     assert same[far].all(), "another expert was chosen"
     say(f"choices {far.size}, near ties {(~far).sum()}, of them different {(~same).sum()}")
-    error = lambda a, b: float(np.abs(a - b).max())
+
+    def error(a, b):
+        return float(np.abs(a - b).max())
+
     hidden_error = max(error(ours.residual, gold["residual"]), error(ours.hidden, gold["hidden"]))
     logits_error = error(ours.logits, gold["logits"])
     top_error = error(ours.logit_max, gold["logit_max"])
@@ -197,8 +206,11 @@ def test_bfloat16_forward_equals_transformers_in_bfloat16_within_rounding(name):
     rms, median = bfloat16_errors(ours.logits, theirs["logits"], agree)
     assert rms < BFLOAT16_RMS
     assert median < BFLOAT16_MEDIAN
+
     # And rounding takes us no farther from float32 than it takes transformers.
-    distance = lambda logits: np.sqrt(((logits - exact["logits"]) ** 2).mean())
+    def distance(logits):
+        return np.sqrt(((logits - exact["logits"]) ** 2).mean())
+
     say(f"from float32: ours {distance(ours.logits):.4f}, theirs {distance(theirs['logits']):.4f}")
     assert distance(ours.logits) < 1.25 * distance(theirs["logits"])
 

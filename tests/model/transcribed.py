@@ -27,7 +27,10 @@ def rotated(x, position, cfg, frequency):
 
 def attention(x, t, stem, cfg, frequency):
     length, heads, position = len(x), cfg.heads, np.arange(len(x))
-    get = lambda name: t[f"{stem}.{name}.weight"]
+
+    def get(name):
+        return t[f"{stem}.{name}.weight"]
+
     if cfg.q_rank:
         q = rms(x @ get("q_a_proj").T, get("q_a_layernorm"), 1e-6) @ get("q_b_proj").T
     else:
@@ -87,7 +90,10 @@ def mtp(x, token, t, cfg, frequency):
     found = []
     for k in range(1, cfg.mtp_layers + 1):
         number = cfg.layers + k - 1
-        get = lambda name, n=number: t[f"model.layers.{n}.{name}.weight"]
+
+        def get(name, n=number):
+            return t[f"model.layers.{n}.{name}.weight"]
+
         x = x[: len(token) - k]  # token i + k is there for these
         e = rms(get("embed_tokens")[token[k:]], get("enorm"), cfg.norm_eps)
         h = rms(x, get("hnorm"), cfg.norm_eps)

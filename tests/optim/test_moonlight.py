@@ -13,7 +13,10 @@ SHAPES = {"wide": (12, 40), "tall": (40, 12), "square": (16, 16)}
 
 def problem() -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
     rng = np.random.default_rng(0)
-    draw = lambda: {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
+
+    def draw():
+        return {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
+
     return draw(), [draw() for _ in range(STEPS)]
 
 
@@ -56,7 +59,10 @@ def test_twenty_steps_are_those_of_the_published_update(make):
 
 def test_a_stack_moves_as_its_matrices_do():
     weights, grads = problem()
-    stack = lambda tree: {"w": np.stack([tree["wide"], tree["tall"].T])}
+
+    def stack(tree):
+        return {"w": np.stack([tree["wide"], tree["tall"].T])}
+
     tx = muon(RATE, {"w": Matrices((1,), (2,), (0,))}, DECAY, dtype="float32")
     found = ours(tx, stack(weights), list(map(stack, grads)))["w"]
     right = transcribed(weights, grads)

@@ -16,9 +16,12 @@ TAU = 2.0
 def plain_attention():
     """Queries and keys of plain multi-head attention, and the largest logit of each head."""
     rng = np.random.default_rng(0)
-    spec = lambda kind: ParamSpec(
-        ("moe_layers", "in", "heads", kind), (LAYERS, IN, HEADS, WIDTH), 1, "muon", kind
-    )
+
+    def spec(kind):
+        return ParamSpec(
+            ("moe_layers", "in", "heads", kind), (LAYERS, IN, HEADS, WIDTH), 1, "muon", kind
+        )
+
     specs = {"q": spec("qk"), "k": spec("k"), "v": spec("value")}
     params = {n: jnp.asarray(rng.standard_normal(s.shape), "float32") for n, s in specs.items()}
     x = rng.standard_normal((5, IN)).astype(np.float32)

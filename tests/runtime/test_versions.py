@@ -18,7 +18,10 @@ def test_it_changes_with_any_file(monkeypatch):
     assert source_hash() == before
     read = Path.read_bytes
     for name in ("loop.py", "kimi.py", "table.py"):  # of k2jax, configs and sharding
-        other = lambda path, name=name: read(path) + b"#" * (path.name == name)
+
+        def other(path, name=name):
+            return read(path) + b"#" * (path.name == name)
+
         monkeypatch.setattr(Path, "read_bytes", other)
         assert source_hash() != before
 
@@ -42,7 +45,10 @@ def warned(monkeypatch, capsys):
 
     def warned(version):
         real = importlib.metadata.version
-        fake = lambda name: version if name == "jax" else real(name)
+
+        def fake(name):
+            return version if name == "jax" else real(name)
+
         monkeypatch.setattr(importlib.metadata, "version", fake)
         for module in (backend.jax.config, backend.memory):  # this process has started long ago
             for name in ("update", "limit_malloc_arenas"):

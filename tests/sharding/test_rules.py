@@ -114,8 +114,11 @@ def test_a_step_of_full_size_traces_without_devices_and_keeps_every_layout(name)
         state, batch = program.abstract_state(), program.abstract_batch()
         after, metrics = jax.eval_shape(program.step, state, batch)
     assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
+
     # Counts have no dims to lay out.
-    kept = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype, a.ndim and a.sharding.spec), tree)
+    def kept(tree):
+        return jax.tree.map(lambda a: (a.shape, a.dtype, a.ndim and a.sharding.spec), tree)
+
     assert kept(after.params) == kept(state.params)
     assert kept(after.opt) == kept(state.opt)
     assert metrics["loss"].shape == ()

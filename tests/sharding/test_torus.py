@@ -58,7 +58,9 @@ def test_chips_that_fill_no_box_keep_the_order_they_are_given_in():
 
 
 def test_a_ring_has_two_links_a_line_one_and_strides_share():
-    ways = lambda axes, mesh, everyone: torus.links(axes, mesh, (16, 8, 8), 1, everyone)
+    def ways(axes, mesh, everyone):
+        return torus.links(axes, mesh, (16, 8, 8), 1, everyone)
+
     mesh = MeshConfig(data=16, expert=8, model=8)
     assert ways(["model"], mesh, False) == 2
     assert ways(["expert", "model"], mesh, False) == 4

@@ -145,7 +145,10 @@ def test_a_tokenizer_without_the_tokens_is_refused():
 
 def test_foreign_ids_of_calls_are_renamed_over_the_whole_conversation():
     """Trap 20: the index counts all calls from 0, and results follow their calls."""
-    call = lambda id_, name: {"id": id_, "function": {"name": name, "arguments": "{}"}}
+
+    def call(id_, name):
+        return {"id": id_, "function": {"name": name, "arguments": "{}"}}
+
     talk = [
         {"role": "assistant", "content": "", "tool_calls": [call("call_a", "f"), call("x", "g")]},
         {"role": "tool", "tool_call_id": "x", "content": ""},

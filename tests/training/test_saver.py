@@ -140,7 +140,9 @@ def test_a_folder_that_vanishes_is_made_again(saves):
 
 
 def test_a_save_that_waits_for_the_one_before_says_so(saves, monkeypatch):
-    slow = lambda: time.sleep(0.02)
+    def slow():
+        return time.sleep(0.02)
+
     monkeypatch.setattr("k2jax.training.saver.NOTABLE", 0.01)
     monkeypatch.setattr(saves.checkpoints, "wait", slow)
     saves.save(1, state(1), {})

@@ -84,7 +84,9 @@ def test_what_is_small_is_fetched_and_a_single_file_gets_an_index(content, tmp_p
 
 
 def test_files_missing_or_not_in_the_index_are_named(content, tmp_path):
-    index = lambda file: json.dumps({"weight_map": dict.fromkeys(TENSORS, file)}).encode()
+    def index(file):
+        return json.dumps({"weight_map": dict.fromkeys(TENSORS, file)}).encode()
+
     for files, message in (
         ({INDEX: index("none.safetensors")}, "none.safetensors: no such file"),
         ({INDEX: index("w.safetensors"), "stray.safetensors": content}, "stray.* is not in"),
