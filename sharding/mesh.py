@@ -85,19 +85,15 @@ def use_mesh_of(*arrays: Any) -> Iterator[None]:
 
     Weights that training returns stay on its mesh; what is computed from them needs it.
     """
-    meshes = [a.sharding.mesh for a in arrays if isinstance(a, jax.Array) and _lies_on_mesh(a)]
-    traced = any(isinstance(a, jax.core.Tracer) for a in arrays)
-    if traced or not meshes or not jax.sharding.get_abstract_mesh().empty:
+    if not jax.sharding.get_abstract_mesh().empty or any(
+        isinstance(array, jax.core.Tracer) for array in arrays
+    ):
         yield
         return
-    with jax.set_mesh(meshes[0]):
+    layouts = [array.sharding for array in arrays if isinstance(array, jax.Array)]
+    meshes = [layout.mesh for layout in layouts if isinstance(layout, jax.NamedSharding)]
+    with jax.set_mesh(meshes[0]) if meshes else contextlib.nullcontext():
         yield
-
-
-def _lies_on_mesh(array: jax.Array) -> bool:
-    if isinstance(array, jax.core.Tracer):
-        return False
-    return isinstance(array.sharding, jax.NamedSharding) and not array.sharding.mesh.empty
 
 
 @contextlib.contextmanager
