@@ -91,7 +91,8 @@ def use_mesh_of(*arrays: Any) -> Iterator[None]:
         yield
         return
     layouts = [array.sharding for array in arrays if isinstance(array, jax.Array)]
-    meshes = [layout.mesh for layout in layouts if isinstance(layout, jax.NamedSharding)]
+    named = [layout.mesh for layout in layouts if isinstance(layout, jax.NamedSharding)]
+    meshes = [mesh for mesh in named if isinstance(mesh, Mesh)]
     with jax.set_mesh(meshes[0]) if meshes else contextlib.nullcontext():
         yield
 
