@@ -46,6 +46,11 @@ def test_records_are_found_in_every_kind(tmp_path, name, content):
     assert texts(tmp_path / name, content) == DOCS
 
 
+def test_lines_packed_20_times_over_are_20_times_as_many_documents(tmp_path):
+    """A packed file may hold the same lines again: none of them is dropped."""
+    assert texts(tmp_path / "a.jsonl.bz2", bz2.compress(LINES * 20)) == DOCS * 20
+
+
 def test_one_object_is_one_record(tmp_path):
     pretty = json.dumps({"text": "a", "id": [1, 2]}, indent=1).encode()
     assert texts(tmp_path / "a.json", pretty) == texts(tmp_path / "b.json", b'{"text": "a"}')
