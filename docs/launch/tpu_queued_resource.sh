@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # K2 on a TPU pod by a queued resource: bash docs/launch/tpu_queued_resource.sh
-# Fill in what is marked <...>. For several slices, NODES is their number.
+# Fill in the fields marked <...>. NODES is the number of slices.
 set -euo pipefail
 
 PROJECT="<project>"
@@ -8,8 +8,8 @@ ZONE="<zone>"
 NAME=k2jax
 TYPE=v5p-2048       # counts TensorCores: 1,024 chips, 256 hosts
 RUNTIME=v2-alpha-tpuv5
-NODES=1             # slices; each device then takes that many times fewer micro-batches
-SHARED="<file server>:/<share>" # NFS that all hosts mount; checkpoints go there
+NODES=1             # slices; micro-batches per device are divided by it
+SHARED="<file server>:/<share>" # NFS mounted by all hosts, for checkpoints
 GIT="<git address of k2jax>"
 
 at=(--project "$PROJECT" --zone "$ZONE")
@@ -38,7 +38,7 @@ everywhere "sudo mkdir -p /shared && { mountpoint -q /shared || sudo mount -t nf
   && { [ -d k2jax ] || git clone $GIT k2jax; } \
   && python3 -m venv env && env/bin/pip install -q -e 'k2jax[tpu]'"
 
-# A lost host ends all processes with a code that is neither 0 nor 2 (a mistake); they start again.
+# A lost host ends all processes with a code other than 0 and 2 (a mistake); all restart.
 for ((try = 1; try <= 100; try++)); do
   code=0
   everywhere "K2JAX_CACHE=/shared/cache env/bin/k2jax train kimi_k2_pretrain \
