@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# All tests run on the first of these versions of Python and JAX. On the others run those of the
-# network, its kernels, the planner, the optimizer and training. `setup.cfg` has the same bounds.
+# All tests run on the first of these versions of Python and JAX; README, "Versions", says which run
+# on the others. `setup.cfg` has the same bounds.
 TESTED = (("3.11", "0.10.2"), ("3.12", "0.11.2"), ("3.13", "0.12.0.1"))
 OLDEST, BEYOND = "0.10.2", "0.13"
 
