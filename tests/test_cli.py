@@ -27,7 +27,7 @@ MISTAKES = [
     (["train", "tiny", "--epochs", "3"], "set --train.steps"),
     (["train", "tiny", "--resume"], "the same command resumes a run"),
     (["train", "tinny", "--help"], "no config 'tinny'; did you mean 'tiny'?"),
-    (["evaluate", "runs/x", "--steps", "3"], "there are: --data, --stride, --rows, --json"),
+    (["evaluate", "runs/x", "--steps", "3"], "does not take '--steps'; there are: --"),
     (["train", "tiny", "--train.steps", "many"], "train.steps is int, 'many' is not"),
     (["train", "tiny", "--train.steps"], "--train.steps needs a value"),
     (["train", "tiny", "--optim.learning_rate", "nan"], "it must be finite"),
