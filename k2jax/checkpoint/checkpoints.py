@@ -17,6 +17,7 @@ import jax
 from etils import epath
 
 from k2jax.checkpoint import integrity, orbax_io, steps
+from k2jax.checkpoint.restorable import check_folder
 from k2jax.checkpoint.tree import Flat, compare, flatten, inventory, place_concretely, unflatten
 from k2jax.config import ConfigError, one_line
 from k2jax.runtime import memory
@@ -85,6 +86,7 @@ class Checkpoints:
         Raises:
             ConfigError: every step is damaged; nothing is renamed.
         """
+        check_folder(self.root)
         damaged: dict[int, str] = {}
         for step in reversed(integrity.broadcast_steps(steps.list_numbered(self.root))):
             if not (why := self._describe_damage(step)):
@@ -176,6 +178,7 @@ class Checkpoints:
 
     def _open(self, parts: tuple[str, ...]) -> None:
         if self._writer is None:
+            check_folder(self.root)
             self.root.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0:
                 steps.sweep(self.root)

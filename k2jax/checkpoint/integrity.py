@@ -16,7 +16,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from k2jax.checkpoint.restorable import describe_unreadable
 from k2jax.checkpoint.steps import TEMPORARY
+from k2jax.config import ConfigError
 
 RECORD = "files.json"
 OWN = "files.{}.json"
@@ -30,7 +32,7 @@ Sums = dict[str, list[int]]
 
 
 def record_files(handler: Any) -> None:
-    """Make a composite handler of orbax record what it wrote, before the step's folder appears."""
+    """Make a composite handler of orbax record and read what it wrote, before the step appears."""
     start, finish = handler.async_save, handler.finalize
 
     async def async_save(directory: epath.Path, args: Any) -> list[Any]:
@@ -40,6 +42,9 @@ def record_files(handler: Any) -> None:
     def finalize(directory: epath.Path) -> None:
         finish(directory)  # joins the processes' databases and names the parts
         _record(directory)
+        # The sums are of what was read from the files just now: once is enough.
+        if why := describe_damage(directory, sums=False) or describe_unreadable(directory):
+            raise ConfigError(f"what was written cannot be read again: {why}")
 
     handler.async_save, handler.finalize = async_save, finalize
 
@@ -104,7 +109,10 @@ def _sum_file(path: epath.Path) -> list[int]:
 
 
 def describe_damage(
-    path: epath.Path, parts: Iterable[str] = (), share: tuple[int, int] = (0, 1)
+    path: epath.Path,
+    parts: Iterable[str] = (),
+    share: tuple[int, int] = (0, 1),
+    sums: bool = True,
 ) -> str:
     """Return what is wrong with the files of a step; empty: nothing, or they have no record.
 
@@ -112,6 +120,7 @@ def describe_damage(
         path: the step's folder.
         parts: names of the folders to look into; none: all.
         share: (i, n) reads every n-th file from the i-th on.
+        sums: compare what the files hold, not their sizes alone.
     """
     if not (path / RECORD).exists():
         return ""
@@ -123,17 +132,23 @@ def describe_damage(
     parts = tuple(parts)
     names = [name for name in wanted if not parts or name.split("/")[0] in parts]
     names = names[share[0] :: share[1]]
+
+    def check(name: str) -> str:
+        size, checksum = wanted[name]
+        return _check_file(path / name, size, checksum, sums)
+
     with ThreadPoolExecutor(READERS) as pool:
-        looks = pool.map(lambda name: _check_file(path / name, *wanted[name]), names)
+        looks = pool.map(check, names)
         return next((f"{name} {why}" for name, why in zip(names, looks, strict=True) if why), "")
 
 
-def _check_file(path: epath.Path, size: int, checksum: int) -> str:
+def _check_file(path: epath.Path, size: int, checksum: int, sums: bool) -> str:
     try:
         actual = path.stat().length
         if actual != size:
             return f"has {actual:,} bytes, not {size:,}"
-        return "" if _sum_file(path) == [size, checksum] else "has other bytes than were written"
+        same = not sums or _sum_file(path) == [size, checksum]
+        return "" if same else "has other bytes than were written"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", default="2", help="most GB that tensors on their way may take")
     parser.add_argument("--manifest", default="", help="sha256sum list to hold the source against")
     parser.add_argument("--skip-mtp", action="store_true", help="leave out layers past the last")
+    parser.add_argument(
+        "--model-type", default="", help="of an exported config: deepseek_v3 (default), kimi_k2"
+    )
     parser.add_argument("--verify", action="store_true", help="audit every tensor of the target")
     parser.add_argument("--dry-run", action="store_true", help="read headers only, print the plan")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
@@ -33,7 +36,8 @@ def main(args: argparse.Namespace) -> int:
     options = {
         key: value
         for key, value in vars(args).items()
-        if key in ("to", "format", "mesh", "manifest", "skip_mtp", "verify", "dry_run")
+        if key
+        in ("to", "format", "mesh", "manifest", "skip_mtp", "model_type", "verify", "dry_run")
     }
     try:
         options["memory"] = float(args.memory)

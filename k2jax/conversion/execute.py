@@ -15,7 +15,7 @@ from typing import Any
 from k2jax.checkpoint import steps
 from k2jax.config import ConfigError
 from k2jax.conversion.audit import audit
-from k2jax.conversion.hf_files import file_names
+from k2jax.conversion.hf_files import file_names, generated_files
 from k2jax.conversion.prepare import GB, Plan
 from k2jax.conversion.threads import Budget, show_bytes
 from k2jax.conversion.write import STEP, write_chunks, write_files
@@ -68,6 +68,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "skipped": plan.skipped(),
         "beside": len(plan.extras()) if plan.to == "orbax" else 0,
         "copied": list(plan.source.companions),
+        "made": list(generated_files(plan.source)) if plan.to == "hf" else [],
         "notes": plan.notes,
     }
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig, nearest
-from k2jax.conversion.hf_files import exported_config
+from k2jax.conversion.hf_files import MODEL_TYPES, exported_config
 from k2jax.model import Kimi
 from k2jax.params.declare import specs
 from k2jax.params.spec import ParamSpec
@@ -40,12 +41,17 @@ class Options:
     memory: float = 2.0
     manifest: str = ""
     skip_mtp: bool = False
+    model_type: str = ""
     verify: bool = False
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is misspelt."""
-        for name, value, known in (("to", self.to, TO), ("format", self.format, FORMATS)):
+        choices = (
+            ("to", self.to, TO), ("format", self.format, FORMATS),
+            ("model-type", self.model_type, MODEL_TYPES),
+        )  # fmt: skip
+        for name, value, known in choices:
             if value and value not in known:
                 raise ConfigError(f"--{name} is {value!r}; {nearest(value, known)}")
         if not (math.isfinite(self.memory) and self.memory > 0):
@@ -87,6 +93,8 @@ class Plan:
     def fingerprint(self) -> str:
         """Changes with the source's headers and with what is to be made of it."""
         asked = [self.to, self.options.format, self.options.mesh, self.options.skip_mtp]
+        if self.options.model_type != MODEL_TYPES[0]:
+            asked.append(self.options.model_type)
         text = json.dumps([self.source.identity, asked])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -156,6 +164,7 @@ def make_plan(
     _check_options(options, to, mtp)
     arrays = layout(leaves, view, _mesh(options.mesh)) if to == "orbax" else []
     notes = source.tensors.notes() if isinstance(source.tensors, Folder) else []
+    notes += _describe_rounding(view)
     plan = Plan(source, target, to, options, view, leaves, arrays, mtp, notes)
     if plan.largest() > options.memory * GB:
         raise ConfigError(
@@ -163,7 +172,9 @@ def make_plan(
             f" {plan.largest() / GB:.2f} GB on its way"
         )
     if to == "hf":
-        exported_config(source.fields, source.config, options.format, ())
+        options = dataclasses.replace(options, model_type=options.model_type or MODEL_TYPES[0])
+        plan = dataclasses.replace(plan, options=options)
+        exported_config(source, options.format, options.model_type, ())
     return plan
 
 
@@ -184,6 +195,8 @@ def _check_options(options: Options, to: str, mtp: tuple[str, ...]) -> None:
         raise ConfigError(
             f"--format {options.format} is for --to hf; our checkpoints have {', '.join(OURS)}"
         )
+    if to == "orbax" and options.model_type:
+        raise ConfigError("--model-type has no effect with --to orbax")
     if to == "hf" and options.mesh:
         raise ConfigError("--mesh has no effect with --to hf")
     if options.skip_mtp and not mtp:
@@ -200,6 +213,20 @@ def _format(options: Options, to: str, source: Source) -> str:
         return "keep" if quantised and source.is_checkpoint else "bfloat16"
     wide = not quantised and all(kind in PLAIN[1:] for kind in plain)
     return "float32" if wide else "bfloat16"
+
+
+def _describe_rounding(view: ReencodedTensors) -> list[str]:
+    """What a conversion loses of plain weights, if anything."""
+    wide = {
+        view.source.dtype(weight)
+        for weight, how in view.encoded.items()
+        if encoding(view.source, weight) == "plain"
+        and (how != "plain" or view.dtype(weight) != view.source.dtype(weight))
+        and not (how == "plain" and view.dtype(weight) == np.float32)
+    }
+    names = " and ".join(sorted(map(str, wide)))
+    keep = "; --format float32 keeps them" if wide and view.form == "bfloat16" else ""
+    return [f"{names} weights are rounded to {view.form}{keep}"] if wide else []
 
 
 def without_mtp(model: ModelConfig) -> ModelConfig:

@@ -12,9 +12,10 @@ import numpy as np
 
 from k2jax.checkpoint import steps
 from k2jax.config import RunConfig, to_json
-from k2jax.conversion.hf_files import exported_config, file_names
+from k2jax.conversion.hf_files import exported_config, file_names, generated_files
 from k2jax.conversion.prepare import COPIES, Plan, without_mtp
 from k2jax.conversion.threads import Budget, each
+from k2jax.runtime.files import write_atomic
 from k2jax.runtime.progress import Progress
 from k2jax.weights.converted_read import EXTRA
 from k2jax.weights.converted_write import WHOLE, Leaf, tree_metadata, write_tensor
@@ -104,8 +105,10 @@ def write_files(plan: Plan, work: Path, budget: Budget, progress: Progress) -> N
     if form == "keep" and not plan.source.fields:
         form = str(plan.view.dtype("lm_head.weight"))
     skipped = plan.mtp if plan.options.skip_mtp else ()
-    fields = exported_config(plan.source.fields, plan.source.config, form, skipped)
+    fields = exported_config(plan.source, form, plan.options.model_type, skipped)
     (work / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    for name, make in generated_files(plan.source).items():
+        write_atomic(work / name, make())
 
 
 def _stream(

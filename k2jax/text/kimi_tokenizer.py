@@ -87,7 +87,7 @@ class Tokenizer:
         # The configs say [EOS], chats end with <|im_end|> (trap 23).
         self.stops: tuple[int, ...] = (self.eos, self.im_end)
         self.template: Template | None = KIMI_K2
-        self._ranks = ranks
+        self.ranks = ranks
         self._encoding = tiktoken.Encoding(
             "k2jax",
             pat_str=PATTERN,
@@ -125,7 +125,7 @@ class Tokenizer:
         """The `tiktoken.model` file: a line per base token, in rank order."""
         lines = (
             base64.b64encode(token) + b" %d\n" % rank
-            for token, rank in sorted(self._ranks.items(), key=lambda item: item[1])
+            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
         )
         return b"".join(lines)
 
@@ -190,7 +190,7 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text each id stands for, int32 [vocab]; 0 for special tokens."""
         lengths = np.zeros(self.vocab, np.int32)
-        for token, rank in self._ranks.items():
+        for token, rank in self.ranks.items():
             lengths[rank] = len(token)
         return lengths
 

@@ -24,7 +24,7 @@ from k2jax.model.batch import own_parts, to_devices
 from k2jax.model.kernel_check import check_kernels
 from k2jax.runtime.files import OUTSIDE, write_atomic
 from k2jax.runtime.signals import Interrupted, StopSignals
-from k2jax.training import provenance, resume, trackers
+from k2jax.training import identity, provenance, resume, trackers
 from k2jax.training.callbacks import (
     Abort,
     Action,
@@ -191,12 +191,15 @@ class _Training:
             ThreadPoolExecutor(1) as pool,
         ):
             latest = resume.find_start(checkpoints, run, self.out, self.say)
-            self._preflight(init, latest)
+            named = identity.choose_tokenizer(run, self.out, init, latest is not None, self.say)
+            self._preflight(init, latest, named)
             # Compiling takes longest, so it starts first, and the data is read meanwhile.
             programs = Programs(self.program, pool)
             preload_orbax()
-            data = self._open_data()
-            self._write_run_files(data)
+            data = self._open_data(named)
+            if latest is not None:
+                identity.require_same_data(data, self.out)
+            self._write_run_files(data, init, latest is not None, trained=not named)
             step = latest or 0
             if latest is None:
                 state = resume.initial_state(self.program, init)
@@ -214,9 +217,9 @@ class _Training:
                 self._finish(model, data, programs, signals, closing)
             return model
 
-    def _preflight(self, init: str, latest: int | None) -> None:
+    def _preflight(self, init: str, latest: int | None, tokenizer: str) -> None:
         """Find mistakes first: compiling cannot be interrupted."""
-        check(self.run.data.path, self.run.data.tokenizer, self.run.model.vocab)
+        check(self.run.data.path, tokenizer, self.run.model.vocab)
         if self.first:
             self.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.out).close()
@@ -227,7 +230,7 @@ class _Training:
         elif init:
             self.say(f"--init {init} is not used: {self.out} has a checkpoint")
 
-    def _open_data(self) -> Data:
+    def _open_data(self, tokenizer: str) -> Data:
         """Open the run's data alike on all processes: process 0 first, to fill a shared cache once.
 
         Raises:
@@ -236,8 +239,8 @@ class _Training:
         group = cluster.current()
         if group.number:
             group.tell("the data is prepared")
-        source = self.run.data
-        data = open_data(source.path, source.tokenizer, self.run.model.vocab, progress=self.say)
+        run = self.run
+        data = open_data(run.data.path, tokenizer, run.model.vocab, progress=self.say)
         if not group.number:
             group.tell("the data is prepared")
         size, heldout, digest = data.train.size, data.heldout.bytes, data.tokenizer.digest()[:12]
@@ -245,11 +248,14 @@ class _Training:
         group.require_equal("data", facts)
         return data
 
-    def _write_run_files(self, data: Data) -> None:
+    def _write_run_files(self, data: Data, init: str, resumed: bool, trained: bool) -> None:
         if not self.first:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        data.tokenizer.save(self.out / "tiktoken.model")
+        if resumed:
+            identity.complete(data, self.out)
+        else:
+            identity.record(data, self.out, init, trained and bool(data.heldout_names))
         write_atomic(self.out / "config.json", json.dumps(to_json(self.run), indent=1) + "\n")
         count = sum(math.prod(leaf.shape) for leaf in self.program.specs.values())
         self.say(

@@ -33,6 +33,10 @@ NO_COMPANIONS = (
     ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".ot", ".gguf", ".onnx"
 )  # fmt: skip
 OWN = ("config.json", "manifest.sha256", "conversion.json", INDEX)
+OF_RUN = (
+    "tiktoken.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "generation_config.json", "chat_template.jinja", "LICENSE", "NOTICE", "README.md",
+)  # fmt: skip
 RUN = ("metrics.jsonl", "events.jsonl", "run.json", "loss.png", "report.html")
 LARGEST_COMPANION = 64 * 2**20  # bytes
 
@@ -140,6 +144,8 @@ class Source:
         if self.is_checkpoint and "copied" in self._meta:
             return tuple(self._meta["copied"])
         files = [path for path in self.folder.iterdir() if path.is_file()]
+        if self.is_checkpoint:  # logs, plots and notes of a run stay where they are
+            return tuple(sorted(p.name for p in files if p.name.startswith(OF_RUN)))
         return tuple(
             sorted(
                 path.name

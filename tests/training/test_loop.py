@@ -17,7 +17,8 @@ from k2jax.training.loop import train
 from k2jax.training.metrics import read_metrics
 
 FILES = (
-    "checkpoints", "config.json", "loss.png", "metrics.jsonl", "run.json", "tiktoken.model",
+    "checkpoints", "config.json", "data.json", "loss.png", "metrics.jsonl", "run.json",
+    "tiktoken.model",
 )  # fmt: skip
 
 
