@@ -19,6 +19,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ConfigError": "k2jax.config",
     "Model": "k2jax.model",
+    "ModelConfig": "k2jax.config",
+    "ParamSpec": "k2jax.params.spec",
     "RunConfig": "k2jax.config",
     "configure": "k2jax.configs",
     "convert": "k2jax.conversion",
