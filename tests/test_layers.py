@@ -72,7 +72,7 @@ def test_every_package_is_installed():
 
 def test_shape_letters_are_in_the_legend():
     legend = set(re.findall(r"\b([A-Z]) [a-z]", k2jax.model.__doc__))
-    for file in [*(ROOT / "k2jax/model").glob("*.py"), *(ROOT / "k2jax/ops").glob("*.py")]:
+    for file in [*(ROOT / "k2jax/model").rglob("*.py"), *(ROOT / "k2jax/ops").rglob("*.py")]:
         for suffix in re.findall(r"\b[a-z]\w*_([A-Z]{2,}|[A-Z]\d?)\b", file.read_text()):
             assert set(re.sub(r"\d", "", suffix)) <= legend, f"{file.name}: _{suffix}"
 

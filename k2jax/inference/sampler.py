@@ -1,7 +1,7 @@
 """The loop over new tokens: pick one in every row, step, until all rows have stopped.
 
-It runs as one program on the device. Whatever differs from call to call is an array, so that
-only a new size, or another kind of choice, compiles anew.
+It runs as one program on the device. Everything that differs from call to call is an array, so that
+only a new size, or another kind of choice, is compiled again.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig
-from k2jax.inference.decode import prefill, stacks, step
+from k2jax.inference.decode import prefill, step, unstack_layers
 from k2jax.model.projection import Policy
 from k2jax.ops.moe.dispatch import Dispatch
 from k2jax.params.arrays import Params, bind
@@ -24,11 +24,11 @@ from k2jax.params.kimi import Kimi, declare_kimi
 from k2jax.sharding import BATCH, check_divisible, meshless, reshard, storage_spec
 
 GREEDY, PLAIN, NUCLEUS = "greedy", "plain", "nucleus"
-STOPPED = -1  # in the place of a row's stop token and of everything behind it
+STOPPED = -1  # in the place of a row's stop token and of all that follow
 
 
 class Request(NamedTuple):
-    """What one call asks for."""
+    """Prompts of one call, and how to extend them."""
 
     token_BT: jax.Array | np.ndarray  # int32 prompts, each from the start of its row
     length_B: jax.Array | np.ndarray  # int32 tokens of each prompt
@@ -45,14 +45,14 @@ def extend(
     params: Params, request: Request, *, cfg: ModelConfig, dtype: str, room: int, kind: str,
     dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
 ) -> jax.Array:  # fmt: skip
-    """New tokens, int32 [batch, room]; STOPPED from where a row ended.
+    """Extend every prompt: new tokens, int32 [batch, room]; STOPPED from where a row ended.
 
     Args:
         params: weights.
         request: what to extend and how.
         cfg: sizes.
         dtype: to compute in.
-        room: new tokens there is room for.
+        room: new tokens that the cache has room for.
         kind: GREEDY, PLAIN (temperature) or NUCLEUS (temperature and top-p).
         dispatch: how the prompts' tokens reach their experts. New ones, one a row, are gathered.
     """
@@ -60,7 +60,7 @@ def extend(
     token_BT = reshard(jnp.asarray(request.token_BT), "batch", "length")
     length_B = reshard(jnp.asarray(request.length_B), "batch")
     rows, length = token_BT.shape
-    layers = stacks(w, cfg)
+    layers = unstack_layers(w, cfg)
 
     def choose(y_BX: jax.Array, i: jax.Array, done_B: jax.Array, new_BN: jax.Array):
         token_B = pick(reshard(y_BX, None, None), i, request, kind)
@@ -68,11 +68,11 @@ def extend(
         note_B1 = jnp.where(done_B, STOPPED, token_B)[:, None]
         return i + 1, token_B, done_B, jax.lax.dynamic_update_slice(new_BN, note_B1, (0, i))
 
-    def more(state) -> jax.Array:
+    def is_running(state) -> jax.Array:
         (i, _, done_B, _), _ = state
         return (i < request.limit) & ~done_B.all()
 
-    def one(state):
+    def extend_once(state):
         (i, token_B, done_B, new_BN), cache = state
         y_BX, cache = step(w, layers, cache, reshard(token_B, "batch"), cfg, policy)
         return choose(y_BX, i, done_B, new_BN), cache
@@ -82,11 +82,11 @@ def extend(
     )
     new_BN = jnp.full((rows, room), STOPPED, jnp.int32)
     first = choose(y_BX, jnp.int32(0), jnp.zeros(rows, bool), new_BN)
-    return jax.lax.while_loop(more, one, (first, cache))[0][3]
+    return jax.lax.while_loop(is_running, extend_once, (first, cache))[0][3]
 
 
 def pick(y_BX: jax.Array, i: jax.Array, request: Request, kind: str) -> jax.Array:
-    """The next token of each row, int32 [batch], from its logits.
+    """Choose the next token of each row, int32 [batch], from its logits.
 
     A row's draws depend on the seed, its place in the batch and `i`, the number of new tokens.
     """
@@ -97,12 +97,15 @@ def pick(y_BX: jax.Array, i: jax.Array, request: Request, kind: str) -> jax.Arra
     if kind == NUCLEUS:
         y_BX = nucleus(y_BX, request.top_p)
     key = jax.random.fold_in(jax.random.key(request.seed), i)
-    draw = lambda y_X, row: jax.random.categorical(jax.random.fold_in(key, row), y_X)
+
+    def draw(y_X: jax.Array, row: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(key, row), y_X)
+
     return jax.vmap(draw)(y_BX, jnp.arange(y_BX.shape[0])).astype(jnp.int32)
 
 
 def nucleus(y_BX: jax.Array, top_p: float | jax.Array) -> jax.Array:
-    """Logits without the tokens beyond the smallest set of most likely ones that reaches `top_p`.
+    """Mask the logits outside of the smallest set of most likely tokens that reaches `top_p`.
 
     The most likely token always stays; ties with the last one kept stay too.
     """
@@ -115,14 +118,14 @@ def nucleus(y_BX: jax.Array, top_p: float | jax.Array) -> jax.Array:
 
 
 def batch_ways() -> int:
-    """What must divide the rows of a batch on the mesh in use."""
+    """Count the parts in which the mesh in use splits a batch; they divide its rows."""
     shape = jax.sharding.get_abstract_mesh().shape
     return 1 if meshless() else math.prod(shape[axis] for axis in BATCH)
 
 
 @contextlib.contextmanager
 def decoding(params: Params, cfg: ModelConfig) -> Iterator[Params]:
-    """The weights on a mesh that can decode: one token a row leaves `context` nothing to split.
+    """Put the weights on a mesh that can decode: `context` cannot split one token per row.
 
     Devices along `context` join those along `data`, which split stored experts too, so nothing
     moves; or they become replicas, where `data` times `context` does not divide the model.
@@ -142,7 +145,7 @@ def decoding(params: Params, cfg: ModelConfig) -> Iterator[Params]:
 
 
 def _fold_context(mesh: jax.sharding.Mesh, axis: str) -> jax.sharding.Mesh:
-    """The same devices, those along `context` next to each other along `axis`."""
+    """Make a mesh of the same devices, those along `context` next to each other along `axis`."""
     shape = dict(mesh.shape)
     shape[axis] *= shape.pop("context")
     at = MESH_AXES.index(axis) + 1
@@ -152,7 +155,7 @@ def _fold_context(mesh: jax.sharding.Mesh, axis: str) -> jax.sharding.Mesh:
 
 
 def _lay(leaf: jax.Array, spec: jax.P) -> jax.Array:
-    """An array on the mesh in use; where every device has its part already, nothing is copied."""
+    """Lay an array on the mesh in use; nothing is copied where each device has its part."""
     layout = jax.NamedSharding(jax.sharding.get_mesh(), spec)
     here = leaf.sharding.addressable_devices_indices_map(leaf.shape)
     if here != layout.addressable_devices_indices_map(leaf.shape):

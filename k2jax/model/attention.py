@@ -7,7 +7,7 @@ from k2jax.config import ModelConfig
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import Policy, project
 from k2jax.model.rope import Rotation, rotate
-from k2jax.ops.attention.blockwise import causal_attention
+from k2jax.ops.attention import causal_attention
 from k2jax.ops.collectives import all_to_all
 from k2jax.params.kimi import Attention
 from k2jax.sharding import meshless, reshard, storage_spec
@@ -15,10 +15,10 @@ from k2jax.sharding import meshless, reshard, storage_spec
 INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE modeling 665, 675]
 
 
-def queries(
+def project_queries(
     w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig, policy: Policy
 ) -> tuple[jax.Array, jax.Array]:
-    """Content part `q_BHTU` and rotated part `q_BHTP` of every head's queries."""
+    """Project to every head's queries: content part `q_BHTU` and rotated part `q_BHTP`."""
     heads = ("batch", "heads", "length", None)
     if cfg.q_rank:
         q_BTQ = project("btd,dq->btq", x_BTD, w.q_down, ("batch", "length", None), policy)
@@ -29,10 +29,10 @@ def queries(
     return q_BHTC[..., : cfg.nope], rotate(q_BHTC[..., cfg.nope :], turn)
 
 
-def latents(
+def project_latents(
     w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig, policy: Policy
 ) -> tuple[jax.Array, jax.Array]:
-    """What a token leaves for later ones: normed latent `c_BTR`, rotated shared key `k_BTP`."""
+    """Project to what later tokens read: normed latent `c_BTR` and rotated shared key `k_BTP`."""
     kv_BTM = project("btd,dm->btm", x_BTD, w.kv_down, ("batch", "length", None), policy)
     c_BTR = rms_norm(kv_BTM[..., : cfg.kv_rank], w.kv_norm, INNER_EPS, policy)
     return c_BTR, rotate(kv_BTM[:, None, :, cfg.kv_rank :], turn)[:, 0]
@@ -46,7 +46,7 @@ def attend(
     cfg: ModelConfig,
     policy: Policy,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention output `y_BTD` and the largest logit of each head, `top_H` (float32).
+    """Compute attention: output `y_BTD` and the largest logit of each head, `top_H` (float32).
 
     Args:
         w: weights of one layer.
@@ -61,8 +61,8 @@ def attend(
     [K2-TR 2.1]. Source: [JLE] modeling_deepseek.py 650-860.
     """
     heads = ("batch", "heads", "length", None)
-    q_BHTC = jnp.concatenate(queries(w, x_BTD, turn, cfg, policy), axis=-1)
-    c_BTR, k_BTP = latents(w, x_BTD, turn, cfg, policy)
+    q_BHTC = jnp.concatenate(project_queries(w, x_BTD, turn, cfg, policy), axis=-1)
+    c_BTR, k_BTP = project_latents(w, x_BTD, turn, cfg, policy)
     kv_BHTW = project("btr,rhw->bhtw", c_BTR, w.kv_up, heads, policy)
     shared_BHTP = reshard(jnp.broadcast_to(k_BTP[:, None], (*kv_BHTW.shape[:3], cfg.rope)), *heads)
     k_BHTC = jnp.concatenate([kv_BHTW[..., : cfg.nope], shared_BHTP], axis=-1)
@@ -74,33 +74,33 @@ def attend(
 def sharded_attention(
     q_BHTC: jax.Array, k_BHTC: jax.Array, v_BHTV: jax.Array, segment_BT: jax.Array, scale: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Values mixed by causal softmax weights `y_BHTV`, and each head's largest logit `top_H`.
+    """Mix values by causal softmax weights: `y_BHTV`, and each head's largest logit `top_H`.
 
-    Devices along `context` have a part of each row. For this they exchange it, with all heads, for
-    whole rows of some heads, and what is mixed back [DeepSpeed-Ulysses 2023]: wherever documents
-    end, each has the same work.
+    Devices along `context` have a part of each row. They exchange it, with all heads, for whole
+    rows of some heads, and the mixed values back [DeepSpeed-Ulysses 2023]: wherever documents end,
+    each has the same work.
     """
     if meshless():
         y_BHTV, top_BH = _attention_with_max_logit(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
         return y_BHTV, top_BH.max(axis=0)
 
-    def own(q_BHTC, k_BHTC, v_BHTV, segment_BT):
+    def on_device(q_BHTC, k_BHTC, v_BHTV, segment_BT):
         rows = (all_to_all(a, "context", 1, 2) for a in (q_BHTC, k_BHTC, v_BHTV))
         y_BHTV, top_BH = _attention_with_max_logit(*rows, segment_BT, scale)
         return all_to_all(y_BHTV, "context", 2, 1), top_BH
 
-    parts = storage_spec(("batch", "heads", "length", None))
+    part_spec = storage_spec(("batch", "heads", "length", None))
     y_BHTV, top_BH = jax.shard_map(
-        own,
-        in_specs=(parts, parts, parts, storage_spec(("batch", None))),
-        out_specs=(parts, storage_spec(("batch", "heads_of_row"))),
+        on_device,
+        in_specs=(part_spec, part_spec, part_spec, storage_spec(("batch", None))),
+        out_specs=(part_spec, storage_spec(("batch", "heads_of_row"))),
         check_vma=False,  # loops and custom gradients inside; tests compare with one device
     )(q_BHTC, k_BHTC, v_BHTV, reshard(segment_BT, "batch", None))
     return y_BHTV, reshard(top_BH.max(axis=0), None)
 
 
 def _attention_with_max_logit(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale):
-    """The mixture; the largest logit of each head and row, where it is not padding."""
+    """Mixed values, and the largest logit of each head and row, padding left out."""
     y_BHTV, top_BHT = causal_attention(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
     top_BHT = jnp.where((segment_BT > 0)[:, None], jax.lax.stop_gradient(top_BHT), -jnp.inf)
     return y_BHTV, top_BHT.max(axis=2)

@@ -1,4 +1,4 @@
-"""Before training on an accelerator: do its kernels compute what their references do?
+"""Compare an accelerator's kernels with their references, before training on it.
 
 A kernel may compile and still be wrong on a chip, a driver or a version that nobody tried; a run
 would then learn something else without a sign of it.
@@ -13,14 +13,20 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ConfigError, ModelConfig
-from k2jax.ops.attention.blockwise import by_blocks
+from k2jax.ops.attention import blockwise_attention
 from k2jax.ops.limits import ATTENTION_BLOCK
-from k2jax.ops.moe.dispatch import AXIS, Dispatch, dispatch_allgather, dispatch_alltoall
-from k2jax.ops.moe.expert_mlp import side_by_side
-from k2jax.ops.moe.grouped_matmul import grouped
+from k2jax.ops.moe import (
+    Dispatch,
+    dispatch_allgather,
+    dispatch_alltoall,
+    fuse_gate_up,
+    grouped_matmul,
+)
+from k2jax.ops.moe.dispatch import AXIS
 from k2jax.sharding import BATCH, meshless
 
-# Of the largest right value. bfloat16 rounds by 2^-9; what is wrong is off by far more.
+# Largest error over the largest correct value. bfloat16 rounds by 2^-9; a wrong kernel is off by
+# far more.
 LIMIT = 0.02
 PARTS = ("values", "gradients of the rows", "gradients of the matrices")
 MIXED = (
@@ -30,13 +36,13 @@ MIXED = (
 )
 ROWS, WIDTH, HIDDEN = 1_024, 256, 512
 TOKENS, NARROW = 24, 128  # of the exchange, a device
-SIZES = (300, 0, 514, 130)  # a group may be empty, and the last rows are nobody's
+SIZES = (300, 0, 514, 130)  # a group may be empty, and the last rows have no group
 LENGTH, ENDS = 1_100, (1_030, 1_080)  # of a row, and of its documents; the rest is padding
 HEADS, SHARP = 2, 3.0  # the usual size of a logit
 
 
 def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
-    """Run each kernel that the mesh in use would train with beside its reference.
+    """Compare each kernel that the mesh in use would train with to its reference.
 
     Args:
         dispatch: how tokens reach their experts.
@@ -50,20 +56,22 @@ def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
     if context > ATTENTION_BLOCK:
         _compare_kernel("attention", MIXED, *_attention(cfg))
     if not meshless() and dispatch.kind != "allgather" and jax.sharding.get_mesh().shape[AXIS] > 1:
-        _compare_kernel("the exchange of tokens", PARTS, *_layer(dispatch))
+        _compare_kernel("the exchange of tokens", PARTS, *_dispatch(dispatch))
 
 
 def _compare_kernel(
-    name: str, parts: Sequence[str], fast: Callable, slow: Callable, args: Sequence[jax.Array]
+    name: str,
+    parts: Sequence[str],
+    kernel: Callable,
+    reference: Callable,
+    args: Sequence[jax.Array],
 ) -> None:
-    """Compare values and gradients."""
+    """Compare values and gradients; raise a ConfigError where they differ."""
 
     @jax.jit
     def errors(*args):
-        found, right = (_differentiated(run, args) for run in (fast, slow))
-        far = lambda a, b: jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-6)
-        wide = lambda a: a.astype(jnp.float32)
-        return jnp.stack([far(wide(a), wide(b)) for a, b in zip(found, right, strict=True)])
+        pairs = zip(_differentiate(kernel, args), _differentiate(reference, args), strict=True)
+        return jnp.stack([_relative_error(a, b) for a, b in pairs])
 
     for part, error in zip(parts, jax.device_get(errors(*args)), strict=True):
         if not error <= LIMIT:  # not a number is wrong too
@@ -73,13 +81,18 @@ def _compare_kernel(
             )
 
 
-def _differentiated(run: Callable, args: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Values, and gradients by all arguments for output gradients that are not constant."""
-    found, back = jax.vjp(run, *args)
-    return *jax.tree.leaves(found), *back(jax.tree.map(jnp.cos, found))
+def _relative_error(a: jax.Array, b: jax.Array) -> jax.Array:
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-6)
 
 
-def _drawn(*shapes: tuple[int, ...]) -> list[jax.Array]:
+def _differentiate(run: Callable, args: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Compute values, and gradients by all arguments for output gradients that vary."""
+    values, back = jax.vjp(run, *args)
+    return *jax.tree.leaves(values), *back(jax.tree.map(jnp.cos, values))
+
+
+def _draw(*shapes: tuple[int, ...]) -> list[jax.Array]:
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [
         jax.random.normal(key, shape, jnp.bfloat16) / shape[-2] ** 0.5
@@ -88,44 +101,46 @@ def _drawn(*shapes: tuple[int, ...]) -> list[jax.Array]:
 
 
 def _products():
-    """Products of groups, and the same by masks."""
+    """Products of groups by kernel, and by masks."""
     ends = [sum(SIZES[: i + 1]) for i in range(len(SIZES))]
     row_M1 = np.arange(ROWS)[:, None]
 
     def masked(x_MK, w_EKN):
         own = [(row_M1 >= e - n) & (row_M1 < e) for e, n in zip(ends, SIZES, strict=True)]
-        parts = [jnp.where(mine, x_MK @ w_KN, 0) for mine, w_KN in zip(own, w_EKN, strict=True)]
+        parts = [
+            jnp.where(rows_M1, x_MK @ w_KN, 0) for rows_M1, w_KN in zip(own, w_EKN, strict=True)
+        ]
         return sum(parts[1:], parts[0])
 
     def by_groups(x_MK, w_EKN):
-        y_MN = grouped(x_MK, w_EKN, jnp.array(SIZES, jnp.int32))
+        y_MN = grouped_matmul(x_MK, w_EKN, jnp.array(SIZES, jnp.int32))
         return jnp.where(row_M1 < ends[-1], y_MN, 0)
 
-    args = _drawn((ROWS, WIDTH), (len(SIZES), WIDTH, HIDDEN))
-    return _alone(by_groups), _alone(masked), args
+    args = _draw((ROWS, WIDTH), (len(SIZES), WIDTH, HIDDEN))
+    return _on_each_device(by_groups), _on_each_device(masked), args
 
 
-def _alone(run: Callable) -> Callable:
-    """On each device the same."""
+def _on_each_device(run: Callable) -> Callable:
+    """Run the same on each device."""
     if meshless():
         return run
     return jax.shard_map(run, in_specs=P(), out_specs=P(), check_vma=False)
 
 
 def _attention(cfg: ModelConfig):
-    """By blocks, of several documents, and by scores."""
+    """Attention of several documents, by kernel and by scores."""
     order_T = np.arange(LENGTH)
     segment_BT = np.searchsorted(ENDS, order_T, side="right")[None] + 1
     segment_BT = np.where(order_T < ENDS[-1], segment_BT, 0).astype(np.int32)
     seen_BTS = segment_BT[:, :, None] == segment_BT[:, None]
     seen_BTS &= order_T[:, None] >= order_T
     wide, narrow = ((1, HEADS, LENGTH, width) for width in (cfg.size("qk"), cfg.value))
-    q_BHTC, k_BHSC, v_BHSV = _drawn(wide, wide, narrow)
+    q_BHTC, k_BHSC, v_BHSV = _draw(wide, wide, narrow)
     # Entries were drawn smaller by the square roots of the lengths.
     scale = SHARP * LENGTH / cfg.size("qk") ** 0.5
 
     def by_kernel(q_BHTC, k_BHSC, v_BHSV):
-        return by_blocks(q_BHTC, k_BHSC, v_BHSV, jnp.array(segment_BT), scale)
+        return blockwise_attention(q_BHTC, k_BHSC, v_BHSV, jnp.array(segment_BT), scale)
 
     def by_scores(q_BHTC, k_BHSC, v_BHSV):
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -135,11 +150,11 @@ def _attention(cfg: ModelConfig):
         y_BHTV = product("bhts,bhsv->bhtv", weight_BHTS, v_BHSV).astype(v_BHSV.dtype)
         return y_BHTV, jax.lax.stop_gradient(logit_BHTS.max(axis=-1))
 
-    return _alone(by_kernel), _alone(by_scores), (q_BHTC, k_BHSC, v_BHSV)
+    return _on_each_device(by_kernel), _on_each_device(by_scores), (q_BHTC, k_BHSC, v_BHSV)
 
 
-def _layer(dispatch: Dispatch):
-    """Tokens exchanged, and gathered; two experts a device, one of which gets a third."""
+def _dispatch(dispatch: Dispatch):
+    """Tokens by all-to-all and by all-gather; two experts a device, one of which gets a third."""
     mesh = jax.sharding.get_mesh()
     experts = 2 * mesh.shape[AXIS]
 
@@ -149,18 +164,20 @@ def _layer(dispatch: Dispatch):
             first_N = jnp.where(row_N % 3 == 0, 0, row_N % experts)
             expert_NK = jnp.stack([first_N, (first_N + 1 + row_N % (experts - 1)) % experts], 1)
             weight_NK = jnp.stack([jnp.sin(row_N), jnp.cos(row_N)], 1).astype(jnp.float32)
-            weights = side_by_side(w_EDF, 2 * w_EDF, w_EDF.swapaxes(1, 2))
+            weights = fuse_gate_up(w_EDF, 2 * w_EDF, w_EDF.swapaxes(1, 2))
             return run(x_ND, expert_NK.astype(jnp.int32), weight_NK, weights)
 
-        return jax.shard_map(one, in_specs=(spread, held), out_specs=spread, check_vma=False)
+        return jax.shard_map(
+            one, in_specs=(token_spec, expert_spec), out_specs=token_spec, check_vma=False
+        )
 
-    spread, held = P((*BATCH, "context", "model")), P(AXIS)
-    x_ND, w_EDF = _drawn((TOKENS * mesh.size, NARROW), (experts, NARROW, NARROW))
-    placed = jax.reshard(x_ND, spread), jax.reshard(w_EDF, held)
+    token_spec, expert_spec = P((*BATCH, "context", "model")), P(AXIS)
+    x_ND, w_EDF = _draw((TOKENS * mesh.size, NARROW), (experts, NARROW, NARROW))
+    placed = jax.reshard(x_ND, token_spec), jax.reshard(w_EDF, expert_spec)
     # Nothing may be dropped here, so that both are the same.
     dropless = dispatch._replace(kind="alltoall")
 
-    def by_exchange(x_ND, expert_NK, weight_NK, weights):
+    def by_alltoall(x_ND, expert_NK, weight_NK, weights):
         return dispatch_alltoall(x_ND, expert_NK, weight_NK, weights, dropless)[0]
 
-    return on_mesh(by_exchange), on_mesh(dispatch_allgather), placed
+    return on_mesh(by_alltoall), on_mesh(dispatch_allgather), placed

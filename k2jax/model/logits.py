@@ -1,4 +1,4 @@
-"""From activations to logits, and to losses without all logits at once."""
+"""Compute logits from activations, and losses without all logits at once."""
 
 import functools
 
@@ -21,7 +21,7 @@ def head(w: nnx.Variable, x_BTD: jax.Array, policy: Policy) -> jax.Array:
 
 
 def losses(w: nnx.Variable, x_BTD: jax.Array, target_BT: jax.Array, policy: Policy) -> jax.Array:
-    """Negative log likelihood of each target in nats, float32 [batch, length].
+    """Compute the negative log likelihood of each target in nats, float32 [batch, length].
 
     Args:
         w: the head.
@@ -29,8 +29,8 @@ def losses(w: nnx.Variable, x_BTD: jax.Array, target_BT: jax.Array, policy: Poli
         target_BT: int32 token ids.
         policy: how weights are read.
 
-    Where a device's logits would take more than `LOGITS_BYTES`, it goes through the vocabulary part
-    by part: no more than one part of the logits, and of the gathered head, is ever there.
+    Where a device's logits would take more than `LOGITS_BYTES`, it goes through the vocabulary
+    in parts: only one part of the logits, and of the gathered head, exists at a time.
     """
     weight_DX = read_weight(w, policy)
     chunks = _chunks(x_BTD, weight_DX)
@@ -48,16 +48,21 @@ def losses(w: nnx.Variable, x_BTD: jax.Array, target_BT: jax.Array, policy: Poli
 
 
 def _chunks(x_BTD: jax.Array, weight_DX: jax.Array) -> int:
-    """Fewest parts of a device's vocabulary, all of one size, that stay within `LOGITS_BYTES`."""
-    part = lambda a: a.shape if meshless() else jax.typeof(a).sharding.shard_shape(a.shape)
-    rows, length, _ = part(x_BTD)
-    vocab = part(weight_DX)[1]
-    fits = lambda n: vocab % n == 0 and 4 * rows * length * (vocab // n) <= LOGITS_BYTES
+    """Count the fewest parts of a device's vocabulary, all of one size, within `LOGITS_BYTES`."""
+    (rows, length, _), (_, vocab) = _local_shape(x_BTD), _local_shape(weight_DX)
+
+    def fits(parts: int) -> bool:
+        return vocab % parts == 0 and 4 * rows * length * (vocab // parts) <= LOGITS_BYTES
+
     return next(n for n in range(1, vocab + 1) if fits(n) or n == vocab)
 
 
+def _local_shape(a: jax.Array) -> tuple[int, ...]:
+    return a.shape if meshless() else jax.typeof(a).sharding.shard_shape(a.shape)
+
+
 def _by_chunks(weight_DX, x_BTD, target_BT, *, chunks: int, policy: Policy | None = None):
-    """One device's losses, from its share of width and vocabulary.
+    """Compute one device's losses, from its part of the width and of the vocabulary.
 
     With a `policy` there is a mesh.
     """
@@ -78,8 +83,9 @@ def _by_chunks(weight_DX, x_BTD, target_BT, *, chunks: int, policy: Policy | Non
         sum_BT = jnp.exp(y_BTV - top_BT[..., None]).sum(axis=-1)
         return top_BT, sum_BT, jnp.where(hit_BTV, y_BTV, 0.0).sum(axis=-1)
 
-    each = lambda _, i: (None, part(weight_DX, x_BTD, i))
-    top_CBT, sum_CBT, target_CBT = jax.lax.scan(each, None, jnp.arange(chunks))[1]
+    top_CBT, sum_CBT, target_CBT = jax.lax.scan(
+        lambda _, i: (None, part(weight_DX, x_BTD, i)), None, jnp.arange(chunks)
+    )[1]
     top_CBT = jax.lax.stop_gradient(top_CBT)
     top_BT = top_CBT.max(axis=0)
     if mesh:

@@ -6,8 +6,8 @@ from k2jax.model.projection import Policy, project
 from k2jax.params.kimi import Mlp
 
 
-def gated(w: Mlp, x_BTD: jax.Array, policy: Policy) -> jax.Array:
-    """`down(silu(gate x) * up x)`, no biases."""
+def gated_mlp(w: Mlp, x_BTD: jax.Array, policy: Policy) -> jax.Array:
+    """Compute `down(silu(gate x) * up x)`, without biases."""
     hidden = ("batch", "length", "ffw")
     gate_BTF = project("btd,df->btf", x_BTD, w.gate, hidden, policy)
     up_BTF = project("btd,df->btf", x_BTD, w.up, hidden, policy)

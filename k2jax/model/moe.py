@@ -1,7 +1,7 @@
-"""Mixture of experts: route, exchange tokens, run the chosen experts, bring the results back.
+"""Mixture of experts: route, send tokens to their experts, run these, send the results back.
 
-The one place in the model that sees a single device. Outside, tokens are spread over `expert` like
-over any batch axis; inside, each device holds some experts. `dispatch` brings them together.
+Outside of this module tokens are split over the mesh axis `expert` as over any batch axis; in it,
+each device holds some of the experts, and `ops.moe` dispatches tokens to them.
 """
 
 from typing import NamedTuple
@@ -11,38 +11,37 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ModelConfig
-from k2jax.model.mlp import gated
+from k2jax.model.mlp import gated_mlp
 from k2jax.model.projection import Policy, gathered_spec_of, read_weight, sharded_einsum
-from k2jax.model.router import Routing, count, route
+from k2jax.model.router import Routing, count_choices, route
 from k2jax.ops.collectives import gather_over
-from k2jax.ops.moe.dispatch import dispatch_allgather, dispatch_alltoall
-from k2jax.ops.moe.expert_mlp import expert_mlp, side_by_side
+from k2jax.ops.moe import dispatch_allgather, dispatch_alltoall, expert_mlp, fuse_gate_up
 from k2jax.params.kimi import Experts, Moe
 from k2jax.sharding import BATCH, meshless, reshard, spec, storage_spec
 
-# Rows up to which every chosen expert may see all of them (`moe_small_batch`).
+# Up to this many rows, every chosen expert runs on all of them (`moe_small_batch`).
 SMALL_BATCH_TOKENS = 16
 
 
 class RouterStats(NamedTuple):
-    """How evenly one layer's experts were used."""
+    """Statistics of one layer's router."""
 
     load_E: jax.Array  # float32, tokens sent to each expert, over the whole batch
     aux: jax.Array  # float32 scalar, sequence-wise balance loss before its weight
-    dropped: jax.Array  # float32 scalar, share of all choices that found no room
+    dropped: jax.Array  # float32 scalar, share of all choices that were dropped
 
 
 def router_logits(w: Moe, x_BTD: jax.Array, policy: Policy) -> jax.Array:
-    """`logit_BTE`: float32 whatever the activations are, and so is the gradient of the weight."""
+    """Compute `logit_BTE` in float32, whatever the compute dtype; so is the weight's gradient."""
     w_DE, out_spec = read_weight(w.router, policy, "float32"), spec("batch", "length", None)
     x_BTD = x_BTD.astype(jnp.float32)
     return sharded_einsum("btd,de->bte", out_spec, gathered_spec_of(w.router), None, x_BTD, w_DE)
 
 
-def mixture(
+def moe_forward(
     w: Moe, x_BTD: jax.Array, segment_BT: jax.Array, cfg: ModelConfig, policy: Policy
 ) -> tuple[jax.Array, RouterStats]:
-    """Weighted sum of each token's experts plus the shared ones; rows with segment 0 count nowhere.
+    """Sum each token's experts by weight and add the shared ones; segment 0 counts nowhere.
 
     Source: [JLE] modeling_deepseek.py 520-560.
     """
@@ -50,39 +49,45 @@ def mixture(
     leaves = (w.experts.gate, w.experts.up, w.experts.down)
     weights = tuple(read_weight(leaf, policy) for leaf in leaves)
     if meshless():
-        y_BTD, balance = _on_device(x_BTD, segment_BT, *choice, *weights, cfg=cfg)
+        y_BTD, stats = _run_on_device(x_BTD, segment_BT, *choice, *weights, cfg=cfg)
     else:
-        rows = P(BATCH, "context")
+        token_spec = P(BATCH, "context")
         body = jax.shard_map(
-            lambda *args: _on_device(*args, cfg=cfg, policy=policy),
-            in_specs=(rows, rows, rows, P(), *(jax.typeof(a).sharding.spec for a in weights)),
-            out_specs=(rows, P()),
+            lambda *args: _run_on_device(*args, cfg=cfg, policy=policy),
+            in_specs=(
+                token_spec,
+                token_spec,
+                token_spec,
+                P(),
+                *(jax.typeof(a).sharding.spec for a in weights),
+            ),
+            out_specs=(token_spec, P()),
             check_vma=False,  # loops and custom gradients inside; tests compare with one device
         )
-        y_BTD, balance = body(x_BTD, segment_BT, *choice, *weights)
+        y_BTD, stats = body(x_BTD, segment_BT, *choice, *weights)
     if cfg.shared_experts:
-        y_BTD += gated(w.shared, x_BTD, policy)
-    return y_BTD, balance
+        y_BTD += gated_mlp(w.shared, x_BTD, policy)
+    return y_BTD, stats
 
 
 def moe_small_batch(
     w: Moe, experts: Experts, layer: jax.Array, x_BTD: jax.Array, cfg: ModelConfig, policy: Policy
 ) -> jax.Array:
-    """`mixture` without its balance, for decoding: weights of experts nobody chose are not read.
+    """Compute `moe_forward` without statistics; weights of experts nobody chose are not read.
 
     Args:
         w: weights of one layer.
-        experts: those of all mixture layers; a layer's own would be copied out of the stack.
+        experts: of all layers of the stack; one layer's would be copied out of it.
         layer: index into them.
-        x_BTD: normed activations, few rows. All of them go through every chosen expert, which
-            costs nothing while reading the expert's weights takes longer.
+        x_BTD: normed activations, few rows. All of them go through every chosen expert: this is
+            free as long as reading the expert's weights takes longer.
         cfg: sizes.
         policy: how weights are read.
     """
     rows = x_BTD.shape[0] * x_BTD.shape[1]
     if not meshless() or rows > SMALL_BATCH_TOKENS:
         segment_BT = reshard(jnp.ones(x_BTD.shape[:2], jnp.int32), "batch", "length")
-        return mixture(w, x_BTD, segment_BT, cfg, policy)[0]
+        return moe_forward(w, x_BTD, segment_BT, cfg, policy)[0]
     x_ND = x_BTD.reshape(rows, -1)
     logit_NE = router_logits(w, x_BTD, policy).reshape(rows, -1)
     routing = route(logit_NE, read_weight(w.bias, policy, "float32"), cfg)
@@ -91,7 +96,7 @@ def moe_small_batch(
     chosen_E = hit_NKE.any(axis=(0, 1))
     order_E = jnp.argsort(~chosen_E)
 
-    def one(i: jax.Array, y_ND: jax.Array) -> jax.Array:
+    def add_expert(i: jax.Array, y_ND: jax.Array) -> jax.Array:
         expert = order_E[i]
         gate_DF, up_DF, down_FD = (
             read_weight(leaf, policy, index=(layer, expert))
@@ -101,55 +106,63 @@ def moe_small_batch(
         return y_ND + out_ND.astype(jnp.float32) * weight_NE[:, expert, None]
 
     # Combined in float32, then cast, as the published code does.
-    y_ND = jax.lax.fori_loop(0, chosen_E.sum(), one, jnp.zeros(x_ND.shape, jnp.float32))
+    y_ND = jax.lax.fori_loop(0, chosen_E.sum(), add_expert, jnp.zeros(x_ND.shape, jnp.float32))
     y_BTD = y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
-    return y_BTD + gated(w.shared, x_BTD, policy) if cfg.shared_experts else y_BTD
+    return y_BTD + gated_mlp(w.shared, x_BTD, policy) if cfg.shared_experts else y_BTD
 
 
-def _on_device(
+def _run_on_device(
     x_BTD, segment_BT, logit_BTE, bias_E, *weights, cfg: ModelConfig, policy: Policy | None = None
 ):
-    """One device's share of the layer. `weights` are gate_eDF, up_eDF and down_eFD.
+    """Run one device's share of the layer. `weights` are gate_eDF, up_eDF and down_eFD.
 
     With a `policy` there is a mesh.
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
-    chosen, weights = (x_ND, routing.expert_NK, routing.weight_NK), side_by_side(*weights)
+    chosen, weights = (x_ND, routing.expert_NK, routing.weight_NK), fuse_gate_up(*weights)
     dropped = jnp.zeros(())
     if policy is None:
         y_ND = expert_mlp(*chosen, weights)
     else:
-        # Gathered in here, where their gradients are scattered as they are summed.
+        # Gathered on the device, so that their gradients are reduce-scattered.
         axes = storage_spec(("expert_embed",))[0]
-        whole = lambda a, dim: gather_over(a, axes, dim, policy.grad_dtype)
-        weights = tuple(map(whole, weights, (1, 2)))
+        gate_up_eDG, down_eFD = weights
+        weights = (
+            gather_over(gate_up_eDG, axes, 1, policy.grad_dtype),
+            gather_over(down_eFD, axes, 2, policy.grad_dtype),
+        )
         if policy.dispatch.kind == "allgather" or jax.lax.axis_size("expert") == 1:
             y_ND = dispatch_allgather(*chosen, weights)
         else:
             y_ND, dropped = dispatch_alltoall(*chosen, weights, policy.dispatch)
             dropped = jax.lax.pmean(dropped, (*BATCH, "context"))
-        y_ND = jax.lax.psum(y_ND, "model")  # each device has a share of the hidden width
-    return y_ND.reshape(x_BTD.shape), _balance(
+        y_ND = jax.lax.psum(y_ND, "model")  # each device has a part of the hidden width
+    return y_ND.reshape(x_BTD.shape), _router_stats(
         routing, segment_BT, dropped, cfg, policy is not None
     )
 
 
-def _balance(
+def _router_stats(
     routing: Routing, segment_BT: jax.Array, dropped: jax.Array, cfg: ModelConfig, mesh: bool
 ) -> RouterStats:
-    """Load over the whole batch, and the sequence-wise loss [DSV3-TR 2.1.2].
+    """Compute the load over the whole batch, and the sequence-wise loss [DSV3-TR 2.1.2].
 
     For each row: sum over experts of f P, f the expert's share of choices times experts, P its
     mean normalised score. 1 when perfectly even; the mean over rows is returned.
     """
     valid_BT = segment_BT > 0
-    total = lambda a, axes: jax.lax.psum(a, axes) if mesh else a
-    load_E = count(routing.expert_NK, valid_BT.reshape(-1), cfg.experts)
 
-    rows = lambda a: a.reshape(*segment_BT.shape, -1)
-    hit_BTE = (rows(routing.expert_NK)[..., None] == jnp.arange(cfg.experts)).any(axis=2)
-    share_BTE = rows(routing.score_NE / routing.score_NE.sum(axis=-1, keepdims=True))
+    def total(a: jax.Array, axes) -> jax.Array:
+        return jax.lax.psum(a, axes) if mesh else a
+
+    def by_row(a: jax.Array) -> jax.Array:
+        return a.reshape(*segment_BT.shape, -1)
+
+    load_E = count_choices(routing.expert_NK, valid_BT.reshape(-1), cfg.experts)
+
+    hit_BTE = (by_row(routing.expert_NK)[..., None] == jnp.arange(cfg.experts)).any(axis=2)
+    share_BTE = by_row(routing.score_NE / routing.score_NE.sum(axis=-1, keepdims=True))
     keep = valid_BT[..., None]
     length_B1 = total(valid_BT.sum(axis=1, keepdims=True, dtype=jnp.float32), "context")
     f_BE = total((hit_BTE & keep).sum(axis=1, dtype=jnp.float32), "context")

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from k2jax.ops.collectives import all_to_all, scatter_sum
-from k2jax.ops.moe.dispatch import Dispatch
+from k2jax.ops.moe import Dispatch
 from k2jax.params.spec import LAYER_AXES, ParamSpec
 from k2jax.sharding import compute_spec, meshless, reshard, spec
 
@@ -39,12 +39,12 @@ WEIGHT_FORMATS: dict[str, Callable[[Any, ParamSpec], jax.Array]] = {"plain": _pl
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How the network is computed: the settings of a run that no weight and no size tells.
+    """How the network is computed: the settings that are neither a weight nor a size.
 
     Attributes:
         compute_dtype: of activations, and of weights while they are used.
         grad_dtype: in which gradients of weights are communicated; None: the compute dtype.
-        remat: what the backward pass recomputes: "none", or a key of `kimi.POLICIES`.
+        remat: what the backward pass recomputes: "none", or a key of `kimi.REMAT_POLICIES`.
         dispatch: how tokens reach their experts.
         weight_format: key of `WEIGHT_FORMATS`.
     """

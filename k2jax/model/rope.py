@@ -18,11 +18,12 @@ class Rotation(NamedTuple):
 
 
 def frequencies(cfg: ModelConfig) -> np.ndarray:
-    """Angle per position of each channel pair, float64 [rope / 2].
+    """Compute the angle per position of each channel pair, float64 [rope / 2].
 
-    YaRN keeps what turns more than `beta_fast` times in the original context, divides by `factor`
-    what turns less than `beta_slow` times, and goes linearly in between. It holds at every
-    position, short rows included. Source: [JLE] modeling_deepseek.py 225-330; spec 1.6.
+    YaRN keeps pairs that turn more than `beta_fast` times in the original context, divides by
+    `factor` those that turn less than `beta_slow` times, and interpolates linearly in between. It
+    applies at every position, short rows included.
+    Source: [JLE] modeling_deepseek.py 225-330; spec 1.6.
     """
     dim, yarn = cfg.rope, cfg.yarn
 
@@ -39,10 +40,10 @@ def frequencies(cfg: ModelConfig) -> np.ndarray:
 
 
 def rotation(position_BT: jax.Array, cfg: ModelConfig) -> Rotation:
-    """The rotation at each position, counted from the start of its document."""
+    """Compute the rotation at each position, counted from the start of its document."""
     angle_BTF = position_BT[..., None].astype(jnp.float32) * jnp.float32(frequencies(cfg))
     yarn = cfg.yarn
-    # 1 for every published model; the softmax scale carries the rest.
+    # 1 for every published model; the softmax scale has the rest.
     gain = yarn_scale(yarn.factor, yarn.mscale) / yarn_scale(yarn.factor, yarn.mscale_all_dim)
     return Rotation(jnp.cos(angle_BTF) * gain, jnp.sin(angle_BTF) * gain)
 

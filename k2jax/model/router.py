@@ -1,4 +1,4 @@
-"""Choose experts: sigmoid scores; a bias steers the choice only [DSV3-TR 2.1.2]."""
+"""Choose experts by sigmoid scores; a bias affects the choice only [DSV3-TR 2.1.2]."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from k2jax.config import ModelConfig
 
 
 class Routing(NamedTuple):
-    """Where each token goes, and how much each expert counts."""
+    """Experts of each token and their weights."""
 
     expert_NK: jax.Array  # int32, best first
     weight_NK: jax.Array  # float32, sums to `routed_scale` over K
@@ -30,15 +30,15 @@ def route(logit_NE: jax.Array, bias_E: jax.Array, cfg: ModelConfig) -> Routing:
     score_NE = jax.nn.sigmoid(logit_NE)
     choice_NE = jax.lax.stop_gradient(score_NE + bias_E)
     if cfg.groups > 1:
-        choice_NE = _limit(choice_NE, cfg)
+        choice_NE = _mask_groups(choice_NE, cfg)
     _, expert_NK = jax.lax.top_k(choice_NE, cfg.experts_per_token)
     weight_NK = jnp.take_along_axis(score_NE, expert_NK, axis=-1)
     weight_NK *= cfg.routed_scale / (weight_NK.sum(axis=-1, keepdims=True) + 1e-20)
     return Routing(expert_NK, weight_NK, score_NE)
 
 
-def _limit(choice_NE: jax.Array, cfg: ModelConfig) -> jax.Array:
-    """Minus infinity outside of each token's best groups."""
+def _mask_groups(choice_NE: jax.Array, cfg: ModelConfig) -> jax.Array:
+    """Set scores outside of each token's best groups to minus infinity."""
     choice_NGE = choice_NE.reshape(-1, cfg.groups, cfg.experts // cfg.groups)
     best_NG = jax.lax.top_k(choice_NGE, 2)[0].sum(axis=-1)
     kept_NK = jax.lax.top_k(best_NG, cfg.groups_per_token)[1]
@@ -46,7 +46,7 @@ def _limit(choice_NE: jax.Array, cfg: ModelConfig) -> jax.Array:
     return jnp.where(kept_NG[..., None], choice_NGE, -jnp.inf).reshape(choice_NE.shape)
 
 
-def count(expert_NK: jax.Array, valid_N: jax.Array, experts: int) -> jax.Array:
-    """Choices that fell on each expert, float32 [experts]; padding does not count."""
+def count_choices(expert_NK: jax.Array, valid_N: jax.Array, experts: int) -> jax.Array:
+    """Count the choices of each expert, float32 [experts]; padding does not count."""
     hit_NKE = expert_NK[..., None] == jnp.arange(experts)
     return (hit_NKE & valid_N[:, None, None]).sum(axis=(0, 1), dtype=jnp.float32)

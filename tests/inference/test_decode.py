@@ -51,15 +51,17 @@ def stepped(cfg, params, token_BT, lengths, slots, pad=0):
     w = functools.partial(bind, Kimi(cfg))
     prompt = np.where(np.arange(8) < lengths[:, None], token_BT[:, :8], pad)
     prefill = jax.jit(lambda p, t, n: decode.prefill(w(p), t, n, cfg, slots, FLOAT32))
-    step = jax.jit(lambda p, c, t: decode.step(w(p), decode.stacks(w(p), cfg), c, t, cfg, FLOAT32))
+    step = jax.jit(
+        lambda p, c, t: decode.step(w(p), decode.unstack_layers(w(p), cfg), c, t, cfg, FLOAT32)
+    )
     y_BX, cache = prefill(params, *map(jnp.asarray, (prompt, lengths)))
-    found = [y_BX]
+    ours = [y_BX]
     for i in range(STEPS):
         y_BX, cache = step(
             params, cache, jnp.asarray(token_BT[np.arange(len(lengths)), lengths + i])
         )
-        found.append(y_BX)
-    return np.stack([np.asarray(y) for y in found], axis=1)
+        ours.append(y_BX)
+    return np.stack([np.asarray(y) for y in ours], axis=1)
 
 
 def at_once(cfg, params, token_BT, lengths):
@@ -72,40 +74,40 @@ def at_once(cfg, params, token_BT, lengths):
 def test_step_by_step_equals_the_full_forward(name):
     cfg = MODELS[name]
     params, token_BT = drawn(cfg), rows_of(cfg)
-    found = stepped(cfg, params, token_BT, LENGTHS, slots=8 + STEPS)
-    np.testing.assert_allclose(found, at_once(cfg, params, token_BT, LENGTHS), atol=1e-5, rtol=0)
+    ours = stepped(cfg, params, token_BT, LENGTHS, slots=8 + STEPS)
+    np.testing.assert_allclose(ours, at_once(cfg, params, token_BT, LENGTHS), atol=1e-5, rtol=0)
 
 
 def test_neither_padding_nor_a_longer_cache_changes_anything():
     params, token_BT = drawn(KIMI), rows_of(KIMI)
-    found = stepped(KIMI, params, token_BT, LENGTHS, slots=32)
+    ours = stepped(KIMI, params, token_BT, LENGTHS, slots=32)
     other = stepped(KIMI, params, token_BT, LENGTHS, slots=32, pad=77)
-    np.testing.assert_array_equal(found, other)
-    np.testing.assert_allclose(found, at_once(KIMI, params, token_BT, LENGTHS), atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(ours, other)
+    np.testing.assert_allclose(ours, at_once(KIMI, params, token_BT, LENGTHS), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("deepest", [0, 16])
 def test_a_deep_stack_is_looped_over_with_the_same_result(monkeypatch, deepest):
     cfg = dataclasses.replace(KIMI, dense_layers=0)
-    monkeypatch.setattr(decode, "TAKEN_APART", deepest)
+    monkeypatch.setattr(decode, "MAX_UNSTACKED_LAYERS", deepest)
     params, token_BT = drawn(cfg), rows_of(cfg)
-    found = stepped(cfg, params, token_BT, LENGTHS, slots=12)
-    np.testing.assert_allclose(found, at_once(cfg, params, token_BT, LENGTHS), atol=1e-5, rtol=0)
+    ours = stepped(cfg, params, token_BT, LENGTHS, slots=12)
+    np.testing.assert_allclose(ours, at_once(cfg, params, token_BT, LENGTHS), atol=1e-5, rtol=0)
 
 
 def test_a_mesh_decodes_the_same():
     token_BT, lengths = rows_of(KIMI, 4), np.array([5, 1, 8, 3], np.int32)
     alone = stepped(KIMI, drawn(KIMI), token_BT, lengths, slots=12)
     with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))):
-        found = stepped(KIMI, drawn(KIMI), token_BT, lengths, slots=12)
-    np.testing.assert_allclose(found, alone, atol=1e-5, rtol=0)
+        ours = stepped(KIMI, drawn(KIMI), token_BT, lengths, slots=12)
+    np.testing.assert_allclose(ours, alone, atol=1e-5, rtol=0)
 
 
-def mixed_few(x_BTD: np.ndarray, few: int, layer: int = 1) -> np.ndarray:
+def run_small_batch(x_BTD: np.ndarray, small_batch: int, layer: int = 1) -> np.ndarray:
     w = bind(Kimi(KIMI), drawn(KIMI)).layers.moe
     one = bind(moe.Moe(KIMI, "moe_layers"), sliced(layer))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(moe, "SMALL_BATCH_TOKENS", few)
+        patch.setattr(moe, "SMALL_BATCH_TOKENS", small_batch)
         return np.asarray(
             moe.moe_small_batch(one, w.experts, jnp.int32(layer), jnp.asarray(x_BTD), KIMI, FLOAT32)
         )
@@ -116,9 +118,11 @@ def sliced(layer: int) -> dict[str, jax.Array]:
     return {k.removeprefix(prefix): v[layer] for k, v in drawn(KIMI).items() if prefix in k}
 
 
-def test_few_tokens_are_mixed_as_many_are():
+def test_a_small_batch_gives_what_a_large_one_gives():
     x_BTD = np.random.default_rng(3).normal(size=(5, 1, KIMI.embed)).astype(np.float32)
-    np.testing.assert_allclose(mixed_few(x_BTD, 16), mixed_few(x_BTD, 0), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        run_small_batch(x_BTD, 16), run_small_batch(x_BTD, 0), atol=1e-5, rtol=0
+    )
 
 
 def test_experts_nobody_chose_are_not_read():

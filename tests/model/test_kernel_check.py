@@ -13,7 +13,7 @@ from k2jax.ops.limits import ATTENTION_BLOCK
 from k2jax.ops.moe import dispatch
 from k2jax.ops.moe.dispatch import Dispatch
 
-EXCHANGE = Dispatch("alltoall", 0.5)
+ALLTOALL = Dispatch("alltoall", 0.5)
 CFG = ModelConfig(nope=16, rope=8, value=16)
 
 
@@ -24,33 +24,33 @@ def mesh():
 
 
 def test_right_kernels_pass(mesh):
-    check.check_kernels(EXCHANGE, CFG, ATTENTION_BLOCK)
+    check.check_kernels(ALLTOALL, CFG, ATTENTION_BLOCK)
 
 
 def test_wrong_products_are_refused(monkeypatch):
     @jax.custom_vjp
     def wrong(x, w, size):
-        return check_grouped(x, w, size)
+        return right(x, w, size)
 
-    check_grouped = check.grouped
+    right = check.grouped_matmul
     wrong.defvjp(
-        lambda x, w, size: (check_grouped(x, w, size), (x, w)),
+        lambda x, w, size: (right(x, w, size), (x, w)),
         lambda saved, dy: (dy @ saved[1][0].T, jnp.zeros_like(saved[1]), None),
     )
-    monkeypatch.setattr(check, "grouped", wrong)
+    monkeypatch.setattr(check, "grouped_matmul", wrong)
     with pytest.raises(ConfigError, match="grouped products: wrong gradients of the rows on cpu"):
         check.check_kernels(Dispatch(), CFG, ATTENTION_BLOCK)
 
 
 def test_an_exchange_that_loses_rows_is_refused(mesh, monkeypatch):
-    right = dispatch.exchange
+    right = dispatch.ragged_exchange
 
-    def lossy(rows, pieces, into, axis, back=False):
-        return right(rows, pieces._replace(size=pieces.size // 2), into, axis, back)
+    def lossy(rows, slices, into, axis, back=False):
+        return right(rows, slices._replace(size=slices.size // 2), into, axis, back)
 
-    monkeypatch.setattr(dispatch, "exchange", lossy)
+    monkeypatch.setattr(dispatch, "ragged_exchange", lossy)
     with pytest.raises(ConfigError, match="the exchange of tokens: wrong values on cpu"):
-        check.check_kernels(EXCHANGE, CFG, ATTENTION_BLOCK)
+        check.check_kernels(ALLTOALL, CFG, ATTENTION_BLOCK)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def steeper(y, top):
     [("largest logits", lambda y, top: (y, 1.1 * top)), ("gradients of the queries", steeper)],
 )
 def test_wrong_attention_is_refused(part, wrong, no_products, monkeypatch):
-    right = check.by_blocks
-    monkeypatch.setattr(check, "by_blocks", lambda *args: wrong(*right(*args)))
+    right = check.blockwise_attention
+    monkeypatch.setattr(check, "blockwise_attention", lambda *args: wrong(*right(*args)))
     with pytest.raises(ConfigError, match=f"attention: wrong {part} on cpu"):
         check.check_kernels(Dispatch(), CFG, ATTENTION_BLOCK + 1)

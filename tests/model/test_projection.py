@@ -100,7 +100,7 @@ def decode_two(w, cfg, policy):
     y, cache = decode.prefill(w, token[:, :9], length, cfg, 12, policy)
     both = [y]
     for i in (9, 10):
-        y, cache = decode.step(w, decode.stacks(w, cfg), cache, token[:, i], cfg, policy)
+        y, cache = decode.step(w, decode.unstack_layers(w, cfg), cache, token[:, i], cfg, policy)
         both.append(y)
     return both
 
@@ -149,7 +149,7 @@ HEAD_IN_PARTS = ("training", "training on a mesh")
 def test_a_weight_scaled_where_it_is_read_is_scaled_for_every_reader(case, in_parts, monkeypatch):
     cfg, run, policy, mesh = CASES[case]
     if in_parts:
-        monkeypatch.setattr(logits, "LOGITS", 4 * TOKEN.size * 8)
+        monkeypatch.setattr(logits, "LOGITS_BYTES", 4 * TOKEN.size * 8)
     with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else contextlib.nullcontext():
         params, reader = draw(cfg), scaled_reader(cfg, run, policy)
         # Not one factor: norms would undo it.

@@ -10,7 +10,7 @@ import pytest
 from k2jax.config import ModelConfig
 from k2jax.model.moe import router_logits
 from k2jax.model.projection import Policy
-from k2jax.model.router import count, route
+from k2jax.model.router import count_choices, route
 from k2jax.params.arrays import bind
 from k2jax.params.kimi import Moe
 
@@ -107,4 +107,4 @@ def test_counts_are_choices_of_tokens_that_are_not_padding():
     rng = np.random.default_rng(7)
     choice, valid = rng.integers(0, 6, (40, 3)), rng.random(40) < 0.7
     right = np.bincount(choice[valid].ravel(), minlength=6)
-    np.testing.assert_array_equal(count(jnp.asarray(choice), jnp.asarray(valid), 6), right)
+    np.testing.assert_array_equal(count_choices(jnp.asarray(choice), jnp.asarray(valid), 6), right)

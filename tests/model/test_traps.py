@@ -83,7 +83,7 @@ def test_trap_04_inner_norms_have_epsilon_1e_6_whatever_the_config_says():
                               for n, p in gold.params().items()})  # fmt: skip
     x = 0.01 * drawn(4, 1, 3, gold.cfg.embed)
     turn = rotation(jnp.arange(3)[None], gold.cfg)
-    ours, _ = attention.latents(w.dense.attention, x, turn, gold.cfg, Policy("float32"))
+    ours, _ = attention.project_latents(w.dense.attention, x, turn, gold.cfg, Policy("float32"))
 
     def latent(eps):
         c = np.asarray(x) @ gold.params()["dense.attention.kv_down"][0]

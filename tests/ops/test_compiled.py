@@ -1,11 +1,11 @@
-"""Kernels, by the real compilers of accelerators that are not here, at the sizes of K2."""
+"""Kernels, by the real compilers of accelerators that this machine lacks, at the sizes of K2."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from k2jax.ops.attention.blockwise import by_blocks
-from k2jax.ops.moe.grouped_matmul import grouped
+from k2jax.ops.attention import blockwise_attention
+from k2jax.ops.moe import grouped_matmul
 from k2jax.planner import targets
 from k2jax.planner.compiler import GPU_OPTIONS, devices_of
 from k2jax.planner.hlo import account
@@ -17,7 +17,7 @@ TPUS = ("v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 
 def forward_and_backward(x, w, size, dy):
-    y, back = jax.vjp(lambda x, w: grouped(x, w, size), x, w)
+    y, back = jax.vjp(lambda x, w: grouped_matmul(x, w, size), x, w)
     return y, *back(dy)
 
 
@@ -54,7 +54,7 @@ def test_attention_compiles_and_no_head_has_its_scores_whole(target):
     array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
     def step(q, k, v, segment, dy):
-        mix = lambda q, k, v: by_blocks(q, k, v, segment, 0.1)
+        mix = lambda q, k, v: blockwise_attention(q, k, v, segment, 0.1)
         y, back, top = jax.vjp(mix, q, k, v, has_aux=True)
         return y, top, *back(dy)
 

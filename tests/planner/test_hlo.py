@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from k2jax.ops.attention import gpu
-from k2jax.ops.moe import grouped_matmul_gpu
+from k2jax.ops.moe import grouped_gpu
 from k2jax.planner import hlo
 from k2jax.planner.hlo import account
 
@@ -174,7 +174,7 @@ def test_grouped_products_on_gpus_are_counted_by_their_rows(kernel, operands, ou
 def test_kernels_counted_by_name_are_those_of_the_ops():
     kernels = gpu._attention, gpu._attention_dq, gpu._attention_dkv
     assert set(hlo.ATTENTION) == {kernel.__name__ for kernel in kernels}
-    assert set(hlo.GROUPED) == {grouped_matmul_gpu._tile.__name__, grouped_matmul_gpu._sum.__name__}
+    assert set(hlo.GROUPED) == {grouped_gpu._tile.__name__, grouped_gpu._sum.__name__}
 
 
 @pytest.mark.parametrize("start", ["call-start", "async-start", "call"])

@@ -1,4 +1,4 @@
-"""Causal attention of one device: whole scores of short rows, blocks of long ones."""
+"""Causal attention of one device: whole scores for short rows, blocks for long ones."""
 
 import functools
 
@@ -9,7 +9,7 @@ import numpy as np
 from k2jax.ops.attention import gpu, tpu
 from k2jax.ops.limits import ATTENTION_BLOCK
 
-NONE = -1e30  # below every logit; finite, so that differences are
+NEG_INF = -1e30  # below every logit; finite, so that differences are
 
 
 def causal_attention(
@@ -25,25 +25,25 @@ def causal_attention(
         scale: of the logits.
 
     Products are accumulated in float32; weights meet the values in their dtype. Rows of up to
-    `ATTENTION_BLOCK` tokens have their scores whole, longer ones go by blocks.
+    `ATTENTION_BLOCK` tokens have their scores whole, longer ones are computed by blocks.
     """
-    way = by_scores if q_BHTC.shape[2] <= ATTENTION_BLOCK else by_blocks
-    return way(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)
+    attention = dense_attention if q_BHTC.shape[2] <= ATTENTION_BLOCK else blockwise_attention
+    return attention(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def by_scores(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale: float):
+def dense_attention(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale: float):
     """`causal_attention` with all scores at once.
 
-    The backward pass makes the scores again from queries, keys and each row's log of the sum of
-    exponentials: keeping them would cost more than making them.
+    The backward pass recomputes the scores from queries, keys and each row's log of the sum of
+    exponentials: storing them would cost more.
     """
-    return _scores_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)[0]
+    return _dense_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)[0]
 
 
-def _scores_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
-    hidden_BTS = _hidden(segment_BT)
-    score_BHTS = _dot("bhtc,bhsc->bhts", q_BHTC, k_BHSC) * scale + hidden_BTS[:, None]
+def _dense_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
+    bias_BTS = _mask_bias(segment_BT)
+    score_BHTS = _dot("bhtc,bhsc->bhts", q_BHTC, k_BHSC) * scale + bias_BTS[:, None]
     top_BHT = score_BHTS.max(axis=-1)
     weight_BHTS = jnp.exp(score_BHTS - top_BHT[..., None])
     sum_BHT = weight_BHTS.sum(axis=-1)
@@ -53,12 +53,12 @@ def _scores_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
     return (y_BHTV, top_BHT), saved
 
 
-def _scores_backward(scale, saved, grads):
+def _dense_backward(scale, saved, grads):
     q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, logsum_BHT = saved
     dy_BHTV, dtype = grads[0], q_BHTC.dtype
     # Keys before queries: two of the three products below then need no transposed scores.
-    hidden_BST = _hidden(segment_BT, keys_first=True)
-    score_BHST = _dot("bhsc,bhtc->bhst", k_BHSC, q_BHTC) * scale + hidden_BST[:, None]
+    bias_BST = _mask_bias(segment_BT, keys_first=True)
+    score_BHST = _dot("bhsc,bhtc->bhst", k_BHSC, q_BHTC) * scale + bias_BST[:, None]
     weight_BHST = jnp.exp(score_BHST - logsum_BHT[:, :, None])
     dv_BHSV = _dot("bhst,bhtv->bhsv", weight_BHST.astype(dtype), dy_BHTV)
     mean_BHT = (dy_BHTV * y_BHTV).astype(jnp.float32).sum(axis=-1)
@@ -69,13 +69,14 @@ def _scores_backward(scale, saved, grads):
     return dq_BHTC.astype(dtype), dk_BHSC.astype(dtype), dv_BHSV.astype(dtype), None
 
 
-by_scores.defvjp(_scores_forward, _scores_backward)
+dense_attention.defvjp(_dense_forward, _dense_backward)
 
 
-def _hidden(segment_BT: jax.Array, keys_first: bool = False) -> jax.Array:
-    """Added to the logits: 0 for keys of a query's own document up to itself, else -inf.
+def _mask_bias(segment_BT: jax.Array, keys_first: bool = False) -> jax.Array:
+    """Bias of the logits: 0 for keys of a query's own document up to itself, else -inf.
 
-    [batch, queries, keys]
+    Returns:
+        [batch, queries, keys]; with `keys_first` [batch, keys, queries].
     """
     order_T = jnp.arange(segment_BT.shape[1])
     same = segment_BT[:, :, None] == segment_BT[:, None]
@@ -84,59 +85,63 @@ def _hidden(segment_BT: jax.Array, keys_first: bool = False) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def by_blocks(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale: float):
-    """`causal_attention`, queries and keys meeting in pairs of blocks.
+def blockwise_attention(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale: float):
+    """`causal_attention` by pairs of blocks of queries and keys.
 
     Softmax sums are carried along [Rabe & Staats 2021; Dao 2022]. TPUs have kernels of our own, and
-    GPUs for the dtypes and widths that these are `usable` for.
+    so have GPUs where the dtype and the widths are supported.
     """
     return _forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)[0]
 
 
 def _forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
-    given = q_BHTC, k_BHSC, v_BHSV, segment_BT
-    by = {"default": functools.partial(_mixed, scale=scale)}
-    if gpu.usable(q_BHTC, v_BHSV):
-        by["cuda"] = functools.partial(gpu.forward, scale=scale)
-    by["tpu"] = functools.partial(tpu.forward, way=tpu.Way(scale))
-    y_BHTV, top_BHT, logsum_BHT = jax.lax.platform_dependent(*given, **by)
-    return (y_BHTV, top_BHT), (*given, y_BHTV, logsum_BHT)
+    args = q_BHTC, k_BHSC, v_BHSV, segment_BT
+    kernels = {"default": functools.partial(_blocks_forward, scale=scale)}
+    if gpu.is_supported(q_BHTC, v_BHSV):
+        kernels["cuda"] = functools.partial(gpu.forward, scale=scale)
+    kernels["tpu"] = functools.partial(tpu.forward, params=tpu.KernelParams(scale))
+    y_BHTV, top_BHT, logsum_BHT = jax.lax.platform_dependent(*args, **kernels)
+    return (y_BHTV, top_BHT), (*args, y_BHTV, logsum_BHT)
 
 
 def _backward(scale, saved, grads):
-    by = {"default": functools.partial(_gradients, scale=scale)}
-    if gpu.usable(saved[0], saved[2]):
-        by["cuda"] = functools.partial(gpu.backward, scale=scale)
-    by["tpu"] = functools.partial(tpu.backward, way=tpu.Way(scale))
-    return *jax.lax.platform_dependent(saved, grads[0], **by), None
+    kernels = {"default": functools.partial(_blocks_backward, scale=scale)}
+    if gpu.is_supported(saved[0], saved[2]):
+        kernels["cuda"] = functools.partial(gpu.backward, scale=scale)
+    kernels["tpu"] = functools.partial(tpu.backward, params=tpu.KernelParams(scale))
+    return *jax.lax.platform_dependent(saved, grads[0], **kernels), None
 
 
-by_blocks.defvjp(_forward, _backward)
+blockwise_attention.defvjp(_forward, _backward)
 
 
-def _pairs(blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks that meet."""
+def _block_pairs(blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks of queries and of keys that see each other."""
     i, j = np.tril_indices(blocks)
     return i.astype(np.int32), j.astype(np.int32)
 
 
-def _padded(a: jax.Array, dim: int, value: int = 0) -> jax.Array:
+def _pad(a: jax.Array, dim: int, value: int = 0) -> jax.Array:
     widths = [(0, 0)] * a.ndim
     widths[dim] = (0, -a.shape[dim] % ATTENTION_BLOCK)
     return jnp.pad(a, widths, constant_values=value)
 
 
-def _cut(a: jax.Array, dim: int, i: jax.Array) -> jax.Array:
+def _get_block(a: jax.Array, dim: int, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(a, i * ATTENTION_BLOCK, ATTENTION_BLOCK, dim)
 
 
-def _put(a: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
+def _set_block(a: jax.Array, block: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(a, block, i * ATTENTION_BLOCK, 2)
 
 
-def _seen(segment_BT: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
-    """[batch, queries, keys] of a pair of blocks."""
-    same = _cut(segment_BT, 1, i)[:, :, None] == _cut(segment_BT, 1, j)[:, None]
+def _add_block(a: jax.Array, i: jax.Array, block: jax.Array) -> jax.Array:
+    return _set_block(a, _get_block(a, 2, i) + block, i)
+
+
+def _is_seen(segment_BT: jax.Array, i: jax.Array, j: jax.Array) -> jax.Array:
+    """Which keys of a block each query of another sees: bool [batch, queries, keys]."""
+    same = _get_block(segment_BT, 1, i)[:, :, None] == _get_block(segment_BT, 1, j)[:, None]
     order = jnp.arange(ATTENTION_BLOCK)
     return same & (i * ATTENTION_BLOCK + order[:, None] >= j * ATTENTION_BLOCK + order)
 
@@ -145,65 +150,70 @@ def _dot(einsum: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(einsum, a, b, preferred_element_type=jnp.float32)
 
 
-def _walk(body, start, blocks: int):
-    """`body` for each pair of blocks; what it carries in the end."""
-    step = lambda carry, pair: (body(carry, *pair), None)
-    return jax.lax.scan(step, start, _pairs(blocks))[0]
+def _scan_pairs(body, start, blocks: int):
+    """Run `body` for each pair of blocks; return what it carries in the end."""
+    return jax.lax.scan(
+        lambda carry, pair: (body(carry, *pair), None), start, _block_pairs(blocks)
+    )[0]
 
 
-def _mixed(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
-    """What is mixed, the largest logits and the logs of the sums of exponentials."""
-    # Rows of padding are a document of their own: they see themselves, nobody sees them.
-    length, segment = q_BHTC.shape[2], _padded(segment_BT, 1, -1)
-    q, k, v = (_padded(a, 2) for a in (q_BHTC, k_BHSC, v_BHSV))
+def _blocks_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
+    """Mixed values, largest logits and logs of the sums of exponentials."""
+    # Rows of padding are a document of their own, which no other token sees.
+    length, segment = q_BHTC.shape[2], _pad(segment_BT, 1, -1)
+    q, k, v = (_pad(a, 2) for a in (q_BHTC, k_BHSC, v_BHSV))
 
     def meet(carry, i, j):
         y_BHTV, top_BHT, sum_BHT = carry
-        logit = _dot("bhtc,bhsc->bhts", _cut(q, 2, i), _cut(k, 2, j)) * scale
-        logit = jnp.where(_seen(segment, i, j)[:, None], logit, -jnp.inf)
-        old = _cut(top_BHT, 2, i)
+        logit = _dot("bhtc,bhsc->bhts", _get_block(q, 2, i), _get_block(k, 2, j)) * scale
+        logit = jnp.where(_is_seen(segment, i, j)[:, None], logit, -jnp.inf)
+        old = _get_block(top_BHT, 2, i)
         top = jnp.maximum(old, logit.max(axis=-1))
-        weight, shrink = jnp.exp(logit - top[..., None]), jnp.exp(old - top)
-        value = _cut(v, 2, j)
+        weight, rescale = jnp.exp(logit - top[..., None]), jnp.exp(old - top)
+        value = _get_block(v, 2, j)
         y = _dot("bhts,bhsv->bhtv", weight.astype(value.dtype), value)
         return (
-            _put(y_BHTV, _cut(y_BHTV, 2, i) * shrink[..., None] + y, i),
-            _put(top_BHT, top, i),
-            _put(sum_BHT, _cut(sum_BHT, 2, i) * shrink + weight.sum(axis=-1), i),
+            _set_block(y_BHTV, _get_block(y_BHTV, 2, i) * rescale[..., None] + y, i),
+            _set_block(top_BHT, top, i),
+            _set_block(sum_BHT, _get_block(sum_BHT, 2, i) * rescale + weight.sum(axis=-1), i),
         )
 
     rows = q.shape[:3]
-    start = (jnp.zeros((*rows, v.shape[3])), jnp.full(rows, NONE), jnp.zeros(rows))
-    y_BHTV, top_BHT, sum_BHT = _walk(meet, start, rows[2] // ATTENTION_BLOCK)
+    start = (jnp.zeros((*rows, v.shape[3])), jnp.full(rows, NEG_INF), jnp.zeros(rows))
+    y_BHTV, top_BHT, sum_BHT = _scan_pairs(meet, start, rows[2] // ATTENTION_BLOCK)
     y_BHTV = (y_BHTV / sum_BHT[..., None])[:, :, :length].astype(v_BHSV.dtype)
     top_BHT, sum_BHT = top_BHT[:, :, :length], sum_BHT[:, :, :length]
     return y_BHTV, top_BHT, top_BHT + jnp.log(sum_BHT)
 
 
-def _gradients(saved, dy_BHTV, scale):
+def _blocks_backward(saved, dy_BHTV, scale):
     q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, logsum_BHT = saved
-    segment, dtype = _padded(segment_BT, 1, -1), q_BHTC.dtype
-    q, k, v, y, dy = (_padded(a, 2) for a in (q_BHTC, k_BHSC, v_BHSV, y_BHTV, dy_BHTV))
-    logsum_BHT = _padded(logsum_BHT, 2)
+    segment, dtype = _pad(segment_BT, 1, -1), q_BHTC.dtype
+    q, k, v, y, dy = (_pad(a, 2) for a in (q_BHTC, k_BHSC, v_BHSV, y_BHTV, dy_BHTV))
+    logsum_BHT = _pad(logsum_BHT, 2)
     mean_BHT = (dy * y).astype(jnp.float32).sum(axis=-1)
 
     def meet(carry, i, j):
         dq_BHTC, dk_BHSC, dv_BHSV = carry
-        q_i, k_j, v_j, dy_i = _cut(q, 2, i), _cut(k, 2, j), _cut(v, 2, j), _cut(dy, 2, i)
+        q_i, k_j, v_j, dy_i = (
+            _get_block(q, 2, i),
+            _get_block(k, 2, j),
+            _get_block(v, 2, j),
+            _get_block(dy, 2, i),
+        )
         # Keys before queries: two of the products below then need no transposed weights.
         logit = _dot("bhsc,bhtc->bhst", k_j, q_i) * scale
-        seen = _seen(segment, i, j).swapaxes(1, 2)[:, None]
-        weight = jnp.where(seen, jnp.exp(logit - _cut(logsum_BHT, 2, i)[:, :, None]), 0.0)
-        dweight = _dot("bhsv,bhtv->bhst", v_j, dy_i) - _cut(mean_BHT, 2, i)[:, :, None]
+        seen = _is_seen(segment, i, j).swapaxes(1, 2)[:, None]
+        weight = jnp.where(seen, jnp.exp(logit - _get_block(logsum_BHT, 2, i)[:, :, None]), 0.0)
+        dweight = _dot("bhsv,bhtv->bhst", v_j, dy_i) - _get_block(mean_BHT, 2, i)[:, :, None]
         dlogit = (weight * dweight * scale).astype(dtype)
-        add = lambda a, n, block: _put(a, _cut(a, 2, n) + block, n)
         return (
-            add(dq_BHTC, i, _dot("bhst,bhsc->bhtc", dlogit, k_j)),
-            add(dk_BHSC, j, _dot("bhst,bhtc->bhsc", dlogit, q_i)),
-            add(dv_BHSV, j, _dot("bhst,bhtv->bhsv", weight.astype(dtype), dy_i)),
+            _add_block(dq_BHTC, i, _dot("bhst,bhsc->bhtc", dlogit, k_j)),
+            _add_block(dk_BHSC, j, _dot("bhst,bhtc->bhsc", dlogit, q_i)),
+            _add_block(dv_BHSV, j, _dot("bhst,bhtv->bhsv", weight.astype(dtype), dy_i)),
         )
 
     start = tuple(jnp.zeros(a.shape, jnp.float32) for a in (q, k, v))
-    found = _walk(meet, start, q.shape[2] // ATTENTION_BLOCK)
-    own = zip(found, (q_BHTC, k_BHSC, v_BHSV), strict=True)
+    grads = _scan_pairs(meet, start, q.shape[2] // ATTENTION_BLOCK)
+    own = zip(grads, (q_BHTC, k_BHSC, v_BHSV), strict=True)
     return tuple(d[:, :, : a.shape[2]].astype(a.dtype) for d, a in own)

@@ -1,8 +1,8 @@
 """Causal attention on TPUs: Pallas kernels.
 
-Only blocks of queries and keys that see each other meet (`ops/visits.py`). There keys are rows and
-queries are columns: what belongs to a query (its largest logit, the sum of its weights) is then one
-row, and is found without crossing lanes.
+Only blocks of queries and keys that see each other are computed (`block_pairs.py`). In a kernel
+keys are rows and queries are columns: the numbers of a query (its largest logit, the sum of its
+weights) are then one row, and are computed without crossing lanes.
 """
 
 import functools
@@ -15,35 +15,42 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from k2jax.ops.attention.block_pairs import ALL, BEGIN, END, SOME, kinds, visits
+from k2jax.ops.attention.block_pairs import (
+    ALL,
+    BEGIN,
+    END,
+    SOME,
+    classify_block_pairs,
+    schedule_blocks,
+)
 
-NONE = -1e30  # below every product; finite, so that differences are
+NEG_INF = -1e30  # below every product; finite, so that differences are
 SCALARS = 4  # the columns of the table
 LOG2E = math.log2(math.e)  # TPUs raise 2 to a power, not e
 
 
-class Sizes(NamedTuple):
+class BlockSizes(NamedTuple):
     """Queries, and keys, of a block: what fits the 16 MiB that the compiler grants a kernel."""
 
     least: int = 512  # lengths are padded to a multiple of it
     most: int = 1024  # a block, where it divides the padded length
-    part: int = 256  # keys whose logits are there at a time
+    part: int = 256  # keys whose logits exist at a time
 
     def block(self, length: int) -> int:
-        """For a length."""
+        """Block size for a length."""
         return math.gcd(length + -length % self.least, self.most)
 
 
-class Way(NamedTuple):
-    """What a kernel is compiled for."""
+class KernelParams(NamedTuple):
+    """Constants that a kernel is compiled with."""
 
     scale: float  # of the logits
-    sizes: Sizes = Sizes()
+    sizes: BlockSizes = BlockSizes()
     interpret: bool = False  # run it without a TPU
 
 
 class _Step(NamedTuple):
-    """What a kernel knows of its blocks."""
+    """BlockSizes of a kernel's blocks."""
 
     scale: float
     block: int
@@ -51,94 +58,104 @@ class _Step(NamedTuple):
 
 
 class _Operand(NamedTuple):
-    """Something that queries or keys have: an array with a head in dim 1 and them in dim 2 or 3."""
+    """An array of queries or of keys: heads in dim 1, positions in dim 2 or 3."""
 
     array: Any  # or its shape and dtype
     keys: bool = False
     dim: int = 3
 
 
-def forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, way: Way):
-    """As `attention.by_blocks`; and each query's log of the sum of exponentials, `logsum_BHT`."""
-    walk = _Walk(q_BHTC, segment_BT, way)
-    q, k, v = walk.turned(q_BHTC), walk.turned(k_BHSC, True), walk.upright(v_BHSV, True)
+def forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, params: KernelParams):
+    """Compute `blockwise_attention`; also each query's log of the sum of exponentials."""
+    launcher = _Launcher(q_BHTC, segment_BT, params)
+    q, k, v = (
+        launcher.with_positions_last(q_BHTC),
+        launcher.with_positions_last(k_BHSC, True),
+        launcher.pad(v_BHSV, True),
+    )
     batch, heads, _, length = q.array.shape
-    block, width = walk.step.block, v_BHSV.shape[3]
+    block, width = launcher.step.block, v_BHSV.shape[3]
     row = _Operand(jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32))
     y = jax.ShapeDtypeStruct((batch, heads, length, width), v_BHSV.dtype)
     sums = [(width, block), (1, block), (1, block)]
     outputs = [_Operand(y, dim=2), row, row]
-    y, *rows = walk.run(_forward, [q, k, v], outputs, sums, q_BHTC.shape[3] + width)
+    y, *rows = launcher.run(_forward, [q, k, v], outputs, sums, q_BHTC.shape[3] + width)
     length = q_BHTC.shape[2]
     return y[:, :, :length], *(row_BH1T[:, :, 0, :length] for row_BH1T in rows)
 
 
-def backward(saved, dy_BHTV, way: Way):
+def backward(saved, dy_BHTV, params: KernelParams):
     """Gradients of queries, keys and values.
 
     Args:
         saved: the first four of `forward`, its `y_BHTV` and `logsum_BHT`.
-        dy_BHTV: gradients of what was mixed.
-        way: as it was for `forward`.
+        dy_BHTV: gradient of `y_BHTV`.
+        params: as for `forward`.
     """
     q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, logsum_BHT = saved
     mean_BHT = (dy_BHTV * y_BHTV).astype(jnp.float32).sum(axis=-1)
-    walk = _Walk(q_BHTC, segment_BT, way)
-    q, k, v = walk.turned(q_BHTC), walk.turned(k_BHSC, True), walk.upright(v_BHSV, True)
-    rows = [walk.turned(row_BHT[..., None]) for row_BHT in (logsum_BHT, mean_BHT)]
-    given = [q, k, v, *rows, walk.upright(dy_BHTV)]
-    block, width, value = walk.step.block, q_BHTC.shape[3], v_BHSV.shape[3]
+    launcher = _Launcher(q_BHTC, segment_BT, params)
+    q, k, v = (
+        launcher.with_positions_last(q_BHTC),
+        launcher.with_positions_last(k_BHSC, True),
+        launcher.pad(v_BHSV, True),
+    )
+    rows = [launcher.with_positions_last(row_BHT[..., None]) for row_BHT in (logsum_BHT, mean_BHT)]
+    inputs = [q, k, v, *rows, launcher.pad(dy_BHTV)]
+    block, width, value = launcher.step.block, q_BHTC.shape[3], v_BHSV.shape[3]
     sums = [(width, block)]
-    (dq,) = walk.run(_backward_queries, given, [_like(q)], sums, 2 * width + value)
-    sums, outputs = [(width, block), (block, value)], [_like(k), _like(v)]
-    dk, dv = walk.run(_backward_keys, given, outputs, sums, 2 * (width + value), keys_held=True)
-    found = (dq.swapaxes(2, 3), dk.swapaxes(2, 3), dv)
-    return tuple(d[:, :, : a.shape[2]] for d, a in zip(found, saved[:3], strict=True))
+    (dq,) = launcher.run(_backward_queries, inputs, [_shape_of(q)], sums, 2 * width + value)
+    sums, outputs = [(width, block), (block, value)], [_shape_of(k), _shape_of(v)]
+    dk, dv = launcher.run(
+        _backward_keys, inputs, outputs, sums, 2 * (width + value), keys_held=True
+    )
+    grads = (dq.swapaxes(2, 3), dk.swapaxes(2, 3), dv)
+    return tuple(d[:, :, : a.shape[2]] for d, a in zip(grads, saved[:3], strict=True))
 
 
-def _like(a: _Operand) -> _Operand:
+def _shape_of(a: _Operand) -> _Operand:
     return a._replace(array=jax.ShapeDtypeStruct(a.array.shape, a.array.dtype))
 
 
-def _padded(a: jax.Array, dim: int, block: int, value: int = 0) -> jax.Array:
+def _pad(a: jax.Array, dim: int, block: int, value: int = 0) -> jax.Array:
     widths = [(0, 0)] * a.ndim
     widths[dim] = (0, -a.shape[dim] % block)
     return jnp.pad(a, widths, constant_values=value)
 
 
-class _Walk:
-    """Kernels that visit the blocks of a batch, alike for all heads."""
+class _Launcher:
+    """Runs kernels over the blocks of a batch, which are the same for all heads."""
 
-    def __init__(self, q: jax.Array, segment_BT: jax.Array, way: Way):
-        block = way.sizes.block(q.shape[2])
-        self.step = _Step(way.scale, block, way.sizes.part)
-        self.heads, self.interpret = q.shape[1], way.interpret
-        # Rows of padding are a document of their own: they see themselves, nobody sees them.
-        self.segment_BT = _padded(segment_BT, 1, block, -1)
-        self.kind_BQK = kinds(self.segment_BT, block)
+    def __init__(self, q: jax.Array, segment_BT: jax.Array, params: KernelParams):
+        block = params.sizes.block(q.shape[2])
+        self.step = _Step(params.scale, block, params.sizes.part)
+        self.heads, self.interpret = q.shape[1], params.interpret
+        # Rows of padding are a document of their own, which no other token sees.
+        self.segment_BT = _pad(segment_BT, 1, block, -1)
+        self.kind_BQK = classify_block_pairs(self.segment_BT, block)
 
-    def upright(self, a: jax.Array, keys: bool = False) -> _Operand:
-        """Positions are rows."""
-        return _Operand(_padded(a, 2, self.step.block), keys, 2)
+    def pad(self, a: jax.Array, keys: bool = False) -> _Operand:
+        """Pad an array whose positions are rows."""
+        return _Operand(_pad(a, 2, self.step.block), keys, 2)
 
-    def turned(self, a: jax.Array, keys: bool = False) -> _Operand:
-        """Positions are columns: 192 of a head would be padded to 256 of them."""
-        return _Operand(self.upright(a, keys).array.swapaxes(2, 3), keys)
+    def with_positions_last(self, a: jax.Array, keys: bool = False) -> _Operand:
+        """Pad an array and make positions columns: a head's 192 would be padded to 256 of them."""
+        return _Operand(self.pad(a, keys).array.swapaxes(2, 3), keys)
 
     def run(self, kernel, inputs, outputs, sums, widths, *, keys_held=False):
-        """Outputs of a kernel.
+        """Run a kernel and return its outputs.
 
         Args:
-            kernel: gets the step, then the table, inputs, segments, outputs and sums.
-            inputs: what it reads.
-            outputs: what it writes.
-            sums: shapes of what it carries along a block that is held, float32.
-            widths: of all products for a query and a key, added up.
+            kernel: takes the step, then the table, inputs, segments, outputs and sums.
+            inputs: arrays that it reads.
+            outputs: arrays that it writes.
+            sums: float32 shapes that it carries along a block that is held.
+            widths: sum over the products of a query and a key.
             keys_held: whether blocks of keys are held while those of queries pass.
         """
         segments = [_Operand(self.segment_BT[:, None, None], keys) for keys in (False, True)]
         inputs = [*inputs, *segments]
-        table, count = visits(self.kind_BQK, keys_held)
+        table, count = schedule_blocks(self.kind_BQK, keys_held)
         grid = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=SCALARS,
             grid=(self.heads, count),
@@ -157,11 +174,12 @@ class _Walk:
         )(*table, *(a.array for a in inputs))
 
     def _cost(self, widths: int, operands: Sequence[_Operand]) -> pl.CostEstimate:
-        """If a row is one document and queries are on average in the middle of it."""
+        """Estimate the cost for rows of one document."""
         batch, length = self.segment_BT.shape
         pairs = batch * self.heads * length**2 // 2
-        size = lambda a: math.prod(a.array.shape) * a.array.dtype.itemsize
-        return pl.CostEstimate(2 * widths * pairs, pairs, sum(map(size, operands)))
+        arrays = [operand.array for operand in operands]
+        size = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+        return pl.CostEstimate(2 * widths * pairs, pairs, size)
 
 
 def _spec(a: _Operand, block: int) -> pl.BlockSpec:
@@ -175,29 +193,32 @@ def _spec(a: _Operand, block: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *shape), at)
 
 
-def _visit(step: _Step, scalars, segments, begin: Callable, meet: Callable, end: Callable):
-    """`meet(at, seen)` for parts `at` of the keys; `seen` [keys, queries] is None if all are."""
-    _, query_ref, key_ref, what_ref = scalars
+def _run_step(step: _Step, scalars, segments, begin: Callable, meet: Callable, end: Callable):
+    """Call `meet(at, mask)` for parts `at` of the keys.
+
+    `mask` [keys, queries] is None where all pairs are seen.
+    """
+    _, query_ref, key_ref, flags_ref = scalars
     n = pl.program_id(1)
-    what = what_ref[n]
+    flags = flags_ref[n]
     ahead = (query_ref[n] - key_ref[n]) * step.block
 
-    def seen(start):
+    def make_mask(start):
         shape = (step.part, step.block)
         key, query = (jax.lax.broadcasted_iota(jnp.int32, shape, dim) for dim in (0, 1))
         segment_T, segment_S = (ref[...] for ref in segments)
-        # A column by way of eight rows, the fewest that are turned.
+        # A column by way of eight rows, the fewest that can be transposed.
         rows = jnp.broadcast_to(segment_S[:, start : start + step.part], (8, step.part))
         return (segment_T == rows.T[:, :1]) & (query - key >= start - ahead)
 
     def parts(masked):
         for start in range(0, step.block, step.part):
-            meet(pl.ds(start, step.part), seen(start) if masked else None)
+            meet(pl.ds(start, step.part), make_mask(start) if masked else None)
 
-    pl.when(what & BEGIN != 0)(begin)
-    pl.when(what & SOME != 0)(lambda: parts(True))
-    pl.when(what & ALL != 0)(lambda: parts(False))
-    pl.when(what & END != 0)(end)
+    pl.when(flags & BEGIN != 0)(begin)
+    pl.when(flags & SOME != 0)(lambda: parts(True))
+    pl.when(flags & ALL != 0)(lambda: parts(False))
+    pl.when(flags & END != 0)(end)
 
 
 def _dot(a: jax.Array, b: jax.Array, over: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -212,35 +233,35 @@ def _forward(step: _Step, *refs):
 
     def begin():
         y_VT[...] = jnp.zeros_like(y_VT)
-        most_1T[...] = jnp.full_like(most_1T, NONE)
+        most_1T[...] = jnp.full_like(most_1T, NEG_INF)
         sum_1T[...] = jnp.zeros_like(sum_1T)
 
-    def meet(at, seen):
+    def meet(at, mask):
         dot_ST = _dot(k[:, at], q[...], (0, 0))
-        if seen is not None:
-            dot_ST = jnp.where(seen, dot_ST, -jnp.inf)
+        if mask is not None:
+            dot_ST = jnp.where(mask, dot_ST, -jnp.inf)
         old, value = most_1T[...], v[at]
         new = jnp.maximum(old, dot_ST.max(axis=0, keepdims=True))
-        weight_ST, shrink = jnp.exp2((dot_ST - new) * power), jnp.exp2((old - new) * power)
+        weight_ST, rescale = jnp.exp2((dot_ST - new) * power), jnp.exp2((old - new) * power)
         most_1T[...] = new
-        sum_1T[...] = sum_1T[...] * shrink + weight_ST.sum(axis=0, keepdims=True)
-        y_VT[...] = y_VT[...] * shrink + _dot(value, weight_ST.astype(value.dtype), (0, 0))
+        sum_1T[...] = sum_1T[...] * rescale + weight_ST.sum(axis=0, keepdims=True)
+        y_VT[...] = y_VT[...] * rescale + _dot(value, weight_ST.astype(value.dtype), (0, 0))
 
     def end():
         y[...] = (y_VT[...] / sum_1T[...]).T.astype(y.dtype)
         top[...] = most_1T[...] * step.scale
         logsum[...] = top[...] + jnp.log(sum_1T[...])
 
-    _visit(step, scalars, segments, begin, meet, end)
+    _run_step(step, scalars, segments, begin, meet, end)
 
 
-def _weights(step, refs, at, seen):
-    """Weights, and gradients of logits without their scale; keys are rows."""
+def _weights(step, refs, at, mask):
+    """Recompute weights, and gradients of logits without their scale; keys are rows."""
     q, k, v, logsum, mean, dy = refs
     dot_ST = _dot(k[:, at], q[...], (0, 0))
     weight_ST = jnp.exp2(dot_ST * (step.scale * LOG2E) - logsum[...] * LOG2E)
-    if seen is not None:
-        weight_ST = jnp.where(seen, weight_ST, 0.0)
+    if mask is not None:
+        weight_ST = jnp.where(mask, weight_ST, 0.0)
     dweight_ST = _dot(v[at], dy[...], (1, 1)) - mean[...]
     return weight_ST.astype(dy.dtype), (weight_ST * dweight_ST).astype(q.dtype)
 
@@ -252,14 +273,14 @@ def _backward_queries(step: _Step, *refs):
     def begin():
         dq_CT[...] = jnp.zeros_like(dq_CT)
 
-    def meet(at, seen):
-        _, dlogit_ST = _weights(step, inputs, at, seen)
+    def meet(at, mask):
+        _, dlogit_ST = _weights(step, inputs, at, mask)
         dq_CT[...] += _dot(inputs[1][:, at], dlogit_ST)
 
     def end():
         dq[...] = (dq_CT[...] * step.scale).astype(dq.dtype)
 
-    _visit(step, scalars, (segment_T, segment_S), begin, meet, end)
+    _run_step(step, scalars, (segment_T, segment_S), begin, meet, end)
 
 
 def _backward_keys(step: _Step, *refs):
@@ -270,8 +291,8 @@ def _backward_keys(step: _Step, *refs):
         dk_CS[...] = jnp.zeros_like(dk_CS)
         dv_SV[...] = jnp.zeros_like(dv_SV)
 
-    def meet(at, seen):
-        weight_ST, dlogit_ST = _weights(step, inputs, at, seen)
+    def meet(at, mask):
+        weight_ST, dlogit_ST = _weights(step, inputs, at, mask)
         dk_CS[:, at] += _dot(inputs[0][...], dlogit_ST, (1, 1))
         dv_SV[at] += _dot(weight_ST, inputs[-1][...])
 
@@ -279,4 +300,4 @@ def _backward_keys(step: _Step, *refs):
         dk[...] = (dk_CS[...] * step.scale).astype(dk.dtype)
         dv[...] = dv_SV[...].astype(dv.dtype)
 
-    _visit(step, scalars, (segment_T, segment_S), begin, meet, end)
+    _run_step(step, scalars, (segment_T, segment_S), begin, meet, end)

@@ -1,16 +1,18 @@
-"""Rows that are sorted by group, cut into tiles of one group each."""
+"""Cut rows that are sorted by group into tiles of one group each."""
 
 import jax
 import jax.numpy as jnp
 
 
-def tiles_of(size_E: jax.Array, rows: int, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Group, first row and end of the group's rows, for each tile; int32 [count].
+def cut_into_tiles(
+    size_E: jax.Array, rows: int, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """List each tile's group, first row and end of the group's rows; int32 [count].
 
     Args:
         size_E: int32, rows of each group, those of group 0 first.
-        rows: the most that a tile has; the last one of a group has what is left, end - first.
-        count: tiles; what is more than the groups need begins at its end or after it.
+        rows: at most, of a tile; the last one of a group has the rest, end - first.
+        count: tiles; those that no group needs begin at its end or after it.
     """
     tiles_E = -(-size_E // rows)
     begin_E, last_E = jnp.cumsum(size_E) - size_E, jnp.cumsum(tiles_E)

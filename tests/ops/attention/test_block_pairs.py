@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k2jax.ops.attention.block_pairs import ALL, BEGIN, END, SOME, kinds, visits
+from k2jax.ops.attention.block_pairs import (
+    ALL,
+    BEGIN,
+    END,
+    SOME,
+    classify_block_pairs,
+    schedule_blocks,
+)
 
 BLOCK = 2
 ROWS = [[1] * 24, [1] * 9 + [2] * 7 + [3] * 8, [1] * 10 + [2] * 6 + [0] * 8]
@@ -21,13 +28,13 @@ def seen_blocks(segment):
 
 
 @pytest.mark.parametrize("keys_held", [False, True])
-def test_visits_are_those_of_blocks_that_see_each_other(keys_held):
+def test_scheduled_pairs_are_those_of_blocks_that_see_each_other(keys_held):
     segment = np.array(ROWS)
-    kind = kinds(jnp.array(segment), BLOCK)
+    kind = classify_block_pairs(jnp.array(segment), BLOCK)
     right = seen_blocks(segment)
     assert np.array_equal(np.asarray(kind), np.sign(right) * SOME + (right == BLOCK**2))
 
-    table, count = visits(kind, keys_held)
+    table, count = schedule_blocks(kind, keys_held)
     rows = np.stack(jax.device_get(table), axis=1)[: int(count)]
     assert len(rows) == count
     found = np.zeros_like(right)

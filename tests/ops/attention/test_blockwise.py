@@ -34,8 +34,8 @@ def differentiated(mix):
     return both
 
 
-def compare(found, right, tolerance):
-    for i, (a, b) in enumerate(zip(found, right, strict=True)):
+def compare(ours, right, tolerance):
+    for i, (a, b) in enumerate(zip(ours, right, strict=True)):
         assert np.abs(np.asarray(a) - b).max() <= tolerance * np.abs(b).max(), i
 
 
@@ -50,10 +50,10 @@ def rows_of(mix):
 @pytest.mark.parametrize("length", [ATTENTION_BLOCK + 1, 2 * ATTENTION_BLOCK + 100])
 def test_values_gradients_and_largest_logits_are_those_of_whole_scores(length):
     inputs = drawn(length)
-    right = differentiated(rows_of(attention.by_scores))(*inputs)
-    found = differentiated(sharded_attention)(*inputs)
+    right = differentiated(rows_of(attention.dense_attention))(*inputs)
+    ours = differentiated(sharded_attention)(*inputs)
     # Sums of up to 1,124 float32 terms in another order.
-    compare(found, [np.asarray(a) for a in right], 1e-5)
+    compare(ours, [np.asarray(a) for a in right], 1e-5)
 
 
 @pytest.mark.parametrize("length", [64, 2 * ATTENTION_BLOCK])
@@ -71,20 +71,20 @@ def test_on_a_mesh_they_are_those_of_one_device(config, length):
         put = lambda a, axes: jax.device_put(
             a, jax.NamedSharding(mesh, sharding.storage_spec(axes))
         )
-        found = differentiated(sharded_attention)(*map(put, inputs, axes))
-        compare(jax.device_get(found), [np.asarray(a) for a in right], 1e-5)
+        ours = differentiated(sharded_attention)(*map(put, inputs, axes))
+        compare(jax.device_get(ours), [np.asarray(a) for a in right], 1e-5)
 
 
 @pytest.mark.parametrize("length", [77, 96])  # 77 is padded
 def test_the_tpu_kernels_give_those_of_whole_scores(length):
     inputs = drawn(length)
-    right = differentiated(attention.by_scores)(*inputs)
-    way = tpu.Way(0.3, tpu.Sizes(least=16, most=32, part=8), interpret=True)
+    right = differentiated(attention.dense_attention)(*inputs)
+    params = tpu.KernelParams(0.3, tpu.BlockSizes(least=16, most=32, part=8), interpret=True)
 
     @jax.jit
-    def found(*inputs):
-        *given, dy = inputs
-        y, top, logsum = tpu.forward(*given, way)
-        return y, top, *tpu.backward((*given, y, logsum), dy, way)
+    def ours(*inputs):
+        *args, dy = inputs
+        y, top, logsum = tpu.forward(*args, params)
+        return y, top, *tpu.backward((*args, y, logsum), dy, params)
 
-    compare(found(*inputs), right, 1e-5)
+    compare(ours(*inputs), right, 1e-5)

@@ -14,7 +14,7 @@ from k2jax.runtime.versions import abstract_gpu
 # 24 is no power of two; neither blocks of 16 nor of 8 divide the lengths.
 B, H, T, C, V = 2, 2, 50, 24, 8
 SCALE = 0.3
-WIDE, LONG = gpu.Cut(16, 8, interpret=True), gpu.Cut(8, 16, interpret=True)
+WIDE, LONG = gpu.BlockSizes(16, 8, interpret=True), gpu.BlockSizes(8, 16, interpret=True)
 
 
 def drawn():
@@ -45,57 +45,57 @@ def oracle(q, k, v, segment, dy):
 
 @jax.jit
 def kernels(q, k, v, segment, dy):
-    given = q, k, v, segment
-    y, top, logsum = gpu.forward(*given, scale=SCALE, cut=WIDE)
-    back = gpu.backward((*given, y, logsum), dy, scale=SCALE, cuts=(LONG, WIDE))
+    args = q, k, v, segment
+    y, top, logsum = gpu.forward(*args, scale=SCALE, sizes=WIDE)
+    back = gpu.backward((*args, y, logsum), dy, scale=SCALE, sizes=(LONG, WIDE))
     return [y, top, logsum, *back]
 
 
 def test_values_logits_and_gradients_are_those_of_whole_scores():
     inputs = drawn()
-    for i, (found, right) in enumerate(zip(kernels(*inputs), oracle(*inputs), strict=True)):
-        assert found.shape == right.shape
-        assert np.abs(found - right).max() <= 1e-5 * np.abs(right).max(), i
+    for i, (ours, right) in enumerate(zip(kernels(*inputs), oracle(*inputs), strict=True)):
+        assert ours.shape == right.shape
+        assert np.abs(ours - right).max() <= 1e-5 * np.abs(right).max(), i
 
 
-def visits(segment, of_queries):
+def ranges(segment, of_queries):
     """Blocks that each block of 8 queries (or keys) goes through, as ranges."""
-    side = gpu._side((), jnp.asarray(segment, jnp.int32)[None], 8)
-    table = gpu._table(side, side, of_queries)
+    side = gpu._pad_side((), jnp.asarray(segment, jnp.int32)[None], 8)
+    table = gpu._block_ranges(side, side, of_queries)
     return [(int(begin), int(end)) for *_, begin, end in table[0]]
 
 
 def test_what_the_diagonal_hides_and_other_documents_are_not_visited():
     one, two = [1] * 32, [1] * 16 + [2] * 16
-    assert visits(one, of_queries=True) == [(0, 1), (0, 2), (0, 3), (0, 4)]
-    assert visits(one, of_queries=False) == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert visits(two, of_queries=True) == [(0, 1), (0, 2), (2, 3), (2, 4)]
-    assert visits(two, of_queries=False) == [(0, 2), (1, 2), (2, 4), (3, 4)]
-    assert visits(two[:27], of_queries=True) == visits(two, of_queries=True)
+    assert ranges(one, of_queries=True) == [(0, 1), (0, 2), (0, 3), (0, 4)]
+    assert ranges(one, of_queries=False) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert ranges(two, of_queries=True) == [(0, 1), (0, 2), (2, 3), (2, 4)]
+    assert ranges(two, of_queries=False) == [(0, 2), (1, 2), (2, 4), (3, 4)]
+    assert ranges(two[:27], of_queries=True) == ranges(two, of_queries=True)
 
 
 def test_without_the_triton_backend_no_gpu_gets_the_kernels(monkeypatch):
     array = jax.ShapeDtypeStruct((1, 64, 4096, 64), "bfloat16")
-    assert gpu.usable(array, array)
+    assert gpu.is_supported(array, array)
     monkeypatch.setattr(gpu, "triton", None)
-    assert not gpu.usable(array, array)
+    assert not gpu.is_supported(array, array)
 
 
 def test_older_gpus_odd_widths_and_float32_get_no_kernel(monkeypatch):
-    def usable(queries, values, dtype="bfloat16"):
+    def is_supported(queries, values, dtype="bfloat16"):
         array = lambda width: jax.ShapeDtypeStruct((1, 64, 4096, width), dtype)
-        return gpu.usable(array(queries), array(values))
+        return gpu.is_supported(array(queries), array(values))
 
-    assert usable(192, 128) and usable(64, 32)
-    assert not usable(48, 32) and not usable(256, 128) and not usable(192, 192)
-    assert not usable(192, 128, "float32")
+    assert is_supported(192, 128) and is_supported(64, 32)
+    assert not is_supported(48, 32) and not is_supported(256, 128) and not is_supported(192, 192)
+    assert not is_supported(192, 128, "float32")
 
     class Ampere:
         compute_capability = "8.0"
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [Ampere()])
-    assert not usable(192, 128)
+    assert not is_supported(192, 128)
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=2, model=2), MeshConfig(context=2)], ids=str)

@@ -1,4 +1,4 @@
-"""Every way to bring tokens to their experts gives what running all experts on all tokens gives."""
+"""Every dispatch of tokens gives what running all experts on all tokens gives."""
 
 import functools
 
@@ -10,17 +10,23 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax import sharding
 from k2jax.config import MeshConfig
-from k2jax.ops.moe.dispatch import Dispatch, buffer_rows, dispatch_allgather, dispatch_alltoall
-from k2jax.ops.moe.expert_mlp import reference_mlp, side_by_side
+from k2jax.ops.moe import (
+    Dispatch,
+    buffer_rows,
+    dispatch_allgather,
+    dispatch_alltoall,
+    fuse_gate_up,
+    reference_expert_mlp,
+)
 
 N, D, F, E, K = 32, 6, 5, 8, 2  # tokens of all devices
 MESH = MeshConfig(data=2, expert=4)
-WAYS = {
+DISPATCHES = {
     "allgather": lambda *a: (dispatch_allgather(*a), 0.0),
     "alltoall": lambda *a: dispatch_alltoall(*a, Dispatch("alltoall", 2.0)),
-    "exchange in rounds": lambda *a: dispatch_alltoall(*a, Dispatch("alltoall", 0.5)),
+    "alltoall in rounds": lambda *a: dispatch_alltoall(*a, Dispatch("alltoall", 0.5)),
     "alltoall_capacity": lambda *a: dispatch_alltoall(*a, Dispatch("alltoall_capacity", 1.0)),
-    "bounded, with room for all": lambda *a: dispatch_alltoall(
+    "alltoall_capacity, with room for all": lambda *a: dispatch_alltoall(
         *a, Dispatch("alltoall_capacity", 4.0)
     ),
 }
@@ -48,7 +54,7 @@ def drawn():
 def differentiated(run):
     @jax.jit
     def both(x, expert, weight, weights, dy):
-        f = lambda x, weight, weights: run(x, expert, weight, side_by_side(*weights))
+        f = lambda x, weight, weights: run(x, expert, weight, fuse_gate_up(*weights))
         (y, dropped), back = jax.vjp(f, x, weight, weights)
         dx, dweight, dweights = back((dy, jnp.zeros_like(dropped)))
         return [y, dx, dweight, *dweights], dropped
@@ -57,12 +63,12 @@ def differentiated(run):
 
 
 @functools.cache
-def compiled(way):
-    """On the mesh; `way` sees one device."""
+def compiled(dispatch):
+    """On the mesh; `dispatch` sees one device."""
     tokens, experts = P(("data", "expert")), P("expert")
 
     def one(*args):
-        y, dropped = WAYS[way](*args)
+        y, dropped = DISPATCHES[dispatch](*args)
         return y, jax.lax.pmean(dropped, ("data", "expert"))
 
     body = jax.shard_map(
@@ -72,7 +78,7 @@ def compiled(way):
     return differentiated(body)
 
 
-def on_mesh(way, x, expert, weight, weights, dy):
+def on_mesh(dispatch, x, expert, weight, weights, dy):
     """Values and gradients, and the share that was dropped, from arrays on the mesh."""
     with jax.set_mesh(sharding.make_mesh(MESH)):
         mesh = jax.sharding.get_mesh()
@@ -80,26 +86,28 @@ def on_mesh(way, x, expert, weight, weights, dy):
         tokens = P(("data", "expert"))
         placed = [put(a, tokens) for a in (x, expert, weight)]
         stacks = tuple(put(a, P("expert")) for a in weights)
-        return jax.device_get(compiled(way)(*placed, stacks, put(dy, tokens)))
+        return jax.device_get(compiled(dispatch)(*placed, stacks, put(dy, tokens)))
 
 
-reference = differentiated(lambda *args: (reference_mlp(*args), jnp.zeros(())))
+reference = differentiated(lambda *args: (reference_expert_mlp(*args), jnp.zeros(())))
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "alltoall_capacity"])
+@pytest.mark.parametrize(
+    "dispatch", [dispatch for dispatch in DISPATCHES if dispatch != "alltoall_capacity"]
+)
 @pytest.mark.parametrize("case", ["random", "balanced", "skewed", "crowded", "one group idle"])
-def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(way, case):
+def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(dispatch, case):
     x, weight, weights, dy = drawn()
     expert = jnp.asarray(choices(case))
     right, _ = reference(x, expert, weight, weights, dy)
-    found, dropped = on_mesh(way, x, expert, weight, weights, dy)
+    ours, dropped = on_mesh(dispatch, x, expert, weight, weights, dy)
     assert float(dropped) == 0.0
-    for i, (a, b) in enumerate(zip(found, right, strict=True)):
+    for i, (a, b) in enumerate(zip(ours, right, strict=True)):
         scale = max(np.abs(b).max(), 1.0)
         assert np.abs(np.asarray(a) - np.asarray(b)).max() <= 5e-6 * scale, i
 
 
-def test_a_bounded_buffer_drops_the_last_rows_and_says_how_many():
+def test_a_buffer_of_fixed_capacity_drops_the_last_rows_and_reports_the_share():
     x, weight, weights, dy = drawn()
     expert = choices("crowded")
     (y, *_), dropped = on_mesh("alltoall_capacity", x, expert, weight, weights, dy)

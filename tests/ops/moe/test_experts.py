@@ -7,24 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from k2jax.ops.moe import expert_mlp as experts
-from k2jax.ops.moe.expert_mlp import expert_mlp, reference_mlp, side_by_side
+from k2jax.ops.moe import expert_mlp, experts, fuse_gate_up, permute, reference_expert_mlp
 
 N, D, F, E, K = 41, 6, 5, 7, 3
 
 
 def sorted_first(run):
     def mlp(x, expert, weight, weights):
-        order, place, size, weight = experts.sort_by_expert(expert, weight, weights[0].shape[0])
+        order, place, size, weight = permute.sort_by_expert(expert, weight, weights[0].shape[0])
         return run(x, order, place, size, weight, weights)
 
     return mlp
 
 
 MLPS = {
-    "blocks": sorted_first(experts.by_blocks),
-    "groups": sorted_first(experts.by_groups),
-    "reference": reference_mlp,
+    "blocks": sorted_first(experts.expert_mlp_by_blocks),
+    "groups": sorted_first(experts.expert_mlp_by_groups),
+    "reference": reference_expert_mlp,
     "chosen": expert_mlp,
 }
 
@@ -53,7 +52,7 @@ def drawn(dtype):
 def compiled(name):
     @jax.jit
     def both(x, expert, weight, weights, dy):
-        f = lambda x, weight, w: MLPS[name](x, expert, weight, side_by_side(*w))
+        f = lambda x, weight, w: MLPS[name](x, expert, weight, fuse_gate_up(*w))
         y, back = jax.vjp(f, x, weight, weights)
         dx, dweight, dweights = back(dy)
         return [y, dx, dweight, *dweights]

@@ -1,7 +1,7 @@
 """Grouped products on NVIDIA GPUs: Pallas kernels that Triton compiles (Ampere and later).
 
-Rows are cut into tiles that belong to one group each, so that a group costs what it has rows. What
-a tile is for is a small table, made by ordinary operations and read by the kernel.
+Rows are cut into tiles of one group each, so that the cost of a group is proportional to its rows.
+The tiles are a small table, made by ordinary operations and read by the kernel.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from k2jax.ops.moe.tiles import tiles_of
+from k2jax.ops.moe.tiles import cut_into_tiles
 from k2jax.runtime import versions
 
 triton: Any = versions.pallas_triton()
@@ -19,11 +19,11 @@ triton: Any = versions.pallas_triton()
 # The most rows and columns of a tile, and bytes of the contraction in fast memory at a time: three
 # stages of it are 144 KiB, which Ampere, Hopper and Blackwell grant a kernel.
 ROWS, COLUMNS, DEPTH = 128, 256, 128
-LEAST = 16  # what tensor cores multiply
+MIN_WIDTH = 16  # of a product by tensor cores
 PARAMS = {"num_warps": 8, "num_stages": 3}
 
 
-class Cut(NamedTuple):
+class BlockSizes(NamedTuple):
     """How much of each dim a program holds."""
 
     rows: int
@@ -31,13 +31,13 @@ class Cut(NamedTuple):
     depth: int  # of the contraction
 
 
-def usable(*widths: int) -> bool:
-    """Whether tiles divide the widths, and the GPU, if there is one, knows the kernels."""
+def is_supported(*widths: int) -> bool:
+    """Whether tiles divide the widths, and the GPU, if any, runs the kernels."""
     if triton is None:
         return False
     if jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) < 8:
         return False
-    return all(width % LEAST == 0 for width in widths)
+    return all(width % MIN_WIDTH == 0 for width in widths)
 
 
 def _divisor(width: int, most: int) -> int:
@@ -45,31 +45,31 @@ def _divisor(width: int, most: int) -> int:
     return min(width & -width, most)
 
 
-def grouped_by_tiles(
+def grouped_matmul(
     x_MK: jax.Array, w: jax.Array, size_E: jax.Array, *, transposed: bool = False,
     rows: int = ROWS, interpret: bool = False,
 ) -> jax.Array:  # fmt: skip
-    """Each row times the matrix of its group; 0 for rows of no group.
+    """Multiply each row by the matrix of its group; 0 for rows of no group.
 
     Args:
         x_MK: rows, those of group 0 first.
-        w: [E, K, N]; with `transposed` [E, N, K], read as it lies.
+        w: [E, K, N]; with `transposed` [E, N, K], read in that order.
         size_E: int32, rows of each group.
         transposed: the last dim of `w` is contracted.
         rows: of a tile.
-        interpret: run it without a GPU.
+        interpret: run without a GPU.
     """
     length, width = x_MK.shape
     wide = w.shape[1 if transposed else 2]
     columns, depth = _divisor(wide, COLUMNS), _divisor(width, DEPTH // x_MK.dtype.itemsize)
     tiles = pl.cdiv(length, rows) + w.shape[0] + 1
-    of_tile = pl.BlockSpec((None,), lambda column, tile: (tile,))
+    tile_spec = pl.BlockSpec((None,), lambda column, tile: (tile,))
     # Columns vary fastest: the programs that run at a time share their rows in the L2 cache.
     return pl.pallas_call(
-        functools.partial(_tile, Cut(rows, columns, depth), transposed),
+        functools.partial(_tile, BlockSizes(rows, columns, depth), transposed),
         out_shape=jax.ShapeDtypeStruct((length, wide), x_MK.dtype),
         grid=(wide // columns, tiles),
-        in_specs=[of_tile] * 3 + [pl.no_block_spec] * 2,
+        in_specs=[tile_spec] * 3 + [pl.no_block_spec] * 2,
         out_specs=pl.no_block_spec,
         compiler_params=triton.CompilerParams(**PARAMS),
         interpret=interpret,
@@ -77,15 +77,15 @@ def grouped_by_tiles(
 
 
 def _tiles(size_E: jax.Array, length: int, rows: int, tiles: int) -> tuple[jax.Array, ...]:
-    """`tiles_of` the groups; rows of no group are one group more."""
+    """Cut the groups into tiles; rows of no group are one more group."""
     size_G = jnp.append(size_E, length - size_E.sum()).astype(jnp.int32)
-    return tiles_of(size_G, rows, tiles)
+    return cut_into_tiles(size_G, rows, tiles)
 
 
-def _tile(cut: Cut, transposed: bool, *refs):
+def _tile(sizes: BlockSizes, transposed: bool, *refs):
     *tile_refs, x_ref, w_ref, y_ref = refs
     group, first, end = (ref[...] for ref in tile_refs)
-    rows, columns, depth = cut
+    rows, columns, depth = sizes
     steps = x_ref.shape[1] // depth * (group < w_ref.shape[0]).astype(jnp.int32)
     at, own = pl.ds(first, rows), (first + jnp.arange(rows) < end)[:, None]
     across = pl.ds(pl.program_id(0) * columns, columns)
@@ -105,37 +105,37 @@ def _tile(cut: Cut, transposed: bool, *refs):
         triton.store(y_ref.at[at, across], acc.astype(y_ref.dtype), mask=own)
 
 
-def summed_by_tiles(
+def grouped_outer(
     x_MK: jax.Array, dy_MN: jax.Array, size_E: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """`x^T dy` of each group, [E, K, N]; 0 for an empty one.
+    """Sum `x^T dy` of each group, [E, K, N]; 0 for an empty one.
 
     Args:
         x_MK: rows, those of group 0 first.
         dy_MN: rows in the same order.
         size_E: int32, rows of each group.
-        interpret: run it without a GPU.
+        interpret: run without a GPU.
     """
     width, wide = x_MK.shape[1], dy_MN.shape[1]
     rows, columns, depth = _divisor(width, ROWS), _divisor(wide, COLUMNS), DEPTH // x_MK.itemsize
     end_E = jnp.cumsum(size_E, dtype=jnp.int32)
-    of_group = pl.BlockSpec((None,), lambda column, row, group: (group,))
+    group_spec = pl.BlockSpec((None,), lambda column, row, group: (group,))
     tile = pl.BlockSpec((None, rows, columns), lambda column, row, group: (group, row, column))
     return pl.pallas_call(
-        functools.partial(_sum, Cut(rows, columns, depth)),
+        functools.partial(_sum, BlockSizes(rows, columns, depth)),
         out_shape=jax.ShapeDtypeStruct((size_E.shape[0], width, wide), x_MK.dtype),
         grid=(wide // columns, width // rows, size_E.shape[0]),
-        in_specs=[of_group] * 2 + [pl.no_block_spec] * 2,
+        in_specs=[group_spec] * 2 + [pl.no_block_spec] * 2,
         out_specs=tile,
         compiler_params=triton.CompilerParams(**PARAMS),
         interpret=interpret,
     )(end_E - size_E, end_E, x_MK, dy_MN)
 
 
-def _sum(cut: Cut, *refs):
+def _sum(sizes: BlockSizes, *refs):
     first_ref, end_ref, x_ref, dy_ref, dw_ref = refs
     first, end = first_ref[...], end_ref[...]
-    rows, columns, depth = cut
+    rows, columns, depth = sizes
     across = pl.ds(pl.program_id(0) * columns, columns)
     down = pl.ds(pl.program_id(1) * rows, rows)
 
@@ -152,6 +152,6 @@ def _sum(cut: Cut, *refs):
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """In float32; float32 operands are not shortened to TF32."""
+    """Multiply in float32; float32 operands are not shortened to TF32."""
     highest = jax.lax.Precision.HIGHEST
     return jnp.dot(a, b, precision=highest, preferred_element_type=jnp.float32)
