@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ _MAGIC = {
     b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\0": ".xz", b"BZh": ".bz2",
     b"PAR1": ".parquet", b"ARROW1": ".arrow", b"PK\x03\x04": ".zip", b"%PDF-": ".pdf",
 }  # fmt: skip
+_MAGICS = tuple(_MAGIC)
 _WIDE = {
     b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
     b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
@@ -62,8 +64,9 @@ class Form(NamedTuple):
 
 def form_by_name(file: Path) -> Form:
     """What a file's suffixes say; the kind is "" where they say nothing."""
-    packing = file.suffix.lower() if file.suffix.lower() in PACKED else ""
-    suffix = (file.with_suffix("") if packing else file).suffix.lower()
+    stem, suffix = os.path.splitext(file.name.lower())
+    packing = suffix if suffix in PACKED else ""
+    suffix = os.path.splitext(stem)[1] if packing else suffix
     return Form(suffix if suffix in (PACKABLE if packing else KINDS) else "", packing)
 
 
@@ -131,7 +134,9 @@ def describe_kinds() -> str:
 
 def find_magic(head: bytes) -> str:
     """The suffix that the first bytes of a file ask for, or ""."""
-    return next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), "")
+    if not head.startswith(_MAGICS):
+        return ""
+    return next(suffix for magic, suffix in _MAGIC.items() if head.startswith(magic))
 
 
 def unpack(file: Path, packing: str) -> IO[bytes]:
@@ -163,10 +168,13 @@ def check_text(head: bytes, file: Path) -> None:
     Raises:
         ConfigError: they are not; the message says what they are.
     """
+    magic = find_magic(head)
+    if not magic and head.isascii() and b"\0" not in head:
+        return
     for mark, name in _WIDE.items():
         if head.startswith(mark):
             raise ConfigError(f"{file} is {name}; {REMEDY}")
-    if magic := find_magic(head):
+    if magic:
         raise ConfigError(f"{file} is no text, but a {magic} file by its first bytes")
     try:
         text = head.decode()
@@ -176,6 +184,8 @@ def check_text(head: bytes, file: Path) -> None:
         text = head.decode("utf-8", "replace")
         where = f"byte {error.start} is 0x{head[error.start]:02x}"
     else:
+        if b"\0" not in head:
+            return
         where = f"byte {head.find(0)} is NUL"
     wrong = text.count("\ufffd") - head.count("\ufffd".encode()) + text.count("\0")
     if wrong * 100 > len(head) and (wrong > 16 or wrong * 3 >= len(head)):

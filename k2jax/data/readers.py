@@ -112,10 +112,10 @@ def read_text(file: Path, tally: Tally | None = None) -> str:
     """A text file as one document."""
     with kinds.explain(file), kinds.unpack(file, form_of(file).packing) as raw:
         content = raw.read()
-        if content.startswith(kinds.LFS):
-            kinds.refuse_pointer(file)
-        kinds.check_text(content[: kinds.HEAD], file)
-        return (tally or Tally()).decode(content.removeprefix(kinds.MARK), str(file))
+    if content.startswith(kinds.LFS):
+        kinds.refuse_pointer(file)
+    kinds.check_text(content[: kinds.HEAD], file)
+    return (tally or Tally()).decode(content.removeprefix(kinds.MARK), str(file))
 
 
 def _open_text(file: Path, packing: str) -> io.TextIOWrapper:

@@ -8,7 +8,6 @@ from typing import Any
 from k2jax.text.unicode import replace_surrogates_in
 
 _LONE = re.compile("[\ud800-\udfff]")
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # how JSON spells half a pair
 
 
 @dataclass
@@ -63,8 +62,10 @@ class Tally:
             line: tells at once that there are none.
             where: for people.
         """
+        if isinstance(record, dict) and all(map(_is_plain, record.values())):
+            return record
         raw = line if isinstance(line, bytes) else line.encode("utf-8", "replace")
-        if not _HALF.search(raw):
+        if b"\\ud" not in raw and b"\\uD" not in raw:
             return record
         self._count(len(_LONE.findall(json.dumps(record, ensure_ascii=False))), where)
         return replace_surrogates_in(record)
@@ -86,3 +87,8 @@ class Tally:
         if count:
             self.replaced += count
             self.replaced_at = self.replaced_at or where
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a member has no half pair, as far as that is seen at once."""
+    return value.isascii() if isinstance(value, str) else not isinstance(value, list | dict)
