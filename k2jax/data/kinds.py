@@ -171,9 +171,9 @@ def check_text(head: bytes, file: Path) -> None:
     magic = find_magic(head)
     if not magic and head.isascii() and b"\0" not in head:
         return
-    for mark, name in _WIDE.items():
-        if head.startswith(mark):
-            raise ConfigError(f"{file} is {name}; {REMEDY}")
+    wide = next((name for mark, name in _WIDE.items() if head.startswith(mark)), "")
+    if wide:
+        raise ConfigError(f"{file} is {wide}; {REMEDY}")
     if magic:
         raise ConfigError(f"{file} is no text, but a {magic} file by its first bytes")
     try:
