@@ -87,7 +87,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     Nothing is added to a text, as `Tokenizer.encode` adds nothing.
     """
     char = {byte: letter for letter, byte in printable_bytes().items()}
-    spell = lambda token: "".join(char[byte] for byte in token)
+
+    def spell(token):
+        return "".join(char[byte] for byte in token)
+
     ranks = tokenizer.ranks
     return {
         "version": "1.0",

@@ -55,7 +55,10 @@ def test_a_save_that_cannot_be_restored_deletes_no_older_one(tmp_path, monkeypat
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, STATE, {})
     checkpoints.wait()
-    lose = lambda directory: [p.rmtree() for p in directory.iterdir() if p.name == "params"]
+
+    def lose(directory):
+        return [p.rmtree() for p in directory.iterdir() if p.name == "params"]
+
     record = integrity._record
     monkeypatch.setattr(integrity, "_record", lambda d: [lose(d), record(d)])
     checkpoints.save(2, STATE, {})

@@ -77,7 +77,9 @@ def test_a_text_begins_with_bos_and_ends_at_eos_or_im_end(model):
 
 
 def test_draws_are_a_function_of_the_seed(model):
-    draw = lambda seed: sampling.generate(model, PROMPTS, 6, 1.5, 0.9, seed, stop=())
+    def draw(seed):
+        return sampling.generate(model, PROMPTS, 6, 1.5, 0.9, seed, stop=())
+
     assert draw(1) == draw(1) != draw(-2)
 
 

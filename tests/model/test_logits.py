@@ -50,7 +50,10 @@ def test_parts_give_the_losses_and_gradients_of_the_whole(config, monkeypatch):
     else:
         axes = (module.WEIGHT, (*module.ROWS, None), module.ROWS, module.ROWS)
         with jax.set_mesh(sharding.make_mesh(config)):
-            place = lambda a: jax.NamedSharding(jax.sharding.get_mesh(), sharding.storage_spec(a))
+
+            def place(a):
+                return jax.NamedSharding(jax.sharding.get_mesh(), sharding.storage_spec(a))
+
             placed = [jax.device_put(a, place(dims)) for a, dims in zip(inputs, axes, strict=True)]
             assert module._chunks(placed[1], placed[0]) == 3
             found = jax.jit(functools.partial(differentiated))(*placed)

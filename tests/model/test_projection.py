@@ -46,9 +46,10 @@ def with_gradient(grad_dtype, mesh):
     own = {name: params.pop(name) for name in names}
     token = TOKENS
     if mesh:
-        put = lambda a, axes: jax.device_put(
-            a, jax.NamedSharding(mesh, sharding.storage_spec(axes))
-        )
+
+        def put(a, axes):
+            return jax.device_put(a, jax.NamedSharding(mesh, sharding.storage_spec(axes)))
+
         own = {name: put(a, LEAVES[name].axes) for name, a in own.items()}
         token = put(token, ("batch", "length"))
     policy = Policy("bfloat16", grad_dtype)
@@ -124,7 +125,10 @@ def scaled_reader(cfg, run, policy):
     @jax.jit
     def reader(params, factors):
         with pytest.MonkeyPatch.context() as patch:
-            scale = lambda stored, leaf: stored * factors[names[leaf.axes[0], leaf.published]]
+
+            def scale(stored, leaf):
+                return stored * factors[names[leaf.axes[0], leaf.published]]
+
             patch.setitem(projection.WEIGHT_FORMATS, "scaled", scale)
             return run(bind(Kimi(cfg), params), cfg, policy)
 
@@ -155,7 +159,10 @@ def test_a_weight_scaled_where_it_is_read_is_scaled_for_every_reader(case, in_pa
         # Not one factor: norms would undo it.
         factors = {name: jnp.linspace(1, 2, a.shape[-1]) for name, a in params.items()}
         ones = jax.tree.map(jnp.ones_like, factors)
-        compute = lambda *args: jax.tree.leaves(jax.device_get(reader(*args)))
+
+        def compute(*args):
+            return jax.tree.leaves(jax.device_get(reader(*args)))
+
         unscaled = compute(params, ones)
         for name in params:
             if name.startswith("mtp.") and run is decode_two:

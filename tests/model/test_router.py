@@ -20,7 +20,10 @@ GROUPED = dataclasses.replace(PLAIN, groups=4, groups_per_token=2, routed_scale=
 
 def drawn(seed, cfg, low=0.0):
     rng = np.random.default_rng(seed)
-    cast = lambda *shape: jnp.asarray(rng.standard_normal(shape), "float32")
+
+    def cast(*shape):
+        return jnp.asarray(rng.standard_normal(shape), "float32")
+
     bias = jnp.asarray(rng.uniform(low, low + 0.5, cfg.experts), "float32")
     return cast(50, cfg.embed), cast(cfg.embed, cfg.experts), bias
 
@@ -91,7 +94,10 @@ def test_product_is_float32_for_bfloat16_activations():
 
 def test_gradient_reaches_the_router_through_the_weights_and_never_the_bias():
     x, w, bias = drawn(5, PLAIN)
-    mixed = lambda w, bias: (routed(x, w, bias, PLAIN).weight_NK ** 2).sum()
+
+    def mixed(w, bias):
+        return (routed(x, w, bias, PLAIN).weight_NK ** 2).sum()
+
     dw, dbias = jax.grad(mixed, argnums=(0, 1))(w, bias)
     assert jnp.abs(dw).max() > 0
     assert jnp.abs(dbias).max() == 0

@@ -130,7 +130,10 @@ def test_trap_07_weights_come_from_scores_without_bias():
     routing = route(x @ w, bias, BIASED)
     score = np.asarray(jax.nn.sigmoid(x @ w))
     chosen = np.asarray(routing.expert_NK)
-    share = lambda s: BIASED.routed_scale * s / s.sum(axis=1, keepdims=True)
+
+    def share(s):
+        return BIASED.routed_scale * s / s.sum(axis=1, keepdims=True)
+
     plain_scores = np.take_along_axis(score, chosen, axis=1)
     np.testing.assert_allclose(routing.weight_NK, share(plain_scores), rtol=1e-5)
     biased = np.take_along_axis(score + np.asarray(bias), chosen, axis=1)
@@ -216,7 +219,10 @@ def test_trap_14_statistics_of_micro_batches_are_maximum_and_sum():
             train=TrainConfig(dtype="float32", remat="none", accumulate=micro),
         )
         program = build(run)
-        cut = lambda a, micro=micro: a.reshape(micro, -1, a.shape[-1])
+
+        def cut(a, micro=micro):
+            return a.reshape(micro, -1, a.shape[-1])
+
         step = jax.jit(lambda p, b, program=program: program.step(program.init(p), b)[1])
         found[micro] = step(params, jax.tree.map(cut, rows))
     for name, right in found[1].items():

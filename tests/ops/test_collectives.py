@@ -15,7 +15,10 @@ def scattered(whole, dim):
     """Each device's part of the sum of all devices' arrays, one after the other."""
     with jax.set_mesh(jax.make_mesh((DEVICES,), ("x",), devices=jax.devices()[:DEVICES])):
         whole = jax.reshard(whole, P("x"))
-        own = lambda whole: scatter_sum(whole[0], "x", dim)[None]
+
+        def own(whole):
+            return scatter_sum(whole[0], "x", dim)[None]
+
         found = jax.jit(jax.shard_map(own, out_specs=P("x"), check_vma=False))
         return found.lower(whole).compile().as_text(), np.asarray(found(whole))
 

@@ -35,7 +35,10 @@ def compile_for(target, step, args):
 def test_grouped_products_compile_and_no_row_meets_every_expert(target):
     pytest.importorskip("jax_plugins.xla_cuda13" if target in GPUS else "libtpu")
     device = jax.sharding.SingleDeviceSharding(devices_of(targets.parse(target))[0])
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=device)
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=device)
+
     size = jax.ShapeDtypeStruct((EXPERTS,), jnp.int32, sharding=device)
     args = (array(ROWS, EMBED), array(EXPERTS, EMBED, HIDDEN), size, array(ROWS, HIDDEN))
     compiled = compile_for(target, forward_and_backward, args)
@@ -51,10 +54,14 @@ def test_grouped_products_compile_and_no_row_meets_every_expert(target):
 def test_attention_compiles_and_no_head_has_its_scores_whole(target):
     pytest.importorskip("jax_plugins.xla_cuda13" if target in GPUS else "libtpu")
     device = jax.sharding.SingleDeviceSharding(devices_of(targets.parse(target))[0])
-    array = lambda *shape, dtype="bfloat16": jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+    def array(*shape, dtype="bfloat16"):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
     def step(q, k, v, segment, dy):
-        mix = lambda q, k, v: blockwise_attention(q, k, v, segment, 0.1)
+        def mix(q, k, v):
+            return blockwise_attention(q, k, v, segment, 0.1)
+
         y, back, top = jax.vjp(mix, q, k, v, has_aux=True)
         return y, top, *back(dy)
 

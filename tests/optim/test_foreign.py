@@ -109,7 +109,9 @@ def test_specs_that_name_nothing_are_refused(specs):
 
 
 def test_the_specs_of_the_docstring_clip_ones_own_attention():
-    head = lambda kind: ParamSpec(("embed", "heads", kind), (16, 2, 4), 1, "muon")
+    def head(kind):
+        return ParamSpec(("embed", "heads", kind), (16, 2, 4), 1, "muon")
+
     specs = {"q": head("qk"), "k": head("k"), "v": Matrices((0,), (1, 2)), "norm": "adam"}
     params = {name: jnp.ones((16, 2, 4)) for name in "qkv"} | {"norm": jnp.ones(16)}
     tx = muonclip(0.0, specs=specs, tau=100.0)

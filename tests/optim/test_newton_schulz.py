@@ -47,9 +47,12 @@ def test_gram_iteration_agrees_with_the_standard_one(kind, turned, dtype, tolera
 
 def test_without_a_restart_bfloat16_is_lost_and_float32_is_not():
     x = matrices()["low rank"].astype(np.float32)
-    gap = lambda dtype: np.linalg.norm(
-        newton_schulz(x, dtype=dtype, gram=()) - newton_schulz(x, dtype=dtype), 2
-    )
+
+    def gap(dtype):
+        return np.linalg.norm(
+            newton_schulz(x, dtype=dtype, gram=()) - newton_schulz(x, dtype=dtype), 2
+        )
+
     assert gap("bfloat16") > 1
     assert gap("float32") < 1e-2
 
@@ -64,11 +67,14 @@ def test_gram_iteration_of_a_stack_is_that_of_its_matrices():
 
 def test_blocks_of_symmetric_products_leave_out_a_quarter():
     x = jax.ShapeDtypeStruct((256, 1024), "float32")
-    cost = lambda gram: (
-        jax.jit(lambda x: newton_schulz(x, dtype="float32", gram=gram))
-        .lower(x)
-        .cost_analysis()["flops"]
-    )
+
+    def cost(gram):
+        return (
+            jax.jit(lambda x: newton_schulz(x, dtype="float32", gram=gram))
+            .lower(x)
+            .cost_analysis()["flops"]
+        )
+
     a, b = x.shape
     dense = 8 * a * a * b + 28 * a**3
     # Fourteen of the products are of the small side alone.

@@ -104,10 +104,16 @@ def test_one_device_sends_nothing_and_holds_everything():
 def test_expert_traffic_by_gathering_and_by_exchange():
     mesh = MeshConfig(data=32, expert=32)
     rows = 60 * 2 * 4096 * 7168  # bf16 rows of a device's tokens, all layers
-    sent = lambda way: traffic.step_wire(Case(override(ONE_ROW, {"train.dispatch": way}), mesh, 1))
+
+    def sent(way):
+        return traffic.step_wire(Case(override(ONE_ROW, {"train.dispatch": way}), mesh, 1))
+
     gather, exchange = sent("allgather"), sent("alltoall")
+
     # Forward, again, backward; and back twice.
-    more = lambda kind: gather[kind]["expert"] - exchange[kind]["expert"]
+    def more(kind):
+        return gather[kind]["expert"] - exchange[kind]["expert"]
+
     assert more("all-gather") == pytest.approx(3 * 31 * rows)
     assert more("reduce-scatter") == pytest.approx(2 * 31 * rows)
     looked_up = 2 * rows / 60  # in the table of embeddings, and their gradients
@@ -197,7 +203,10 @@ def test_no_other_way_to_lay_the_mesh_makes_k2_a_sixth_faster(target, sizes, mon
 def test_one_matrix_a_head_is_routed_as_such():
     per_head = override(ONE_ROW, {"optim.matrix_view": "per_head"})
     mesh = MeshConfig(data=8, expert=128)
-    of = lambda run: sum(g.busiest for g in newton.groups(Case(run, mesh, 1)))
+
+    def of(run):
+        return sum(g.busiest for g in newton.groups(Case(run, mesh, 1)))
+
     assert of(per_head) > of(ONE_ROW)
 
 

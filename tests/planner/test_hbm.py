@@ -21,19 +21,30 @@ def kept(run, mesh):
     with sharding.use_abstract_mesh(mesh):
         program = build(run)
         params, batch = program.abstract_state().params, program.abstract_batch()
-        place = lambda a: NamedSharding(
-            jax.sharding.get_abstract_mesh(), PartitionSpec(*a.sharding.spec[1:])
-        )
+
+        def place(a):
+            return NamedSharding(
+                jax.sharding.get_abstract_mesh(), PartitionSpec(*a.sharding.spec[1:])
+            )
+
         micro = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype, sharding=place(a)), batch
         )
         micro = micro._replace(total=jax.ShapeDtypeStruct((), "float32"))
         biases = {name for name in params if program.specs[name].group == "bias"}
         fixed = {name: params.pop(name) for name in biases}
-        loss = lambda params, fixed, micro: program.objective(params | fixed, micro)[0]
-        backward = lambda *args: jax.vjp(lambda p: loss(p, *args[1:]), args[0])[1]
+
+        def loss(params, fixed, micro):
+            return program.objective(params | fixed, micro)[0]
+
+        def backward(*args):
+            return jax.vjp(lambda p: loss(p, *args[1:]), args[0])[1]
+
         arrays = jax.tree.leaves(jax.eval_shape(backward, params, fixed, micro))
-        here = lambda a: a.sharding.shard_shape(a.shape) if a.sharding else a.shape
+
+        def here(a):
+            return a.sharding.shard_shape(a.shape) if a.sharding else a.shape
+
         return sum(math.prod(here(a)) * a.dtype.itemsize for a in arrays)
 
 

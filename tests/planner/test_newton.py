@@ -25,11 +25,16 @@ def traced(run, mesh):
     leaves = {name: leaf for name, leaf in specs(Kimi(run.model)).items() if leaf.group == "muon"}
     tx = scale_by_muon(leaves, dtype=run.optim.ns_dtype)
     with sharding.use_abstract_mesh(mesh):
-        at_rest = lambda leaf: PartitionSpec(*(split(axis, mesh.sizes) for axis in leaf.axes))
-        shape = lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, jnp.float32,
-            sharding=NamedSharding(jax.sharding.get_abstract_mesh(), at_rest(leaf)),
-        )  # fmt: skip
+
+        def at_rest(leaf):
+            return PartitionSpec(*(split(axis, mesh.sizes) for axis in leaf.axes))
+
+        def shape(leaf):
+            return jax.ShapeDtypeStruct(
+                    leaf.shape, jnp.float32,
+                    sharding=NamedSharding(jax.sharding.get_abstract_mesh(), at_rest(leaf)),
+                )  # fmt: skip
+
         weights = {name: shape(leaf) for name, leaf in leaves.items()}
         state = jax.eval_shape(tx.init, weights)
         state = state._replace(momentum=weights)

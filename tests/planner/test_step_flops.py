@@ -52,7 +52,10 @@ def test_a_step_computes_what_the_formula_counts(remat):
     micro = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), batch)
     micro = micro._replace(total=jax.ShapeDtypeStruct((), "float32"))
     fixed = {name: params.pop(name) for name in list(params) if name.endswith("bias")}
-    loss = lambda params, fixed, micro: program.objective(params | fixed, micro)[0]
+
+    def loss(params, fixed, micro):
+        return program.objective(params | fixed, micro)[0]
+
     traced = jax.make_jaxpr(jax.grad(loss))(params, fixed, micro).jaxpr
     used, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
     assert products(used) == work.step_flops(Case(run, MeshConfig(), 1))

@@ -90,7 +90,10 @@ def spoil(monkeypatch, sick: int = SICK) -> None:
 def leave_out(monkeypatch, first: int, last: int) -> None:
     """There never are batches `first` to `last`."""
     whole = Batches.batch
-    moved = lambda index: index + (index >= first) * (last - first + 1)
+
+    def moved(index):
+        return index + (index >= first) * (last - first + 1)
+
     monkeypatch.setattr(
         Batches, "batch", lambda self, index, **hosts: whole(self, moved(index), **hosts)
     )

@@ -17,7 +17,10 @@ B, H, C, V = 2, 4, 12, 8
 
 def drawn(length):
     rng = np.random.default_rng(0)
-    cast = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def cast(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     segment = np.ones((B, length), np.int32)
     segment[0, length // 3 :] = 2  # its keys are blocks away from the first document's
     segment[1, length - 5 :] = 0
@@ -68,9 +71,10 @@ def test_on_a_mesh_they_are_those_of_one_device(config, length):
     with jax.set_mesh(sharding.make_mesh(config)):
         axes = (heads, heads, heads, ("batch", "length"), heads)
         mesh = jax.sharding.get_mesh()
-        put = lambda a, axes: jax.device_put(
-            a, jax.NamedSharding(mesh, sharding.storage_spec(axes))
-        )
+
+        def put(a, axes):
+            return jax.device_put(a, jax.NamedSharding(mesh, sharding.storage_spec(axes)))
+
         ours = differentiated(sharded_attention)(*map(put, inputs, axes))
         compare(jax.device_get(ours), [np.asarray(a) for a in right], 1e-5)
 

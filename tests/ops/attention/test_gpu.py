@@ -19,7 +19,10 @@ WIDE, LONG = gpu.BlockSizes(16, 8, interpret=True), gpu.BlockSizes(8, 16, interp
 
 def drawn():
     rng = np.random.default_rng(0)
-    cast = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+
+    def cast(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     segment_BT = np.ones((B, T), np.int32)
     segment_BT[0, 14:], segment_BT[0, 33:] = 2, 3
     segment_BT[1, -5:] = 0
@@ -38,7 +41,9 @@ def whole(q, k, v, segment):
 
 @jax.jit
 def oracle(q, k, v, segment, dy):
-    mix = lambda q, k, v: whole(q, k, v, segment)
+    def mix(q, k, v):
+        return whole(q, k, v, segment)
+
     y, back, rows = jax.vjp(mix, q, k, v, has_aux=True)
     return [y, *rows, *back(dy)]
 
@@ -83,7 +88,9 @@ def test_without_the_triton_backend_no_gpu_gets_the_kernels(monkeypatch):
 
 def test_older_gpus_odd_widths_and_float32_get_no_kernel(monkeypatch):
     def is_supported(queries, values, dtype="bfloat16"):
-        array = lambda width: jax.ShapeDtypeStruct((1, 64, 4096, width), dtype)
+        def array(width):
+            return jax.ShapeDtypeStruct((1, 64, 4096, width), dtype)
+
         return gpu.is_supported(array(queries), array(values))
 
     assert is_supported(192, 128) and is_supported(64, 32)
@@ -101,7 +108,9 @@ def test_older_gpus_odd_widths_and_float32_get_no_kernel(monkeypatch):
 @pytest.mark.parametrize("config", [MeshConfig(data=2, model=2), MeshConfig(context=2)], ids=str)
 def test_programs_for_gpus_have_the_kernels_on_a_mesh_too(config):
     def step(q, k, v, segment, dy):
-        mix = lambda q, k, v: sharded_attention(q, k, v, segment, SCALE)
+        def mix(q, k, v):
+            return sharded_attention(q, k, v, segment, SCALE)
+
         y, back, top = jax.vjp(mix, q, k, v, has_aux=True)
         return y, top, back(dy)
 

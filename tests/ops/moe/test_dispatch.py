@@ -34,7 +34,10 @@ DISPATCHES = {
 
 def choices(case):
     rng = np.random.default_rng(3)
-    pick = lambda pool, n=N: np.stack([rng.permutation(pool)[:K] for _ in range(n)])
+
+    def pick(pool, n=N):
+        return np.stack([rng.permutation(pool)[:K] for _ in range(n)])
+
     return {
         "random": pick(E),
         "balanced": np.arange(N * K).reshape(N, K) % E,
@@ -46,7 +49,10 @@ def choices(case):
 
 def drawn():
     rng = np.random.default_rng(1)
-    cast = lambda *shape: jnp.asarray(rng.standard_normal(shape), "float32")
+
+    def cast(*shape):
+        return jnp.asarray(rng.standard_normal(shape), "float32")
+
     weight = jnp.asarray(rng.random((N, K)), "float32")
     return cast(N, D), weight, (cast(E, D, F), cast(E, D, F), cast(E, F, D)), cast(N, D)
 
@@ -54,7 +60,9 @@ def drawn():
 def differentiated(run):
     @jax.jit
     def both(x, expert, weight, weights, dy):
-        f = lambda x, weight, weights: run(x, expert, weight, fuse_gate_up(*weights))
+        def f(x, weight, weights):
+            return run(x, expert, weight, fuse_gate_up(*weights))
+
         (y, dropped), back = jax.vjp(f, x, weight, weights)
         dx, dweight, dweights = back((dy, jnp.zeros_like(dropped)))
         return [y, dx, dweight, *dweights], dropped
@@ -82,7 +90,10 @@ def on_mesh(dispatch, x, expert, weight, weights, dy):
     """Values and gradients, and the share that was dropped, from arrays on the mesh."""
     with jax.set_mesh(sharding.make_mesh(MESH)):
         mesh = jax.sharding.get_mesh()
-        put = lambda a, spec: jax.device_put(np.asarray(a), jax.NamedSharding(mesh, spec))
+
+        def put(a, spec):
+            return jax.device_put(np.asarray(a), jax.NamedSharding(mesh, spec))
+
         tokens = P(("data", "expert"))
         placed = [put(a, tokens) for a in (x, expert, weight)]
         stacks = tuple(put(a, P("expert")) for a in weights)

@@ -31,7 +31,10 @@ MLPS = {
 def choices(case):
     """Experts of each token; outside of 0..E-1 are another device's."""
     rng = np.random.default_rng(3)
-    pick = lambda pool: np.stack([rng.permutation(pool)[:K] for _ in range(N)])
+
+    def pick(pool):
+        return np.stack([rng.permutation(pool)[:K] for _ in range(N)])
+
     return {
         "random": pick(E),
         "empty": pick([0, 2, 5, 6]),  # nobody chose 1, 3, 4
@@ -43,7 +46,10 @@ def choices(case):
 
 def drawn(dtype):
     rng = np.random.default_rng(1)
-    cast = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+
+    def cast(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
     weight = jnp.asarray(rng.random((N, K)), "float32")
     return cast(N, D), weight, (cast(E, D, F), cast(E, D, F), cast(E, F, D)), cast(N, D)
 
@@ -52,7 +58,9 @@ def drawn(dtype):
 def compiled(name):
     @jax.jit
     def both(x, expert, weight, weights, dy):
-        f = lambda x, weight, w: MLPS[name](x, expert, weight, fuse_gate_up(*w))
+        def f(x, weight, w):
+            return MLPS[name](x, expert, weight, fuse_gate_up(*w))
+
         y, back = jax.vjp(f, x, weight, weights)
         dx, dweight, dweights = back(dy)
         return [y, dx, dweight, *dweights]
