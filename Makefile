@@ -20,7 +20,7 @@ train: $(VENV)/installed  ## Install, train the small model on real text, print 
 	$(HUGE_PAGES) $(RUN)/k2jax train tiny
 
 test: $(VENV)/installed-dev  ## Install what tests need and run all but the slow ones.
-	$(RUN)/python -m pytest -q -m "not slow and not parity and not compiles"
+	$(RUN)/python -m pytest -q -n 2 -W error -m "not slow and not parity and not compiles"
 
 test-all: $(VENV)/installed-dev  ## The slow ones too, and an hour of drawn inputs.
 	K2JAX_FUZZ=80 $(RUN)/python -m pytest -q -m "not parity and not compiles"
@@ -32,7 +32,7 @@ install-newest: $(NEWEST)/installed
 
 test-newest: install-newest  ## On the newest Python and jax: part of the tests, and the compilers.
 	@$(NEWEST)/bin/python -c 'import jax, sys; print("Python", sys.version.split()[0], "jax", jax.__version__)'
-	$(NEWEST)/bin/python -m pytest -q -m "not slow and not parity and not compiles" $(NEWEST_TESTS)
+	$(NEWEST)/bin/python -m pytest -q -n 2 -m "not slow and not parity and not compiles" $(NEWEST_TESTS)
 	$(NEWEST)/bin/python -m pytest -q -m compiles tests/ops tests/planner
 	@echo "left out on this Python: all tests besides $(NEWEST_TESTS)"
 
