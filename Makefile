@@ -20,7 +20,7 @@ train: $(VENV)/installed  ## Install, train the small model on real text, print 
 	$(HUGE_PAGES) $(RUN)/k2jax train tiny
 
 test: $(VENV)/installed-dev  ## Install what tests need and run all but the slow ones.
-	$(RUN)/python -m pytest -q -n 2 -W error -m "not slow and not parity and not compiles"
+	$(RUN)/python -m pytest -q -n 2 -W error -W ignore::ResourceWarning -m "not slow and not parity and not compiles"
 
 test-all: $(VENV)/installed-dev  ## The slow ones too, and an hour of drawn inputs.
 	K2JAX_FUZZ=80 $(RUN)/python -m pytest -q -m "not parity and not compiles"

@@ -36,3 +36,9 @@ class Events:
         if self.lines is None:
             self.lines = Lines(self.path, self.say)
         self.lines.write(json.dumps(fields))
+
+    def close(self) -> None:
+        """Close the file; a later event opens it again."""
+        if self.lines is not None:
+            self.lines.close()
+            self.lines = None

@@ -189,6 +189,7 @@ class _Training:
             Checkpoints(self.out, run.train.keep, run.train.keep_every) as checkpoints,
             StopSignals() as signals,
             ThreadPoolExecutor(1) as pool,
+            contextlib.closing(self.recovery.events),
         ):
             latest = resume.find_start(checkpoints, run, self.out, self.say)
             named = identity.choose_tokenizer(run, self.out, init, latest is not None, self.say)
