@@ -180,8 +180,13 @@ def decoding() -> dict[str, float]:
 def say(**found) -> None:
     """One JSON line."""
     load_1 = os.getloadavg()[0]
-    print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
-                     | {"load": round(load_1, 1)}), flush=True)  # fmt: skip
+    print(
+        json.dumps(
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in found.items()}
+            | {"load": round(load_1, 1)}
+        ),
+        flush=True,
+    )
 
 
 def main(root: Path, only_dry_run: bool) -> None:
@@ -191,8 +196,13 @@ def main(root: Path, only_dry_run: bool) -> None:
         (folder / "k2").mkdir()
         tensors = make_headers(folder / "k2")
         found = measured(folder / "k2", folder / "out", dry_run=True)
-        say(what="dry run", tensors=tensors, bytes_in=found["report"]["bytes_in"],
-            seconds=found["seconds"], peak_anonymous_gb=found["peak_anonymous_gb"])  # fmt: skip
+        say(
+            what="dry run",
+            tensors=tensors,
+            bytes_in=found["report"]["bytes_in"],
+            seconds=found["seconds"],
+            peak_anonymous_gb=found["peak_anonymous_gb"],
+        )
         if only_dry_run:
             return
         (folder / "layer").mkdir()
@@ -203,17 +213,26 @@ def main(root: Path, only_dry_run: bool) -> None:
             disk, copy = disk_rate(folder), copied(folder / "layer")
             found = measured(folder / "layer", folder / form, format=form)
             taken = sum(p.stat().st_size for p in (folder / form).rglob("*") if p.is_file())
-            say(what=f"fp8 to {form}", bytes_in=size, bytes_out=taken, seconds=found["seconds"],
+            say(
+                what=f"fp8 to {form}",
+                bytes_in=size,
+                bytes_out=taken,
+                seconds=found["seconds"],
                 cpu_seconds=found["cpu_seconds"],
-                gb_per_second_in=size / GB / found["seconds"], disk_gb_per_second=disk,
+                gb_per_second_in=size / GB / found["seconds"],
+                disk_gb_per_second=disk,
                 copy_gb_per_second=size / GB / copy,
                 peak_anonymous_gb=found["peak_anonymous_gb"],
-                hours_for_61_files=61 * found["seconds"] / 3600)  # fmt: skip
+                hours_for_61_files=61 * found["seconds"] / 3600,
+            )
             found = measured(folder / "layer", folder / form, format=form, verify=True)
-            say(what=f"audit of {form}", seconds=found["seconds"],
+            say(
+                what=f"audit of {form}",
+                seconds=found["seconds"],
                 cpu_seconds=found["cpu_seconds"],
                 tensors=found["report"]["verified"]["tensors"],
-                peak_anonymous_gb=found["peak_anonymous_gb"])  # fmt: skip
+                peak_anonymous_gb=found["peak_anonymous_gb"],
+            )
             shutil.rmtree(folder / form)
     finally:
         shutil.rmtree(folder)

@@ -45,11 +45,18 @@ def transformers(cfg: ModelConfig) -> Callable[[np.ndarray], int]:
     torch.set_num_threads(CORES)
     fields = {theirs: getattr(cfg, name) for name, theirs in PUBLISHED.items()}
     config = DeepseekV3Config(
-        **fields, num_hidden_layers=cfg.layers, q_lora_rank=cfg.q_rank, n_group=cfg.groups,
-        n_shared_experts=cfg.shared_experts, topk_group=cfg.groups_per_token,
-        num_key_value_heads=cfg.heads, rope_theta=cfg.rope_theta, bos_token_id=0,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        **fields,
+        num_hidden_layers=cfg.layers,
+        q_lora_rank=cfg.q_rank,
+        n_group=cfg.groups,
+        n_shared_experts=cfg.shared_experts,
+        topk_group=cfg.groups_per_token,
+        num_key_value_heads=cfg.heads,
+        rope_theta=cfg.rope_theta,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     model = DeepseekV3ForCausalLM(config).eval()
     assert sum(p.numel() for p in model.parameters()) == _parameters(cfg)
 
@@ -57,9 +64,12 @@ def transformers(cfg: ModelConfig) -> Callable[[np.ndarray], int]:
         ids = torch.from_numpy(prompts)
         with torch.inference_mode():
             out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW,
-                min_new_tokens=NEW, do_sample=False,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                do_sample=False,
+            )
         return out.numel() - prompts.size
 
     return decode

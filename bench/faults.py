@@ -20,12 +20,28 @@ from pathlib import Path
 
 STEPS_A_LIFE = 8  # about how far a life gets before it is killed
 SETTINGS = {
-    "model.vocab": 576, "model.embed": 32, "model.moe_layers": 1, "model.heads": 2,
-    "model.q_rank": 16, "model.kv_rank": 16, "model.nope": 8, "model.rope": 8, "model.value": 8,
-    "model.ffw": 64, "model.experts": 4, "model.expert_ffw": 32, "model.experts_per_token": 2,
-    "model.context": 32, "data.context": 32, "data.rows": 8, "train.eval_every": 8,
-    "train.eval_rows": 8, "train.save_every": 2, "train.log_every": 1, "train.keep": 2,
-}  # fmt: skip
+    "model.vocab": 576,
+    "model.embed": 32,
+    "model.moe_layers": 1,
+    "model.heads": 2,
+    "model.q_rank": 16,
+    "model.kv_rank": 16,
+    "model.nope": 8,
+    "model.rope": 8,
+    "model.value": 8,
+    "model.ffw": 64,
+    "model.experts": 4,
+    "model.expert_ffw": 32,
+    "model.experts_per_token": 2,
+    "model.context": 32,
+    "data.context": 32,
+    "data.rows": 8,
+    "train.eval_every": 8,
+    "train.eval_rows": 8,
+    "train.save_every": 2,
+    "train.log_every": 1,
+    "train.keep": 2,
+}
 # A moment is one of these, then a part of a second more.
 MOMENTS = ("start", "compile", "step", "save", "delete", "commit")
 
@@ -162,10 +178,14 @@ def chain(text: Path, out: Path, steps: int, kills: int, seed: int) -> dict:
         )
     Life(words, out).end()
     return {
-        "kills": killed, "at": dict(at), "checkpoints_lost": lost, "left_a_save_unfinished": saves,
-        "left_a_deletion_unfinished": deletions, "steps_done_again": redone,
+        "kills": killed,
+        "at": dict(at),
+        "checkpoints_lost": lost,
+        "left_a_save_unfinished": saves,
+        "left_a_deletion_unfinished": deletions,
+        "steps_done_again": redone,
         "leftovers": sorted(name for name in names(out) if not name.isdecimal()),
-    }  # fmt: skip
+    }
 
 
 def compare(kills: int, seed: int, folder: Path, steps: int) -> dict:
@@ -178,10 +198,13 @@ def compare(kills: int, seed: int, folder: Path, steps: int) -> dict:
     same = sum(got.get(step) == loss for step, loss in wanted.items())
     last, right = (numbers(folder / name, steps) for name in ("killed", "whole"))
     return {
-        "bench": "faults", "seed": seed, "steps": steps, **found,
+        "bench": "faults",
+        "seed": seed,
+        "steps": steps,
+        **found,
         "losses_bit_identical": f"{same} of {len(wanted)}",
         "last_checkpoint_identical": last == right,
-    }  # fmt: skip
+    }
 
 
 def main(kills: int, seed: int) -> None:

@@ -55,9 +55,12 @@ def rows(run) -> dict[str, np.ndarray]:
     tokens = np.random.default_rng(0).integers(0, run.model.vocab, shape, np.int32)
     ones = np.ones(shape, np.int32)
     return {
-        "tokens": tokens, "targets": tokens, "segments": ones, "weights": ones.astype(np.float32),
+        "tokens": tokens,
+        "targets": tokens,
+        "segments": ones,
+        "weights": ones.astype(np.float32),
         "positions": np.cumsum(ones, axis=1, dtype=np.int32) - 1,
-    }  # fmt: skip
+    }
 
 
 def main(rounds: int) -> None:
@@ -113,10 +116,14 @@ def main(rounds: int) -> None:
         result[name] = {kind: round(value, 4) for kind, value in middle.items()}
         result[f"{name}_over_bare"] = {
             # Of each round by itself: what slows the machine slows all three.
-            kind: round(statistics.median(
-                a / b - 1 for a, b in zip(found[kind], found["bare"], strict=True)), 4)
+            kind: round(
+                statistics.median(
+                    a / b - 1 for a, b in zip(found[kind], found["bare"], strict=True)
+                ),
+                4,
+            )
             for kind in ("guarded", "whole")
-        }  # fmt: skip
+        }
     print(json.dumps(result | {"load": round(os.getloadavg()[0], 1)}))
 
 

@@ -34,9 +34,13 @@ def theirs(dims: dict[str, tuple | None]) -> optax.GradientTransformation:
     """Muon of optax with the recipe's settings; `dims` are rows and columns, None: Adam's."""
     axes = {n: d and optax.contrib.MuonDimensionNumbers(*d) for n, d in dims.items()}
     return optax.contrib.muon(
-        RATE, weight_decay=DECAY, adam_b2=0.95, adam_weight_decay=DECAY, consistent_rms=0.2,
+        RATE,
+        weight_decay=DECAY,
+        adam_b2=0.95,
+        adam_weight_decay=DECAY,
+        consistent_rms=0.2,
         muon_weight_dimension_numbers=axes,
-    )  # fmt: skip
+    )
 
 
 def ours(leaves, **settings) -> optax.GradientTransformation:
@@ -55,11 +59,14 @@ def tiny() -> tuple:
     run = load("tiny")
     leaves = {n: leaf for n, leaf in specs(Kimi(run.model)).items() if leaf.group != "bias"}
     dims = {
-        n: (tuple(range(leaf.stacked, leaf.stacked + leaf.contracted)),
-            tuple(range(leaf.stacked + leaf.contracted, len(leaf.axes))))
-        if leaf.group == "muon" else None
+        n: (
+            tuple(range(leaf.stacked, leaf.stacked + leaf.contracted)),
+            tuple(range(leaf.stacked + leaf.contracted, len(leaf.axes))),
+        )
+        if leaf.group == "muon"
+        else None
         for n, leaf in leaves.items()
-    }  # fmt: skip
+    }
     return initial(leaves, 0, run.model.init_std), leaves, dims
 
 

@@ -125,11 +125,16 @@ def main() -> None:
     )
     share /= run.mesh.devices
     found = {
-        "bench": "optimizer_1t", "config": run.name, "mesh": str(run.mesh), "gram": args.gram,
-        "flops_per_device": work, "undivided_share": share, "ratio": round(work / share, 4),
+        "bench": "optimizer_1t",
+        "config": run.name,
+        "mesh": str(run.mesh),
+        "gram": args.gram,
+        "flops_per_device": work,
+        "undivided_share": share,
+        "ratio": round(work / share, 4),
         "wire_bytes_per_device": {k: round(v) for k, v in wire.items()},
         "wire_bytes": round(sum(wire.values())),
-    }  # fmt: skip
+    }
     if args.compile:
         found |= compiled(run, args.gram)
     print(json.dumps(found))

@@ -30,10 +30,21 @@ def train(out: Path, processes: int, steps: int, settings: list[str]) -> float:
     with socket.create_server(("127.0.0.1", 0)) as found:
         address = f"127.0.0.1:{found.getsockname()[1]}"
     command = [
-        sys.executable, "-m", "k2jax.cli", "train", "tiny", "--out", str(out),
-        "--train.steps", str(steps), "--train.eval_every", "0", "--train.save_every", str(steps),
+        sys.executable,
+        "-m",
+        "k2jax.cli",
+        "train",
+        "tiny",
+        "--out",
+        str(out),
+        "--train.steps",
+        str(steps),
+        "--train.eval_every",
+        "0",
+        "--train.save_every",
+        str(steps),
         *settings,
-    ]  # fmt: skip
+    ]
     # XLA's CPU products split their sums by the threads of a process: as many in every process.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": str(THREADS)}
     began = time.perf_counter()

@@ -31,10 +31,12 @@ def batch(run):
     shape = run.data.rows, run.data.context
     tokens = np.random.default_rng(0).integers(0, run.model.vocab, shape, np.int32)
     return {
-        "tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": np.ones(shape, np.float32),
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, 1),
+        "weights": np.ones(shape, np.float32),
         "segments": np.ones(shape, np.int32),
         "positions": np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape),
-    }  # fmt: skip
+    }
 
 
 class Run:
@@ -83,10 +85,11 @@ def main(pairs: int) -> None:
         extra = [b[place] - a[place] for a, b in zip(bare, saving, strict=True)]
         low, middle, high = (round(float(q), 3) for q in np.quantile(extra, (0.25, 0.5, 0.75)))
         found |= {
-            f"{clock}_step": round(step, 3), f"{clock}_save": middle,
+            f"{clock}_step": round(step, 3),
+            f"{clock}_save": middle,
             f"{clock}_save_quartiles": [low, high],
             f"{clock}_share_every_{EVERY}": round(middle / (EVERY * step), 4),
-        }  # fmt: skip
+        }
     found["blocked_seconds_median"] = round(statistics.median(run.blocked), 4)
     found["blocked_seconds_max"] = round(max(run.blocked), 4)
     print(json.dumps(found))

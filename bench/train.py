@@ -40,10 +40,12 @@ def ours(steps: int, devices: int) -> list[float]:
     tokens = rng.integers(0, run.model.vocab, (ROWS, CONTEXT + 1), dtype=np.int32)
     ones = np.ones((ROWS, CONTEXT), np.int32)
     rows = {
-        "tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segments": ones,
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segments": ones,
         "positions": np.cumsum(ones, axis=1, dtype=np.int32) - 1,
         "weights": ones.astype(np.float32),
-    }  # fmt: skip
+    }
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
         program = build(run)
         state = program.init(initial(program.specs, 0, run.model.init_std))
@@ -66,14 +68,30 @@ def transformers(steps: int) -> list[float]:
     torch.set_num_threads(2)
     torch.manual_seed(0)
     config = DeepseekV3Config(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=704, moe_intermediate_size=128,
-        num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8, n_shared_experts=1,
-        n_routed_experts=32, routed_scaling_factor=2.827, kv_lora_rank=64, q_lora_rank=96,
-        qk_rope_head_dim=16, v_head_dim=32, qk_nope_head_dim=32, n_group=1, topk_group=1,
-        num_experts_per_tok=4, first_k_dense_replace=1, norm_topk_prob=True,
-        max_position_embeddings=256, use_cache=False,
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=704,
+        moe_intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        n_shared_experts=1,
+        n_routed_experts=32,
+        routed_scaling_factor=2.827,
+        kv_lora_rank=64,
+        q_lora_rank=96,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        qk_nope_head_dim=32,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=4,
+        first_k_dense_replace=1,
+        norm_topk_prob=True,
+        max_position_embeddings=256,
+        use_cache=False,
         rope_parameters={"rope_theta": 50000.0, "rope_type": "default"},
-    )  # fmt: skip
+    )
     model = DeepseekV3ForCausalLM(config).train()
     model.set_experts_implementation("grouped_mm")
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)

@@ -18,25 +18,30 @@ from k2jax import configs
 from k2jax.config import MeshConfig, RunConfig, override
 from k2jax.planner import targets
 from k2jax.planner.estimate import estimate
+from k2jax.planner.partition import indivisible_axis
 from k2jax.planner.search import meshes
-from k2jax.planner.shards import indivisible_axis
 from k2jax.planner.traffic import total
 
 SMALL = ("v5p:2x2x2", "v6e:2x4", "tpu7x:2x2x1", "h100:1x8", "h200:1x8", "b200:1x8")
 MIDDLE = ("v5p:4x4x4", "v6e:8x8", "tpu7x:2x4x4", "h100:8x8", "h200:4x8", "b200:2x8")
 LARGE = ("v5p:8x8x16", "tpu7x:4x8x8", "h100:128x8", "h200:32x8", "b200:32x8")
 TARGETS = {
-    "tiny": SMALL, "small": SMALL, "moonlight_16b_a3b": MIDDLE, "deepseek_v3": LARGE,
+    "tiny": SMALL,
+    "small": SMALL,
+    "moonlight_16b_a3b": MIDDLE,
+    "deepseek_v3": LARGE,
     "kimi_k2": LARGE,
-}  # fmt: skip
+}
 
 
 def settings(mesh: MeshConfig) -> dict[str, str]:
     """One row for each device that takes rows; gradients as they come."""
     rows = mesh.replica * mesh.data * mesh.expert
     return {
-        "data.rows": str(rows), "train.accumulate": "1", "train.grad_dtype": "bfloat16",
-    }  # fmt: skip
+        "data.rows": str(rows),
+        "train.accumulate": "1",
+        "train.grad_dtype": "bfloat16",
+    }
 
 
 def valid(run: RunConfig, target: targets.Target) -> list[MeshConfig]:
@@ -68,9 +73,19 @@ def compared(name: str, target: str, mesh: MeshConfig) -> dict:
     words = [f"--{key}={value}" for key, value in settings(mesh).items()]
     axes = ",".join(f"{axis}={size}" for axis, size in mesh.sizes.items())
     command = [
-        sys.executable, "-m", "k2jax.cli", "plan", name, "--target", target, "--mesh", axes,
-        *words, "--compile", "--json",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "k2jax.cli",
+        "plan",
+        name,
+        "--target",
+        target,
+        "--mesh",
+        axes,
+        *words,
+        "--compile",
+        "--json",
+    ]
     began = time.perf_counter()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)

@@ -103,13 +103,25 @@ def test_a_command_of_two_config_kinds_describes_alike(tmp_path, capsys):
     import json
 
     config = {
-        "vocab_size": 163840, "hidden_size": 2048, "first_k_dense_replace": 1,
-        "num_attention_heads": 16, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64, "v_head_dim": 128, "intermediate_size": 11264,
-        "n_routed_experts": 64, "moe_intermediate_size": 1408, "num_experts_per_tok": 6,
-        "routed_scaling_factor": 2.446, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192,
-        "num_hidden_layers": 27, "n_shared_experts": 2, "rope_theta": 50000,
-    }  # fmt: skip
+        "vocab_size": 163840,
+        "hidden_size": 2048,
+        "first_k_dense_replace": 1,
+        "num_attention_heads": 16,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "intermediate_size": 11264,
+        "n_routed_experts": 64,
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 6,
+        "routed_scaling_factor": 2.446,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "num_hidden_layers": 27,
+        "n_shared_experts": 2,
+        "rope_theta": 50000,
+    }
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
     assert cli.main(["describe", str(path), "--json"]) == 0

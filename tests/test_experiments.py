@@ -49,8 +49,9 @@ def test_the_share_of_tokens_is_interpolated_and_never_extrapolated(load):
 
     def block(steps, loss):
         tokens = steps * 1024
-        row = results.Row("0.3M muonclip", 0.02, steps, 0, 100.0, steps, tokens, 1.0, 5.0, 1.0, 0.0,
-                          0.01, loss)  # fmt: skip
+        row = results.Row(
+            "0.3M muonclip", 0.02, steps, 0, 100.0, steps, tokens, 1.0, 5.0, 1.0, 0.0, 0.01, loss
+        )
         return {0: [row]}
 
     budgets = {100: block(100, 4.0), 400: block(400, 3.0)}

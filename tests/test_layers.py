@@ -58,6 +58,27 @@ def test_imports_point_down():
     assert not bad
 
 
+# A family has configs, declarations, a network, and its own way to write tool calls. Verbs in
+# `commands` are named as what they call.
+SHARED_NAMES = {"kimi.py", "deepseek.py"}
+
+
+def test_no_two_rooms_have_a_file_of_one_name():
+    rooms: dict[str, set[str]] = {}
+    for file, room in sources():
+        if room != "commands" and file.name != "__init__.py":
+            rooms.setdefault(file.name, set()).add(room)
+    twice = {name for name, homes in rooms.items() if len(homes) > 1}
+    assert twice <= SHARED_NAMES
+
+
+def test_no_file_is_longer_than_an_evening_allows():
+    for folder in ("k2jax", "sharding", "configs", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            lines = len(file.read_text().splitlines())
+            assert lines <= 400, f"{file.relative_to(ROOT)} has {lines} lines; at most 400"
+
+
 def test_every_package_is_installed():
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
@@ -87,8 +108,13 @@ def test_flax_only_holds_weights():
 
 def test_shard_map_lives_where_one_device_is_seen():
     homes = {
-        "moe.py", "distribute.py", "attention.py", "logits.py", "kernel_check.py", "projection.py",
-    }  # fmt: skip
+        "moe.py",
+        "distribute.py",
+        "attention.py",
+        "logits.py",
+        "kernel_check.py",
+        "projection.py",
+    }
     users = {file.name for file, _ in sources() if "shard_map(" in file.read_text()}
     assert users <= homes
 

@@ -62,10 +62,21 @@ def test_train_load_and_evaluate_work_from_python(tmp_path, monkeypatch):
         lines = (f"def f{number}_{i}(x): return x + {i * number}\n" for i in range(20))
         (tmp_path / f"text/{number}.py").write_text("".join(lines))
     sizes = {
-        "vocab": 576, "embed": 16, "moe_layers": 1, "heads": 2, "q_rank": 8, "kv_rank": 8,
-        "nope": 4, "rope": 4, "value": 4, "ffw": 16, "experts": 4, "expert_ffw": 8,
-        "experts_per_token": 2, "context": 32,
-    }  # fmt: skip
+        "vocab": 576,
+        "embed": 16,
+        "moe_layers": 1,
+        "heads": 2,
+        "q_rank": 8,
+        "kv_rank": 8,
+        "nope": 4,
+        "rope": 4,
+        "value": 4,
+        "ffw": 16,
+        "experts": 4,
+        "expert_ffw": 8,
+        "experts_per_token": 2,
+        "context": 32,
+    }
     reports: list[str] = []
     model = k2jax.train(
         "tiny",

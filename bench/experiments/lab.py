@@ -60,11 +60,22 @@ class Cell:
 def model(embed: int, moe_layers: int, heads: int, **other: int) -> ModelConfig:
     """A small Kimi K2 in about K2's proportions, one dense layer first."""
     sizes = {
-        "vocab": 1_024, "embed": embed, "dense_layers": 1, "moe_layers": moe_layers,
-        "heads": heads, "q_rank": embed * 3 // 8, "kv_rank": embed // 4, "nope": 16, "rope": 8,
-        "value": 16, "ffw": embed * 11 // 4, "experts": 8, "expert_ffw": embed // 2,
-        "experts_per_token": 2, "context": 128,
-    }  # fmt: skip
+        "vocab": 1_024,
+        "embed": embed,
+        "dense_layers": 1,
+        "moe_layers": moe_layers,
+        "heads": heads,
+        "q_rank": embed * 3 // 8,
+        "kv_rank": embed // 4,
+        "nope": 16,
+        "rope": 8,
+        "value": 16,
+        "ffw": embed * 11 // 4,
+        "experts": 8,
+        "expert_ffw": embed // 2,
+        "experts_per_token": 2,
+        "context": 128,
+    }
     return ModelConfig(**(sizes | other))
 
 
@@ -89,9 +100,12 @@ def active(cfg: ModelConfig) -> tuple[int, int]:
 
 
 def tuned(
-    found: dict[Trial, float], rates: Iterable[float], steps: int, seeds: Iterable[int] = SEEDS,
+    found: dict[Trial, float],
+    rates: Iterable[float],
+    steps: int,
+    seeds: Iterable[int] = SEEDS,
     tau: float = NEVER,
-) -> list[Trial]:  # fmt: skip
+) -> list[Trial]:
     """A sweep over rates, widened by factors of 2 until the best lies inside; then more seeds."""
     trials = [Trial(rate, steps, tau=tau) for rate in sorted(rates)]
     while all(trial in found for trial in trials):
@@ -164,11 +178,17 @@ class Lab:
 
         tokens = step * self.run.data.rows * self.run.data.context
         return Row(
-            self.cell.name, **dataclasses.asdict(trial), step=step, tokens=tokens,
-            cpu_seconds=round(seconds, 2), loss=mean("loss"),
+            self.cell.name,
+            **dataclasses.asdict(trial),
+            step=step,
+            tokens=tokens,
+            cpu_seconds=round(seconds, 2),
+            loss=mean("loss"),
             logit_max=short(max(float(f["logit_max"]) for f in seen)),
-            clipped=mean("clipped"), update_rms=mean("update_rms"), heldout=heldout,
-        )  # fmt: skip
+            clipped=mean("clipped"),
+            update_rms=mean("update_rms"),
+            heldout=heldout,
+        )
 
     def _heldout(self, params) -> float:
         nll = count = 0.0

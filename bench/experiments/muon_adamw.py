@@ -115,8 +115,13 @@ def draw(by_tokens, by_seconds, size: str, adam, budgets) -> None:
             axes.plot(*results.curve(blocks, x, "loss"), color=results.COLOURS[colour], label=name)
         ends = [results.curve(blocks, x, "loss") for blocks in budgets.values()]
         final = [statistics.fmean(results.heldout(blocks)) for blocks in budgets.values()]
-        axes.plot([e[0][-1] for e in ends], final, "o:", color=results.COLOURS[0],
-                  label="Muon's runs, held out")  # fmt: skip
+        axes.plot(
+            [e[0][-1] for e in ends],
+            final,
+            "o:",
+            color=results.COLOURS[0],
+            label="Muon's runs, held out",
+        )
         wanted = statistics.fmean(results.heldout(adam))
         axes.axhline(wanted, color=results.COLOURS[1], linestyle=":", label="AdamW, held out")
         axes.set(xlabel=label, ylabel="nats a token", title=f"{size} active")

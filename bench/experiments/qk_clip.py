@@ -85,11 +85,16 @@ def numbers(blocks: dict[int, list[Row]], free: dict[int, list[Row]]) -> tuple:
         blocks[seed][-1].heldout / free[seed][-1].heldout - 1 for seed in blocks if seed in free
     ]
     return (
-        f"{last.rate:g}", f"{last.tokens:,}", len(blocks),
-        results.spread(top, 1), results.spread(late, 1),
-        f"{statistics.fmean(clipped):.1%}", f"{excess(blocks, free):+.2%}",
-        results.spread(results.heldout(blocks)), f"{statistics.fmean(pairs):+.2%}",
-    )  # fmt: skip
+        f"{last.rate:g}",
+        f"{last.tokens:,}",
+        len(blocks),
+        results.spread(top, 1),
+        results.spread(late, 1),
+        f"{statistics.fmean(clipped):.1%}",
+        f"{excess(blocks, free):+.2%}",
+        results.spread(results.heldout(blocks)),
+        f"{statistics.fmean(pairs):+.2%}",
+    )
 
 
 def excess(blocks: dict[int, list[Row]], free: dict[int, list[Row]]) -> float:

@@ -49,8 +49,9 @@ def show(rows: list[Row], picture: Path) -> str:
         )
     for sparsity, losses in ends:
         right.plot([sparsity] * len(losses), losses, "o", color=results.COLOURS[1], alpha=0.5)
-    right.plot(*zip(*[(s, statistics.fmean(y)) for s, y in ends], strict=True),
-               color=results.COLOURS[0])  # fmt: skip
+    right.plot(
+        *zip(*[(s, statistics.fmean(y)) for s, y in ends], strict=True), color=results.COLOURS[0]
+    )
     left.set(xlabel="tokens", ylabel="nats a token, training")
     left.legend(fontsize=8)
     right.set(xlabel="sparsity", ylabel="nats a token, held out", xscale="log")

@@ -24,9 +24,11 @@ class Place(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options for starting processes by hand."""
     parser.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there;"
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 runs, and a free port there;"
         " Cloud TPU, SLURM, Open MPI and Kubernetes say it themselves",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--processes", type=int, metavar="N", help="how many processes; 1: this one alone"
     )

@@ -29,9 +29,11 @@ class Group:
     """
 
     def __init__(
-        self, place: Place | None = None, end: Callable[[str, int], None] | None = None,
+        self,
+        place: Place | None = None,
+        end: Callable[[str, int], None] | None = None,
         remedy: str = "",
-    ):  # fmt: skip
+    ):
         """Meet the other processes.
 
         Args:

@@ -23,9 +23,12 @@ REPEAT = "give the same command on all hosts again"
 
 @contextlib.contextmanager
 def member(
-    place: Place | None, facts: Mapping[str, Any], mesh: MeshConfig, say: Callable[[str], None],
+    place: Place | None,
+    facts: Mapping[str, Any],
+    mesh: MeshConfig,
+    say: Callable[[str], None],
     out: Path | None = None,
-) -> Iterator[Group]:  # fmt: skip
+) -> Iterator[Group]:
     """The group that runs this command: connected, compared, and known to jax.
 
     An error inside of the block, or a lost process, ends all of them.
@@ -68,9 +71,12 @@ def _join(place: Place) -> None:
     import jax
 
     jax.distributed.initialize(
-        place.coordinator, place.processes, place.process, place.local_devices,
+        place.coordinator,
+        place.processes,
+        place.process,
+        place.local_devices,
         cluster_detection_method="deactivate",
-    )  # fmt: skip
+    )
 
 
 def _own_stdout(first: bool) -> None:

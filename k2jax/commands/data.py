@@ -10,19 +10,27 @@ from k2jax.runtime.progress import Progress
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `k2jax data`."""
     parser.add_argument(
-        "source", metavar="SRC", help="text, .jsonl, .json or .csv (also .gz .zst .xz .bz2),"
+        "source",
+        metavar="SRC",
+        help="text, .jsonl, .json or .csv (also .gz .zst .xz .bz2),"
         " .parquet, .arrow, .arrayrecord, or a folder; records have a text, or messages of a"
         " conversation",
-    )  # fmt: skip
+    )
     parser.add_argument("folder", metavar="DST", help="folder of tokens: --data.path of train")
     parser.add_argument(
-        "--tokenizer", default="", metavar="FILE", help="a tiktoken.model file, or a folder with"
+        "--tokenizer",
+        default="",
+        metavar="FILE",
+        help="a tiktoken.model file, or a folder with"
         " one; conversations are written by the folder's chat template, or by K2's",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--train-tokenizer", type=int, default=0, metavar="VOCAB", help="instead: train one of so"
-        " many tokens on the source",
-    )  # fmt: skip
+        "--train-tokenizer",
+        type=int,
+        default=0,
+        metavar="VOCAB",
+        help="instead: train one of so many tokens on the source",
+    )
     parser.add_argument(
         "--field", default="text", help="of records, that has the text; default: text"
     )
@@ -44,9 +52,14 @@ def main(args: argparse.Namespace) -> int:
     report = _Report()
     with report.progress:
         manifest = tokenise(
-            args.source, args.folder, tokenizer=args.tokenizer, vocab=args.train_tokenizer,
-            field=args.field, workers=args.workers, watch=report.show,
-        )  # fmt: skip
+            args.source,
+            args.folder,
+            tokenizer=args.tokenizer,
+            vocab=args.train_tokenizer,
+            field=args.field,
+            workers=args.workers,
+            watch=report.show,
+        )
     train, heldout = manifest.train, manifest.heldout
     sys.stdout.write(
         f"{args.folder}: {train.documents + heldout.documents:,} documents,"

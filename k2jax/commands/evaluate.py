@@ -50,19 +50,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `k2jax evaluate`."""
     loading.add_arguments(parser)
     parser.add_argument(
-        "--data", default="", metavar="FILE", help="text to score, all of it, or a folder of"
+        "--data",
+        default="",
+        metavar="FILE",
+        help="text to score, all of it, or a folder of"
         " tokens: what it holds out; default: the modules of Python's standard library that"
         " training leaves out",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--stride", type=int, default=0, metavar="N", help="tokens between overlapping windows;"
-        " default: no overlap",
-    )  # fmt: skip
+        "--stride",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens between overlapping windows; default: no overlap",
+    )
     parser.add_argument("--rows", type=int, default=8, metavar="N", help="rows at once; default: 8")
     parser.add_argument(
-        "--dispatch", choices=("allgather", "alltoall"), default="", help="how tokens reach their"
-        " experts on a mesh; default: what takes less memory there",
-    )  # fmt: skip
+        "--dispatch",
+        choices=("allgather", "alltoall"),
+        default="",
+        help="how tokens reach their experts on a mesh; default: what takes less memory there",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 

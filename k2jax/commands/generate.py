@@ -30,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="a prompt is what a user says; print the answer"
     )
     parser.add_argument(
-        "--messages", metavar="FILE",
+        "--messages",
+        metavar="FILE",
         help="answer a conversation: JSON, a list of messages or {messages, tools}",
-    )  # fmt: skip
+    )
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="default: 32")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="X", help="0, the default, is greedy"
@@ -83,9 +84,12 @@ def _digest(rows: list[list[int]]) -> str:
 
 
 def render(
-    args: argparse.Namespace, tokenizer: "TokenizerLike", prompts: list[Any],
-    new_ids: list[list[int]], seconds: float,
-) -> str:  # fmt: skip
+    args: argparse.Namespace,
+    tokenizer: "TokenizerLike",
+    prompts: list[Any],
+    new_ids: list[list[int]],
+    seconds: float,
+) -> str:
     """What is printed: text, or one JSON object."""
     from k2jax.text.reply import parse
 

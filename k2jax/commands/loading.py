@@ -28,9 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for axis, knob, value in each_knob(MeshConfig()):
         parser.add_argument(
-            f"--mesh.{axis}", dest=f"mesh.{axis}", type=int, default=value, metavar="N",
+            f"--mesh.{axis}",
+            dest=f"mesh.{axis}",
+            type=int,
+            default=value,
+            metavar="N",
             help=f"devices along this axis: {knob.text}; default: {value}",
-        )  # fmt: skip
+        )
     cluster.add_arguments(parser)
 
 

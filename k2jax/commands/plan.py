@@ -32,13 +32,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help=f"{', '.join(configs.NAMES)}, or a published config.json")
     parser.add_argument("--target", required=True, help=f"machines, e.g. {targets.EXAMPLES}")
     parser.add_argument(
-        "--mesh", default="", metavar="A=N,...", help="sizes of some mesh axes; the others are"
-        " searched",
-    )  # fmt: skip
+        "--mesh",
+        default="",
+        metavar="A=N,...",
+        help="sizes of some mesh axes; the others are searched",
+    )
     parser.add_argument(
-        "--decode", metavar="BATCHxCONTEXT", help="plan decoding of so many rows with so many"
-        " tokens in the cache, instead of training",
-    )  # fmt: skip
+        "--decode",
+        metavar="BATCHxCONTEXT",
+        help="plan decoding of so many rows with so many tokens in the cache, instead of training",
+    )
     parser.add_argument("--tokens", type=float, metavar="N", help="of the run; default: its steps")
     parser.add_argument("--dollars-per-hour", type=float, metavar="X", help="of a chip")
     parser.add_argument("--watts", type=float, metavar="X", help="of a chip, host included")
@@ -162,8 +165,11 @@ def _training(
 
 # What the compiler is asked too.
 COMPILED = (
-    "fits", "bytes_per_device", "flops_per_device", "wire_bytes_per_device",
-)  # fmt: skip
+    "fits",
+    "bytes_per_device",
+    "flops_per_device",
+    "wire_bytes_per_device",
+)
 
 
 def _planned(run: RunConfig, best: Estimate) -> RunConfig:

@@ -25,9 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help=f"{', '.join(configs.NAMES)}, or a published config.json")
     parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/CONFIG")
     parser.add_argument(
-        "--init", default="", metavar="CHECKPOINT", help="weights to start from: a run, a"
+        "--init",
+        default="",
+        metavar="CHECKPOINT",
+        help="weights to start from: a run, a"
         " checkpoint or a published folder; a checkpoint in the run folder wins over it",
-    )  # fmt: skip
+    )
     cluster.add_arguments(parser)
 
 

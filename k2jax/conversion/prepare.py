@@ -48,9 +48,10 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse what is misspelt."""
         choices = (
-            ("to", self.to, TO), ("format", self.format, FORMATS),
+            ("to", self.to, TO),
+            ("format", self.format, FORMATS),
             ("model-type", self.model_type, MODEL_TYPES),
-        )  # fmt: skip
+        )
         for name, value, known in choices:
             if value and value not in known:
                 raise ConfigError(f"--{name} is {value!r}; {nearest(value, known)}")

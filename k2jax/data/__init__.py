@@ -6,6 +6,13 @@ from k2jax.data.mixture import Mixture
 from k2jax.data.store import Store
 
 __all__ = [
-    "Batches", "Data", "Mixture", "Store", "check", "compressors", "eval_batches", "open_data",
+    "Batches",
+    "Data",
+    "Mixture",
+    "Store",
+    "check",
+    "compressors",
+    "eval_batches",
+    "open_data",
     "prefetch",
-]  # fmt: skip
+]

@@ -168,9 +168,15 @@ def prefetch(
 
 
 def eval_batches(
-    store: Store, rows: int, context: int, *, stride: int = 0, limit: int = 0,
-    parts: Sequence[int] = (0,), of: int = 1,
-) -> Iterator[Batch]:  # fmt: skip
+    store: Store,
+    rows: int,
+    context: int,
+    *,
+    stride: int = 0,
+    limit: int = 0,
+    parts: Sequence[int] = (0,),
+    of: int = 1,
+) -> Iterator[Batch]:
     """Every document once, in order; the last batch is filled up with rows of padding.
 
     Scored (weight 1) is each token of each document and its [EOS], once; the first token is

@@ -31,23 +31,34 @@ HEAD = 1 << 16  # bytes that are looked at to know a file
 LARGEST_FIRST = 1 << 24  # bytes in which the first record of a JSON file must end
 
 _MAGIC = {
-    b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\0": ".xz", b"BZh": ".bz2",
-    b"PAR1": ".parquet", b"ARROW1": ".arrow", b"PK\x03\x04": ".zip", b"%PDF-": ".pdf",
-}  # fmt: skip
+    b"\x1f\x8b": ".gz",
+    b"\x28\xb5\x2f\xfd": ".zst",
+    b"\xfd7zXZ\0": ".xz",
+    b"BZh": ".bz2",
+    b"PAR1": ".parquet",
+    b"ARROW1": ".arrow",
+    b"PK\x03\x04": ".zip",
+    b"%PDF-": ".pdf",
+}
 _MAGICS = tuple(_MAGIC)
 _WIDE = {
-    b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
-}  # fmt: skip
+    b"\xff\xfe\0\0": "UTF-32",
+    b"\0\0\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 MARK = b"\xef\xbb\xbf"  # what some editors put before UTF-8
 LFS = b"version https://git-lfs.github.com/spec/"
 REMEDY = "convert it to UTF-8 first, as with iconv -f ENCODING -t utf-8"
 
 
 _NOUNS = {
-    ".parquet": "Parquet", ".arrow": "Arrow", ".feather": "Arrow", ".arrayrecord": "ArrayRecord",
+    ".parquet": "Parquet",
+    ".arrow": "Arrow",
+    ".feather": "Arrow",
+    ".arrayrecord": "ArrayRecord",
     ".array_record": "ArrayRecord",
-}  # fmt: skip
+}
 
 
 class Form(NamedTuple):

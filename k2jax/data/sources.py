@@ -25,8 +25,13 @@ DICT = "dataset_dict.json"  # in a folder of folders of the datasets package
 # Of the standard library are no part: tests, what is not its own, and what is written when Python
 # is built.
 _SKIPPED_FOLDERS = {
-    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
-}  # fmt: skip
+    "test",
+    "tests",
+    "idle_test",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
 
 

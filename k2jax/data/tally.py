@@ -76,12 +76,15 @@ class Tally:
             words
             for count, words in (
                 (self.empty, f"{self.empty:,} records or files without text"),
-                (self.replaced, f"{self.replaced:,} characters that are no UTF-8 replaced by"
-                 f" U+FFFD, the first in {self.replaced_at}"),
+                (
+                    self.replaced,
+                    f"{self.replaced:,} characters that are no UTF-8 replaced by"
+                    f" U+FFFD, the first in {self.replaced_at}",
+                ),
                 (self.untaught, f"{self.untaught:,} conversations that teach nothing"),
             )
             if count
-        ]  # fmt: skip
+        ]
 
     def _count(self, count: int, where: str) -> None:
         if count:

@@ -6,8 +6,14 @@ from typing import Any, NamedTuple
 from k2jax.config import ConfigError
 
 FIELD = "text"
-_NOUNS = {str: "a text", bool: "a boolean", int: "a number", float: "a number", list: "a list",
-          bytes: "bytes"}  # fmt: skip
+_NOUNS = {
+    str: "a text",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    bytes: "bytes",
+}
 
 
 class Chat(NamedTuple):

@@ -44,9 +44,15 @@ Evaluate = Callable[[Batch], tuple[jax.Array, jax.Array]]  # `total_loss` of som
 
 
 def heldout_loss(
-    evaluate: Evaluate, store: Store, rows: int, context: int, byte_lengths: np.ndarray,
-    *, stride: int = 0, limit: int = 0,
-) -> HeldOut:  # fmt: skip
+    evaluate: Evaluate,
+    store: Store,
+    rows: int,
+    context: int,
+    byte_lengths: np.ndarray,
+    *,
+    stride: int = 0,
+    limit: int = 0,
+) -> HeldOut:
     """Score documents on the mesh in use, every token once, over any number of processes.
 
     Each process makes the rows of its own devices. A row that several have is counted by one.
@@ -160,9 +166,12 @@ def _stored(model: Model, source: Store | Iterable[str]) -> Iterator[Store]:
 
 
 def total_loss(
-    params: Params, batch: Batch, cfg: ModelConfig, dtype: str,
+    params: Params,
+    batch: Batch,
+    cfg: ModelConfig,
+    dtype: str,
     dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
     """Sum of the negative log likelihoods in nats, and how many targets counted.
 
     Args:

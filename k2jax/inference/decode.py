@@ -109,9 +109,13 @@ def prefill(
 
 
 def step(
-    w: Kimi, layers: tuple[Stack, ...], cache: Cache, token_B: jax.Array, cfg: ModelConfig,
+    w: Kimi,
+    layers: tuple[Stack, ...],
+    cache: Cache,
+    token_B: jax.Array,
+    cfg: ModelConfig,
     policy: Policy,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+) -> tuple[jax.Array, Cache]:
     """Read one more token in every row: logits, float32 [batch, vocab], and the longer cache.
 
     The cache must have a free slot.
@@ -162,9 +166,14 @@ def step(
 
 
 def absorbed_attention(
-    w: Attention, x_BTD: jax.Array, turn: Rotation, latent_BSM: jax.Array, seen_BS: jax.Array,
-    cfg: ModelConfig, policy: Policy,
-) -> jax.Array:  # fmt: skip
+    w: Attention,
+    x_BTD: jax.Array,
+    turn: Rotation,
+    latent_BSM: jax.Array,
+    seen_BS: jax.Array,
+    cfg: ModelConfig,
+    policy: Policy,
+) -> jax.Array:
     """Compute attention of tokens that see every slot in `seen_BS`, from latents alone."""
     heads = spec("batch", "heads", "length", None)
     q_BHTU, q_BHTP = project_queries(w, x_BTD, turn, cfg, policy)
@@ -178,9 +187,11 @@ def absorbed_attention(
     logit_BHTS = jnp.where(seen_BS[:, None, None], logit_BHTS * cfg.softmax_scale, -jnp.inf)
     weight_BHTS = jnp.exp(logit_BHTS - logit_BHTS.max(axis=-1, keepdims=True))
     mixed_BHTM = jnp.einsum(
-        "bhts,bsm->bhtm", weight_BHTS.astype(x_BTD.dtype), latent_BSM,
+        "bhts,bsm->bhtm",
+        weight_BHTS.astype(x_BTD.dtype),
+        latent_BSM,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
     sum_BHT1 = weight_BHTS.sum(axis=-1, keepdims=True)
     mixed_BHTR = (mixed_BHTM[..., : cfg.kv_rank] / sum_BHT1).astype(x_BTD.dtype)
     y_BHTV = jnp.einsum("bhtr,rhv->bhtv", mixed_BHTR, up_RHW[..., cfg.nope :], out_sharding=heads)

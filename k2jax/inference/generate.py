@@ -133,9 +133,10 @@ def check(model: Model, rows: list[list[int]], new: int, temperature: float, top
     if longest + new > context:
         number = [len(row) for row in rows].index(longest)
         fits = (
-            f"at most {context - longest} new tokens fit" if longest < context
+            f"at most {context - longest} new tokens fit"
+            if longest < context
             else f"shorten the prompt to {max(context - new, 1)} tokens or fewer"
-        )  # fmt: skip
+        )
         raise ConfigError(
             f"prompt {number} has {longest} tokens and {new} new ones are asked for, the model's"
             f" context is {context}: {fits}"
@@ -172,8 +173,13 @@ def _run(
             seed=np.uint32(seed % (1 << 32)),
         )
         found = sample.extend(
-            params, request, cfg=model.config, dtype=model.dtype, room=bucket(new), kind=kind,
+            params,
+            request,
+            cfg=model.config,
+            dtype=model.dtype,
+            room=bucket(new),
+            kind=kind,
             dispatch=choose_dispatch(),
-        )  # fmt: skip
+        )
         found_BN = np.asarray(found)[: len(rows), :new]
     return [ids[ids != sample.STOPPED].tolist() for ids in found_BN]

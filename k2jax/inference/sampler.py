@@ -42,9 +42,15 @@ class Request(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype", "room", "kind", "dispatch"))
 def extend(
-    params: Params, request: Request, *, cfg: ModelConfig, dtype: str, room: int, kind: str,
+    params: Params,
+    request: Request,
+    *,
+    cfg: ModelConfig,
+    dtype: str,
+    room: int,
+    kind: str,
     dispatch: Dispatch = Dispatch(),  # noqa: B008, a constant
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Extend every prompt: new tokens, int32 [batch, room]; STOPPED from where a row ended.
 
     Args:

@@ -103,9 +103,13 @@ def project(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def sharded_einsum(
-    einsum: str, out_spec: P | None, gathered_spec: P | None, grad_comm_dtype: str | None,
-    x: jax.Array, w: jax.Array,
-) -> jax.Array:  # fmt: skip
+    einsum: str,
+    out_spec: P | None,
+    gathered_spec: P | None,
+    grad_comm_dtype: str | None,
+    x: jax.Array,
+    w: jax.Array,
+) -> jax.Array:
     """An einsum of activations and a weight, accumulated in float32.
 
     Args:

@@ -86,10 +86,12 @@ def ragged_exchange(
     there all rows are gathered, and each device picks its own.
     """
     return jax.lax.platform_dependent(
-        rows, into, *_local_slices(slices, axis, back),
+        rows,
+        into,
+        *_local_slices(slices, axis, back),
         cpu=functools.partial(_exchange_by_gather, axis=axis),
         default=functools.partial(jax.lax.ragged_all_to_all, axis_name=axis),
-    )  # fmt: skip
+    )
 
 
 def _local_slices(slices: RowSlices, axis: str, back: bool) -> tuple[jax.Array, ...]:
@@ -108,9 +110,15 @@ def _local_slices(slices: RowSlices, axis: str, back: bool) -> tuple[jax.Array, 
 
 
 def _exchange_by_gather(
-    rows: jax.Array, into: jax.Array, start_S: jax.Array, size_S: jax.Array, target_S: jax.Array,
-    _: jax.Array, *, axis: str,
-) -> jax.Array:  # fmt: skip
+    rows: jax.Array,
+    into: jax.Array,
+    start_S: jax.Array,
+    size_S: jax.Array,
+    target_S: jax.Array,
+    _: jax.Array,
+    *,
+    axis: str,
+) -> jax.Array:
     """Compute `ragged_exchange` by gathering all rows; S slices a device."""
     device, devices = jax.lax.axis_index(axis), jax.lax.axis_size(axis)
     start_PX, size_PX, target_PX = (

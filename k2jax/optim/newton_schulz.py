@@ -189,8 +189,10 @@ def _gram(x: jax.Array, tall: bool) -> jax.Array:
     """The product x xT, or xT x of a tall x: over the longer side, nothing transposed."""
     return jnp.einsum(
         "...mi,...mj->...ij" if tall else "...im,...jm->...ij",
-        x, x, preferred_element_type=jnp.float32,
-    )  # fmt: skip
+        x,
+        x,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _symmetric(left: jax.Array, right: jax.Array) -> jax.Array:

@@ -24,9 +24,13 @@ class Declare:
         self.cfg, self.stack, self.prefix = cfg, stack, prefix
 
     def __call__(
-        self, axes: str, contracted: int, published: str, init: str = "",
+        self,
+        axes: str,
+        contracted: int,
+        published: str,
+        init: str = "",
         copies: tuple[str, ...] = (),
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """A parameter whose first `contracted` matrix dims meet the input.
 
         0 means no matrix: a gain (`init` "ones", the default) or a table of rows ("normal").
@@ -49,9 +53,15 @@ class Declare:
         return self._declare(tuple(axes.split()), 0, published, group="bias", init="zeros")
 
     def _declare(
-        self, axes: tuple[str, ...], contracted: int, published: str, *, group: str, init: str,
+        self,
+        axes: tuple[str, ...],
+        contracted: int,
+        published: str,
+        *,
+        group: str,
+        init: str,
         copies: tuple[str, ...] = (),
-    ) -> ParamSpec:  # fmt: skip
+    ) -> ParamSpec:
         before = {"moe_layers": self.cfg.dense_layers, "mtp_layers": self.cfg.layers}
         axes = (self.stack, *axes) if self.stack else axes
         return ParamSpec(

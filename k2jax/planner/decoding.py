@@ -8,8 +8,8 @@ from k2jax.params.counts import count_flops
 from k2jax.params.kimi import declare_kimi
 from k2jax.planner import network
 from k2jax.planner.network import Wire
+from k2jax.planner.partition import device_size
 from k2jax.planner.roofline import Roofline
-from k2jax.planner.shards import device_size
 from k2jax.planner.targets import Target
 
 BF16 = 2  # bytes of a weight and of a cached number

@@ -4,7 +4,7 @@ from k2jax.ops.limits import LOGITS_BYTES
 from k2jax.params.kimi import declare_kimi
 from k2jax.params.spec import ParamSpec
 from k2jax.planner import newton
-from k2jax.planner.shards import device_size
+from k2jax.planner.partition import device_size
 from k2jax.planner.step_flops import Case
 
 

@@ -16,14 +16,33 @@ from k2jax.config import MESH_AXES
 from k2jax.planner.network import Wire
 
 BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2,
-    "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
-}  # fmt: skip
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+}
 CALLS = ("call", "async-start", "call-start")  # the last: on a TPU's sparse core
 COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
     "collective-permute",
-)  # fmt: skip
+)
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _TOLD = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
@@ -216,9 +235,11 @@ def _convolution(line: Instruction, shapes: dict) -> float:
     window = _window(line)
     for dim, label in enumerate(c for c in sorted(kernel) if c.isdigit()):
         total *= _taps(
-            left[inputs.index(label)], right[kernel.index(label)], out[output.index(label)],
+            left[inputs.index(label)],
+            right[kernel.index(label)],
+            out[output.index(label)],
             {key: values[dim] for key, values in window.items()},
-        )  # fmt: skip
+        )
     return total
 
 
@@ -239,9 +260,13 @@ def _taps(size: int, kernel: int, out: int, window: dict[str, str]) -> int:
 
 
 def _collective(
-    line: Instruction, shapes: dict, weight: float, mesh: tuple[int, ...], scattered: bool,
+    line: Instruction,
+    shapes: dict,
+    weight: float,
+    mesh: tuple[int, ...],
+    scattered: bool,
     wire: Wire,
-) -> None:  # fmt: skip
+) -> None:
     kind = line.op.removesuffix("-start")
     if kind not in COLLECTIVES:
         return

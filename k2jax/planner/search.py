@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig, RunConfig, override
 from k2jax.planner.estimate import Estimate, as_mesh, estimate
-from k2jax.planner.shards import indivisible_axis
+from k2jax.planner.partition import indivisible_axis
 from k2jax.planner.targets import Target
 from k2jax.sharding.torus import part_of_slice
 

@@ -4,7 +4,7 @@ from k2jax.params.kimi import declare_kimi
 from k2jax.params.spec import ParamSpec
 from k2jax.planner import network
 from k2jax.planner.network import Wire
-from k2jax.planner.shards import device_size, shard_axes
+from k2jax.planner.partition import device_size, shard_axes
 from k2jax.planner.step_flops import Case
 from k2jax.sharding.table import BATCH
 

@@ -88,9 +88,14 @@ def page(found: RunRecord) -> str:
         f"<h1>{name}<span class='state {kind}'>{state}</span></h1>",
         f"<p class='sub'>{escape(_summary(found))}</p>",
         _facts(found),
-        "<h2>Curves</h2><div class='grid'>", *_curves(found), "</div>",
-        *_heats(found), _events(found), _table(found), _versions(found),
-    ]  # fmt: skip
+        "<h2>Curves</h2><div class='grid'>",
+        *_curves(found),
+        "</div>",
+        *_heats(found),
+        _events(found),
+        _table(found),
+        _versions(found),
+    ]
     head = (
         "<meta charset='utf-8'><meta name='viewport' content='width=device-width,initial-scale=1'>"
         f"<meta name='color-scheme' content='light dark'><title>{name}</title>"
@@ -150,10 +155,13 @@ def _facts(found: RunRecord) -> str:
             ("mesh", str(run.mesh)),
         ]
     for key, label in (
-        ("loss", "training loss"), ("heldout_loss", "held-out loss"),
-        ("heldout_bits_per_byte", "bits per byte"), ("tokens_per_second", "tokens a second"),
-        ("mfu", "MFU"), ("host_bytes", "host memory"),
-    ):  # fmt: skip
+        ("loss", "training loss"),
+        ("heldout_loss", "held-out loss"),
+        ("heldout_bits_per_byte", "bits per byte"),
+        ("tokens_per_second", "tokens a second"),
+        ("mfu", "MFU"),
+        ("host_bytes", "host memory"),
+    ):
         if key in last:
             facts.append((label, _value(key, last[key])))
     kinds = [e.get("event") for e in found.events]

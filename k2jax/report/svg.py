@@ -66,10 +66,14 @@ def _powers(low: float, high: float) -> list[float]:
 
 
 def plot(
-    lines: Sequence[Line], steps: Point, *, log: bool = False,
-    level: tuple[float, str] | None = None, marks: Iterable[tuple[float, str, str]] = (),
+    lines: Sequence[Line],
+    steps: Point,
+    *,
+    log: bool = False,
+    level: tuple[float, str] | None = None,
+    marks: Iterable[tuple[float, str, str]] = (),
     zero: bool = False,
-) -> str:  # fmt: skip
+) -> str:
     """Curves over steps.
 
     Args:
@@ -94,17 +98,22 @@ def plot(
 
     parts = []
     for tick in _powers(low, high) if log else ticks(low, high):
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}"'
-                     f' y2="{y(tick):.1f}"/>')  # fmt: skip
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}"'
+            f' y2="{y(tick):.1f}"/>'
+        )
         parts.append(_text(LEFT - 7, y(tick) + 4, short(tick), "end"))
     parts += _steps_axis(steps, x)
     for step, kind, text in marks:
-        parts.append(f'<line class="mark {kind}" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}"'
-                     f' y2="{HEIGHT - BOTTOM}"><title>{escape(text)}</title></line>')  # fmt: skip
+        parts.append(
+            f'<line class="mark {kind}" x1="{x(step):.1f}" x2="{x(step):.1f}" y1="{TOP}"'
+            f' y2="{HEIGHT - BOTTOM}"><title>{escape(text)}</title></line>'
+        )
     if level and low <= level[0] <= high:
         at = y(level[0])
-        parts.append(f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}"'
-                     f' y2="{at:.1f}"/>')  # fmt: skip
+        parts.append(
+            f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+        )
         parts.append(_text(WIDTH - RIGHT - 4, at - 5, level[1], "end", "levelname"))
     for number, line in enumerate(lines, 1):
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in line.points)
@@ -143,17 +152,23 @@ def heat(
     each = max(4.0, min(18.0, 300 / len(rows)), 84 / len(rows))  # room for the axis's name
     height = TOP + each * len(rows) + BOTTOM
     right = WIDTH - RIGHT - 56
-    parts = [f'<image x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{each * len(rows):.1f}"'
-             f' preserveAspectRatio="none" href="{_png(rows, low, top)}"/>']  # fmt: skip
+    parts = [
+        f'<image x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{each * len(rows):.1f}"'
+        f' preserveAspectRatio="none" href="{_png(rows, low, top)}"/>'
+    ]
     for k in sorted({round(t) for t in ticks(0, len(rows) - 1, min(6, len(rows)))}):
         parts.append(_text(LEFT - 7, TOP + each * (k + 0.5) + 4, str(k), "end"))
     middle = TOP + each * len(rows) / 2
-    parts.append(f'<text class="axis" x="14" y="{middle:.1f}" text-anchor="middle"'
-                 f' transform="rotate(-90 14 {middle:.1f})">{escape(label)}</text>')  # fmt: skip
+    parts.append(
+        f'<text class="axis" x="14" y="{middle:.1f}" text-anchor="middle"'
+        f' transform="rotate(-90 14 {middle:.1f})">{escape(label)}</text>'
+    )
     parts += across(_axis(0, 1, LEFT, right), height)
     bar = [[1 - k / 63] for k in range(64)]
-    parts.append(f'<image x="{right + 8}" y="{TOP}" width="9" height="{each * len(rows):.1f}"'
-                 f' preserveAspectRatio="none" href="{_png(bar, 0, 1)}"/>')  # fmt: skip
+    parts.append(
+        f'<image x="{right + 8}" y="{TOP}" width="9" height="{each * len(rows):.1f}"'
+        f' preserveAspectRatio="none" href="{_png(bar, 0, 1)}"/>'
+    )
     parts.append(_text(right + 21, TOP + 9, short(top), "start"))
     parts.append(_text(right + 21, TOP + each * len(rows), short(low), "start"))
     return _svg("".join(parts), height)
@@ -173,8 +188,10 @@ def count_across(count: int, label: str) -> Callable:
     """The horizontal axis of a heat map over `count` things, numbered from 0."""
 
     def parts(x: Callable[[float], float], height: float) -> list[str]:
-        found = [_text(x((k + 0.5) / count), height - 18, str(k), "middle")
-                 for k in sorted({round(t) for t in ticks(0, count - 1, 8)})]  # fmt: skip
+        found = [
+            _text(x((k + 0.5) / count), height - 18, str(k), "middle")
+            for k in sorted({round(t) for t in ticks(0, count - 1, 8)})
+        ]
         return [*found, _text(x(0.5), height - 3, label, "middle", "axis")]
 
     return parts

@@ -49,7 +49,7 @@ KINDS = {
     "NVIDIA H100": "h100",
     "NVIDIA H200": "h200",
     "NVIDIA B200": "b200",
-}  # fmt: skip
+}
 
 
 def peak_of(device_kind: str) -> float:

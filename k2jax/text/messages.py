@@ -17,14 +17,23 @@ from k2jax.config import ConfigError, nearest
 ROLES = ("system", "user", "assistant", "tool")
 OLD_RESULT = "function"  # the role of results before there were ids
 KEYS = (
-    "role", "content", "name", "reasoning_content", "reasoning", "weight", "tool_calls",
-    "tool_call_id", "function_call",
-)  # fmt: skip
+    "role",
+    "content",
+    "name",
+    "reasoning_content",
+    "reasoning",
+    "weight",
+    "tool_calls",
+    "tool_call_id",
+    "function_call",
+)
 # What only one role says.
 ONLY = {
-    "reasoning_content": "assistant", "weight": "assistant", "tool_calls": "assistant",
+    "reasoning_content": "assistant",
+    "weight": "assistant",
+    "tool_calls": "assistant",
     "tool_call_id": "tool",
-}  # fmt: skip
+}
 CALL_KEYS = ("id", "type", "function", "index")
 FUNCTION_KEYS = ("name", "arguments")
 PART_KEYS = ("type", "text")

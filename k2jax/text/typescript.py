@@ -25,8 +25,11 @@ UNION = {
     "array": "Array<any>",
 }
 PYTHON: dict[str, Any] = {
-    "string": str, "number": (int, float), "integer": int, "boolean": bool,
-}  # fmt: skip
+    "string": str,
+    "number": (int, float),
+    "integer": int,
+    "boolean": bool,
+}
 DEFINITIONS = "#/$defs/"
 EMPTY = "interface parameters {}"
 

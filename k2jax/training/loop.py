@@ -42,7 +42,7 @@ from k2jax.training.callbacks import (
     StopOnSignal,
     Track,
     WriteMetrics,
-)  # fmt: skip
+)
 from k2jax.training.compile import Programs, wait_until_all_compiled
 from k2jax.training.dashboard import Dashboard
 from k2jax.training.metrics import METRICS, metrics_to_host, plot_metrics
@@ -103,9 +103,12 @@ def fit(
 
 
 def _take_steps(
-    state: Any, take: Callable[..., Any], upcoming: Iterable[Any], callbacks: Sequence[Callback],
+    state: Any,
+    take: Callable[..., Any],
+    upcoming: Iterable[Any],
+    callbacks: Sequence[Callback],
     step: int,
-) -> tuple[Any, int, Action]:  # fmt: skip
+) -> tuple[Any, int, Action]:
     for batch, waited in time_waits(upcoming):
         step += 1
         for callback in callbacks:
@@ -270,9 +273,14 @@ class _Training:
         return resume.restore_state(self.program, checkpoints, step)
 
     def _fit(
-        self, state: State, start: int, data: Data, programs: Programs, checkpoints: Checkpoints,
+        self,
+        state: State,
+        start: int,
+        data: Data,
+        programs: Programs,
+        checkpoints: Checkpoints,
         signals: StopSignals,
-    ) -> tuple[State, int]:  # fmt: skip
+    ) -> tuple[State, int]:
         """Take steps until the last one or a signal; the state is saved at the end."""
         run, recovery, saver = self.run, self.recovery, Saver(checkpoints, self.say)
         compiled = wait_until_all_compiled(programs.step, "compiled step")
@@ -305,9 +313,13 @@ class _Training:
             Save(saver, run.train.save_every, checkpoint_meta),
         ]
         return fit(
-            state, take, lambda start: self._read_batches(data, start), callbacks, start=start,
+            state,
+            take,
+            lambda start: self._read_batches(data, start),
+            callbacks,
+            start=start,
             restore=lambda step: self._restore(checkpoints, step),
-        )  # fmt: skip
+        )
 
     def _read_batches(self, data: Data, start: int) -> Iterator[dict[str, np.ndarray]]:
         """Make the batches of the steps after `start` in a thread, those that are left out not."""
@@ -330,9 +342,12 @@ class _Training:
         """Score held-out rows, `limit` 0: all of them; nothing where they have no targets."""
         evaluate = wait_until_all_compiled(programs.start_evaluation(), "compiled evaluation")
         heldout = heldout_loss(
-            functools.partial(evaluate, params), data.heldout, *self.program.micro_shape,
-            data.tokenizer.byte_lengths(), limit=limit,
-        )  # fmt: skip
+            functools.partial(evaluate, params),
+            data.heldout,
+            *self.program.micro_shape,
+            data.tokenizer.byte_lengths(),
+            limit=limit,
+        )
         if not heldout.tokens:
             return {}
         return {
@@ -341,9 +356,13 @@ class _Training:
         }
 
     def _finish(
-        self, model: Model, data: Data, programs: Programs, signals: StopSignals,
+        self,
+        model: Model,
+        data: Data,
+        programs: Programs,
+        signals: StopSignals,
         closing: Callable[[Model], None] | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Report on the whole run, unless it is stopped meanwhile."""
         try:
             signals.interrupt_from_now_on()

@@ -243,9 +243,12 @@ def build(run: RunConfig, objective: Objective | None = None) -> Program:
     """Make the pure functions of a run; its objective is pretraining's unless another is passed."""
     optim = run.optim
     rates = warmup_stable_decay(
-        optim.learning_rate, run.train.steps,
-        warmup=optim.warmup, decay=optim.decay, final=optim.final_rate,
-    )  # fmt: skip
+        optim.learning_rate,
+        run.train.steps,
+        warmup=optim.warmup,
+        decay=optim.decay,
+        final=optim.final_rate,
+    )
     leaves = specs(Kimi(run.model))
     adam = {"b1": optim.b1, "b2": optim.b2, "eps": optim.eps}
     tx: optax.GradientTransformation
@@ -253,12 +256,21 @@ def build(run: RunConfig, objective: Objective | None = None) -> Program:
         tx = adamw(rates, **adam, weight_decay=optim.weight_decay)
     else:
         tx = muonclip(
-            rates, specs=leaves, weight_decay=optim.weight_decay, momentum=optim.momentum,
-            ns_dtype=optim.ns_dtype, adam=adam, adam_scale=optim.adam_scale, tau=optim.tau,
-            nope=run.model.nope, alpha=optim.alpha, momentum_dtype=optim.momentum_dtype,
-            polynomial=optim.ns_polynomial, gram=RESTARTS if optim.ns_method == "gram" else None,
+            rates,
+            specs=leaves,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            ns_dtype=optim.ns_dtype,
+            adam=adam,
+            adam_scale=optim.adam_scale,
+            tau=optim.tau,
+            nope=run.model.nope,
+            alpha=optim.alpha,
+            momentum_dtype=optim.momentum_dtype,
+            polynomial=optim.ns_polynomial,
+            gram=RESTARTS if optim.ns_method == "gram" else None,
             per_head=optim.matrix_view == "per_head",
-        )  # fmt: skip
+        )
     if optim.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
     tx = optax.with_extra_args_support(tx)

@@ -87,9 +87,13 @@ def _open_wandb(run: RunConfig, out: Path, start: int, stack: contextlib.ExitSta
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(uuid.uuid4().hex)
     job = wandb.init(
-        project="k2jax", name=run.name, id=known.read_text(), resume="allow", dir=str(out),
+        project="k2jax",
+        name=run.name,
+        id=known.read_text(),
+        resume="allow",
+        dir=str(out),
         config=to_json(run),
-    )  # fmt: skip
+    )
     stack.callback(job.finish)
     # Wandb's own count of steps cannot go back, as a rewound run does.
     job.define_metric("*", step_metric="step")

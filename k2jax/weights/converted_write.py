@@ -69,10 +69,16 @@ class Leaf:
         """The `.zarray` file."""
         kind = "bfloat16" if self.dtype == quant.BF16 else self.stored.str
         fields = {
-            "chunks": self.chunk, "compressor": None, "dimension_separator": ".", "dtype": kind,
-            "fill_value": None, "filters": None, "order": self.order, "shape": self.spec.shape,
+            "chunks": self.chunk,
+            "compressor": None,
+            "dimension_separator": ".",
+            "dtype": kind,
+            "fill_value": None,
+            "filters": None,
+            "order": self.order,
+            "shape": self.spec.shape,
             "zarr_format": 2,
-        }  # fmt: skip
+        }
         return json.dumps(fields, separators=(",", ":"))
 
     @property
@@ -114,9 +120,11 @@ def layout(
             leaf = spec
             if how != "plain":
                 leaf = dataclasses.replace(
-                    spec, axes=(*spec.axes[: spec.stacked], "", ""), contracted=1,
+                    spec,
+                    axes=(*spec.axes[: spec.stacked], "", ""),
+                    contracted=1,
                     shape=(*spec.stack, *shape[::-1]),
-                )  # fmt: skip
+                )
             chunk = _chunk(leaf, dtype.itemsize, mesh if how == "plain" else None)
             leaves.append(Leaf(name + suffix, part, dtype, leaf, chunk))
     return leaves
@@ -216,12 +224,13 @@ def tree_metadata(leaves: Iterable[Leaf]) -> str:
         f"('{leaf.name}',)": {
             "key_metadata": [{"key": leaf.name, "key_type": 2}],
             "value_metadata": {
-                "value_type": "jax.Array", "skip_deserialize": False,
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
                 "write_shape": leaf.spec.shape,
             },
         }
         for leaf in leaves
-    }  # fmt: skip
+    }
     flags = {"use_ocdbt": False, "use_zarr3": False, "store_array_data_equal_to_fill_value": True}
     return json.dumps({"tree_metadata": tree, **flags, "custom_metadata": None})
 

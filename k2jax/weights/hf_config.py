@@ -12,13 +12,22 @@ from k2jax.weights.hf_fields import FIXED, check_attention_factor, check_fields,
 
 # Our field: the published one [JLE, k2_config.json].
 PUBLISHED = {
-    "vocab": "vocab_size", "embed": "hidden_size", "dense_layers": "first_k_dense_replace",
-    "heads": "num_attention_heads", "kv_rank": "kv_lora_rank", "nope": "qk_nope_head_dim",
-    "rope": "qk_rope_head_dim", "value": "v_head_dim", "ffw": "intermediate_size",
-    "experts": "n_routed_experts", "expert_ffw": "moe_intermediate_size",
-    "experts_per_token": "num_experts_per_tok", "routed_scale": "routed_scaling_factor",
-    "norm_eps": "rms_norm_eps", "context": "max_position_embeddings",
-}  # fmt: skip
+    "vocab": "vocab_size",
+    "embed": "hidden_size",
+    "dense_layers": "first_k_dense_replace",
+    "heads": "num_attention_heads",
+    "kv_rank": "kv_lora_rank",
+    "nope": "qk_nope_head_dim",
+    "rope": "qk_rope_head_dim",
+    "value": "v_head_dim",
+    "ffw": "intermediate_size",
+    "experts": "n_routed_experts",
+    "expert_ffw": "moe_intermediate_size",
+    "experts_per_token": "num_experts_per_tok",
+    "routed_scale": "routed_scaling_factor",
+    "norm_eps": "rms_norm_eps",
+    "context": "max_position_embeddings",
+}
 
 
 def from_published(fields: dict[str, Any]) -> ModelConfig:
@@ -60,9 +69,13 @@ def _check_kinds(fields: dict[str, Any]) -> None:
     kinds = typing.get_type_hints(ModelConfig)
     wanted = {theirs: kinds[ours] for ours, theirs in PUBLISHED.items()}
     whole = (
-        "num_hidden_layers", "q_lora_rank", "n_shared_experts", "n_group", "topk_group",
+        "num_hidden_layers",
+        "q_lora_rank",
+        "n_shared_experts",
+        "n_group",
+        "topk_group",
         "num_nextn_predict_layers",
-    )  # fmt: skip
+    )
     wanted |= dict.fromkeys(whole, int) | dict.fromkeys(("rope_theta", "initializer_range"), float)
     for name, kind in wanted.items():
         value = fields.get(name)
@@ -112,19 +125,29 @@ def to_published(model: ModelConfig) -> dict[str, Any]:
     fields |= {name: allowed[0] for name, allowed in FIXED.items()}
     yarn = model.yarn
     scaling = {
-        "type": "yarn", "factor": yarn.factor, "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow, "mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim,
+        "type": "yarn",
+        "factor": yarn.factor,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
         "original_max_position_embeddings": yarn.context,
-    }  # fmt: skip
+    }
     return fields | {
-        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
-        "num_hidden_layers": model.layers, "num_key_value_heads": model.heads,
-        "q_lora_rank": model.q_rank or None, "n_shared_experts": model.shared_experts or None,
-        "n_group": model.groups, "topk_group": model.groups_per_token,
-        "rope_theta": model.rope_theta, "rope_scaling": scaling if yarn.factor > 1 else None,
-        "initializer_range": model.init_std, "num_nextn_predict_layers": model.mtp_layers,
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": model.layers,
+        "num_key_value_heads": model.heads,
+        "q_lora_rank": model.q_rank or None,
+        "n_shared_experts": model.shared_experts or None,
+        "n_group": model.groups,
+        "topk_group": model.groups_per_token,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": scaling if yarn.factor > 1 else None,
+        "initializer_range": model.init_std,
+        "num_nextn_predict_layers": model.mtp_layers,
         "torch_dtype": "bfloat16",
-    }  # fmt: skip
+    }
 
 
 def published_fields(path: str | Path) -> dict[str, Any]:

@@ -14,10 +14,16 @@ from k2jax.config import ConfigError, yarn_scale
 
 # What the architecture fixes, the usual value first. Absent fields mean that value.
 FIXED: dict[str, tuple[Any, ...]] = {
-    "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "norm_topk_prob": (True,),
-    "moe_layer_freq": (1,), "attention_bias": (False,), "attention_dropout": (0, 0.0),
-    "hidden_act": ("silu", "swish"), "tie_word_embeddings": (False,), "rope_interleave": (True,),
-}  # fmt: skip
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "norm_topk_prob": (True,),
+    "moe_layer_freq": (1,),
+    "attention_bias": (False,),
+    "attention_dropout": (0, 0.0),
+    "hidden_act": ("silu", "swish"),
+    "tie_word_embeddings": (False,),
+    "rope_interleave": (True,),
+}
 # Such fields are allowed if they are off; multipliers also if they are 1.
 OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
 CHANGING = re.compile(
@@ -45,14 +51,30 @@ MULTIPLIER = re.compile(
 )
 # Models that share most fields with DeepSeek-V3 and compute something else.
 OTHER_MODELS = (
-    "deepseek", "deepseek_v2", "deepseek_v32", "deepseek_v4", "glm_moe_dsa", "kimi_linear",
-    "longcat_flash", "minicpm3",
-)  # fmt: skip
+    "deepseek",
+    "deepseek_v2",
+    "deepseek_v32",
+    "deepseek_v4",
+    "glm_moe_dsa",
+    "kimi_linear",
+    "longcat_flash",
+    "minicpm3",
+)
 ROPE = (
-    "type", "rope_type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
-    "original_max_position_embeddings", "rope_theta", "attention_factor", "truncate",
-    "partial_rotary_factor", "finetuned",
-)  # fmt: skip
+    "type",
+    "rope_type",
+    "factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "original_max_position_embeddings",
+    "rope_theta",
+    "attention_factor",
+    "truncate",
+    "partial_rotary_factor",
+    "finetuned",
+)
 CLOSE = 1e-6  # relative difference of two spellings of one number
 
 

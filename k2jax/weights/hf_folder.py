@@ -128,9 +128,11 @@ class Folder:
         metadata = json.loads(self.source.read_text()).get("metadata")
         told = metadata.get("total_size") if isinstance(metadata, dict) else None
         size = sum(self._reader(file).size for file in self.files)
-        return [] if told in (None, size) else [
-            f"{INDEX} says total_size {told}; the tensors take {size} bytes"
-        ]  # fmt: skip
+        return (
+            []
+            if told in (None, size)
+            else [f"{INDEX} says total_size {told}; the tensors take {size} bytes"]
+        )
 
     def headers(self) -> Iterator[str]:
         """One line for each file and tensor: where it is, what it is. For fingerprints."""

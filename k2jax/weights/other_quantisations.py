@@ -15,21 +15,41 @@ from k2jax.weights.quant import BLOCK, FP8, GROUP
 
 READ = f"k2jax reads FP8 in blocks of {BLOCK} x {BLOCK}, and INT4 in groups of {GROUP}"
 METHODS = {
-    "awq": "AWQ", "gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4",
-    "fbgemm_fp8": "FP8 with a scale for each channel (FBGEMM)", "modelopt": "ModelOpt",
-    "modelopt_fp4": "NVFP4 (ModelOpt)", "nvfp4": "NVFP4", "hqq": "HQQ", "eetq": "EETQ",
-    "quanto": "Quanto", "aqlm": "AQLM", "torchao": "TorchAO", "higgs": "HIGGS", "vptq": "VPTQ",
-    "spqr": "SpQR", "bitnet": "BitNet", "auto-round": "AutoRound", "quark": "Quark",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "bitsandbytes": "bitsandbytes",
+    "mxfp4": "MXFP4",
+    "fbgemm_fp8": "FP8 with a scale for each channel (FBGEMM)",
+    "modelopt": "ModelOpt",
+    "modelopt_fp4": "NVFP4 (ModelOpt)",
+    "nvfp4": "NVFP4",
+    "hqq": "HQQ",
+    "eetq": "EETQ",
+    "quanto": "Quanto",
+    "aqlm": "AQLM",
+    "torchao": "TorchAO",
+    "higgs": "HIGGS",
+    "vptq": "VPTQ",
+    "spqr": "SpQR",
+    "bitnet": "BitNet",
+    "auto-round": "AutoRound",
+    "quark": "Quark",
     "compressed-tensors": "compressed-tensors",
-}  # fmt: skip
+}
 # Ends of the names of tensors that only one kind has, the telling ones first.
 ENDS = (
-    (".g_idx", "GPTQ"), (".qzeros", "AWQ or GPTQ"), (".qweight", "AWQ or GPTQ"),
-    (".absmax", "bitsandbytes (4 bits)"), (".SCB", "bitsandbytes (INT8)"),
-    (".weight_global_scale", "NVFP4 (compressed-tensors)"), (".weight_scale_2", "NVFP4 (ModelOpt)"),
-    ("_blocks", "MXFP4"), (".weight_zero_point", "asymmetric integers (compressed-tensors)"),
-    (".W_q", "HQQ"), (".weight_g_idx", "INT4 with reordered groups (compressed-tensors)"),
-)  # fmt: skip
+    (".g_idx", "GPTQ"),
+    (".qzeros", "AWQ or GPTQ"),
+    (".qweight", "AWQ or GPTQ"),
+    (".absmax", "bitsandbytes (4 bits)"),
+    (".SCB", "bitsandbytes (INT8)"),
+    (".weight_global_scale", "NVFP4 (compressed-tensors)"),
+    (".weight_scale_2", "NVFP4 (ModelOpt)"),
+    ("_blocks", "MXFP4"),
+    (".weight_zero_point", "asymmetric integers (compressed-tensors)"),
+    (".W_q", "HQQ"),
+    (".weight_g_idx", "INT4 with reordered groups (compressed-tensors)"),
+)
 
 
 def refuse_other(tensors: Tensors, fields: Mapping[str, Any], where: str) -> None:

@@ -30,13 +30,29 @@ from k2jax.weights.mapping import check, extra_mtp_prefixes, load_published, pla
 # Companions: what may stand beside weights and is no code of ours to write. Weights of other kinds
 # and what could be a pickle stay behind.
 NO_COMPANIONS = (
-    ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".msgpack", ".h5", ".ot", ".gguf", ".onnx"
-)  # fmt: skip
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".msgpack",
+    ".h5",
+    ".ot",
+    ".gguf",
+    ".onnx",
+)
 OWN = ("config.json", "manifest.sha256", "conversion.json", INDEX)
 OF_RUN = (
-    "tiktoken.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "generation_config.json", "chat_template.jinja", "LICENSE", "NOTICE", "README.md",
-)  # fmt: skip
+    "tiktoken.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "LICENSE",
+    "NOTICE",
+    "README.md",
+)
 RUN = ("metrics.jsonl", "events.jsonl", "run.json", "loss.png", "report.html")
 LARGEST_COMPANION = 64 * 2**20  # bytes
 

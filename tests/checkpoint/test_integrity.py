@@ -57,25 +57,31 @@ DAMAGES = {
     "a bit is flipped": (flip, r"params/\S+ has other bytes than were written"),
     "a chunk is gone": (lambda step: chunk(step).unlink(), r"params/\S+ is missing"),
     "an index is gone": (
-        lambda step: (step / "opt/manifest.ocdbt").unlink(), "opt/manifest.ocdbt is missing",
+        lambda step: (step / "opt/manifest.ocdbt").unlink(),
+        "opt/manifest.ocdbt is missing",
     ),
     "the description is gone": (
-        lambda step: (step / "meta/metadata").unlink(), "meta/metadata is missing",
+        lambda step: (step / "meta/metadata").unlink(),
+        "meta/metadata is missing",
     ),
     "the description is no JSON": (
-        lambda step: (step / "meta/metadata").write_text("{"), "meta/metadata is not JSON",
+        lambda step: (step / "meta/metadata").write_text("{"),
+        "meta/metadata is not JSON",
     ),
     "the description is of another": (
-        lambda step: flip(step, step / "meta/metadata"), "meta/metadata (has|is not) .*",
+        lambda step: flip(step, step / "meta/metadata"),
+        "meta/metadata (has|is not) .*",
     ),
     "the mark is gone": (
-        lambda step: (step / "commit_success.txt").unlink(), "commit_success.txt is missing",
+        lambda step: (step / "commit_success.txt").unlink(),
+        "commit_success.txt is missing",
     ),
     "the folder is empty": (empty, "the folder is empty"),
     "the record is no JSON": (
-        lambda step: (step / "files.json").write_text("[]"), "files.json is not readable",
+        lambda step: (step / "files.json").write_text("[]"),
+        "files.json is not readable",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", DAMAGES)

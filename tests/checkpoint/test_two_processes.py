@@ -47,10 +47,12 @@ def outcome(folder: Path, harm: str) -> list:
     jobs = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(number), port, str(folder), harm],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     found = []
     for job in jobs:
         out, error = job.communicate(timeout=240)

@@ -138,8 +138,12 @@ def test_a_first_process_that_is_not_there_is_named_by_its_address(monkeypatch):
     port = free_port()
     with pytest.raises(Lost) as error:
         Group(Place(f"127.0.0.1:{port}", 4, 3))
-    for part in ("process 3 (", f"cannot reach process 0 at 127.0.0.1:{port} within 0 s",
-                 "Connection refused", "the port is open"):  # fmt: skip
+    for part in (
+        "process 3 (",
+        f"cannot reach process 0 at 127.0.0.1:{port} within 0 s",
+        "Connection refused",
+        "the port is open",
+    ):
         assert part in str(error.value)
 
 

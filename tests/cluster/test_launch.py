@@ -18,9 +18,22 @@ SHELL = sorted(FOLDER.glob("*.sh")) + sorted(FOLDER.glob("*.sbatch"))
 DEVICES = {"gke_jobset.yaml": 2_048, "slurm.sbatch": 64, "tpu_queued_resource.sh": 1_024}
 # From `man sbatch`.
 SBATCH = {
-    "job-name", "partition", "nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task",
-    "exclusive", "time", "signal", "requeue", "open-mode", "output", "error", "account", "mem",
-}  # fmt: skip
+    "job-name",
+    "partition",
+    "nodes",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "cpus-per-task",
+    "exclusive",
+    "time",
+    "signal",
+    "requeue",
+    "open-mode",
+    "output",
+    "error",
+    "account",
+    "mem",
+}
 
 
 def text(name: str) -> str:

@@ -16,10 +16,22 @@ from k2jax.cluster import EXIT_RETRY
 from k2jax.training.metrics import read_metrics
 
 SIZES = {
-    "vocab": 576, "embed": 16, "dense_layers": 1, "moe_layers": 1, "heads": 2, "q_rank": 8,
-    "kv_rank": 8, "nope": 4, "rope": 4, "value": 4, "ffw": 16, "experts": 4, "expert_ffw": 8,
-    "experts_per_token": 2, "context": 32,
-}  # fmt: skip
+    "vocab": 576,
+    "embed": 16,
+    "dense_layers": 1,
+    "moe_layers": 1,
+    "heads": 2,
+    "q_rank": 8,
+    "kv_rank": 8,
+    "nope": 4,
+    "rope": 4,
+    "value": 4,
+    "ffw": 16,
+    "experts": 4,
+    "expert_ffw": 8,
+    "experts_per_token": 2,
+    "context": 32,
+}
 # XLA's CPU products split their sums by the threads of a process: as many in every process, what
 # one process of 8 devices has anyway.
 THREADS = "8"
@@ -47,18 +59,29 @@ class Job:
             self.address = f"127.0.0.1:{found.getsockname()[1]}"
         fields = {f"model.{name}": size for name, size in SIZES.items()} | MESH2
         fields |= {
-            "data.path": place / "text", "data.rows": 8, "data.context": 32, "optim.name": "adamw",
-            "optim.learning_rate": 1e-2, "optim.warmup": 2, "optim.decay": 0, "train.steps": steps,
-            "train.log_every": 1, "train.eval_every": 0, "train.save_every": 3, "train.keep": 9,
-        }  # fmt: skip
+            "data.path": place / "text",
+            "data.rows": 8,
+            "data.context": 32,
+            "optim.name": "adamw",
+            "optim.learning_rate": 1e-2,
+            "optim.warmup": 2,
+            "optim.decay": 0,
+            "train.steps": steps,
+            "train.log_every": 1,
+            "train.eval_every": 0,
+            "train.save_every": 3,
+            "train.keep": 9,
+        }
         fields |= {name.replace("__", "."): value for name, value in settings.items()}
         words = [str(word) for name, value in fields.items() for word in (f"--{name}", value)]
         train = [sys.executable, "-m", "k2jax.cli", "train", "tiny", "--out", str(out), *words]
         flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
         environment = os.environ | {
-            "XLA_FLAGS": " ".join(flags), "K2JAX_CACHE": str(place),
-            "JAX_COMPILATION_CACHE_DIR": str(place / "programs"), "PJRT_NPROC": THREADS,
-        }  # fmt: skip
+            "XLA_FLAGS": " ".join(flags),
+            "K2JAX_CACHE": str(place),
+            "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+            "PJRT_NPROC": THREADS,
+        }
         self.processes = []
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         for number in range(count):
@@ -112,8 +135,12 @@ def test_a_run_in_two_processes_loses_one_and_goes_on_as_if_nothing_had_happened
     steps = max(newest + 3, len(before))
     (first, heard, _), (second, silent, _) = Job(place, out, 2, steps=steps).end()
     assert (first, second, silent) == (0, 0, "")
-    for part in ("2 processes on 1 host, 2 x cpu: same settings and code; an all-reduce of 4 MiB",
-                 f"resuming from step {newest}", "held out:", "sample:\ndef "):  # fmt: skip
+    for part in (
+        "2 processes on 1 host, 2 x cpu: same settings and code; an all-reduce of 4 MiB",
+        f"resuming from step {newest}",
+        "held out:",
+        "sample:\ndef ",
+    ):
         assert part in heard
     assert [line["step"] for line in read_metrics(out)] == list(range(1, steps + 1))
     assert losses(out)[: len(before)] == before  # steps after the checkpoint, done twice
@@ -231,12 +258,18 @@ def test_the_local_template_starts_processes_that_train(place, tmp_path):
     job.processes[0].communicate()
     script = Path(__file__).parents[2] / "docs/launch/local.sh"
     environment = os.environ | {
-        "XLA_FLAGS": "", "K2JAX": f"{sys.executable} -m k2jax.cli", "K2JAX_CACHE": str(place),
+        "XLA_FLAGS": "",
+        "K2JAX": f"{sys.executable} -m k2jax.cli",
+        "K2JAX_CACHE": str(place),
         "PORT": job.address.partition(":")[2],
-    }  # fmt: skip
+    }
     done = subprocess.run(
-        ["bash", str(script), "2", *settings], env=environment, text=True, capture_output=True,
-        check=True, timeout=600,
-    )  # fmt: skip
+        ["bash", str(script), "2", *settings],
+        env=environment,
+        text=True,
+        capture_output=True,
+        check=True,
+        timeout=600,
+    )
     assert "2 processes on 1 host" in done.stdout
     assert Checkpoints(tmp_path / "out").latest() == 2

@@ -19,9 +19,22 @@ from k2jax.text.kimi_tokenizer import FILE
 from k2jax.text.train_bpe import train_tokenizer
 
 CFG = ModelConfig(
-    vocab=576, embed=16, dense_layers=0, moe_layers=1, heads=2, q_rank=8, kv_rank=8, nope=4,
-    rope=4, value=4, experts=4, expert_ffw=8, experts_per_token=2, context=64, init_std=0.3,
-)  # fmt: skip
+    vocab=576,
+    embed=16,
+    dense_layers=0,
+    moe_layers=1,
+    heads=2,
+    q_rank=8,
+    kv_rank=8,
+    nope=4,
+    rope=4,
+    value=4,
+    experts=4,
+    expert_ffw=8,
+    experts_per_token=2,
+    context=64,
+    init_std=0.3,
+)
 HOST = socket.gethostname()
 
 
@@ -48,9 +61,10 @@ class Job:
         axes = [word for axis in mesh.split() for word in (f"--mesh.{axis[:-1]}", axis[-1])]
         flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
         environment = os.environ | {
-            "XLA_FLAGS": " ".join(flags), "K2JAX_CACHE": str(place),
+            "XLA_FLAGS": " ".join(flags),
+            "K2JAX_CACHE": str(place),
             "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
-        }  # fmt: skip
+        }
         command = [sys.executable, "-m", "k2jax.cli", verb, str(place / "run"), *words, *axes]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.processes = []

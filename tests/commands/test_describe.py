@@ -86,4 +86,4 @@ def test_every_parameter_names_its_published_tensor():
         "layout": "P(None, 'expert', ('data', 'context'), 'model')",
         "group": "muon",
         "published": "model.layers.{l}.mlp.experts.{e}.gate_proj.weight",
-    }  # fmt: skip
+    }

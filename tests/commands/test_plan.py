@@ -11,9 +11,16 @@ from k2jax.planner.search import meshes, search
 
 K2 = configs.load("kimi_k2")
 KEYS = {
-    "fits", "devices", "mesh", "hbm_limit_bytes", "bytes_per_device", "flops_per_device",
-    "optimizer_flops_per_device", "wire_bytes_per_device", "roofline_seconds",
-}  # fmt: skip
+    "fits",
+    "devices",
+    "mesh",
+    "hbm_limit_bytes",
+    "bytes_per_device",
+    "flops_per_device",
+    "optimizer_flops_per_device",
+    "wire_bytes_per_device",
+    "roofline_seconds",
+}
 
 
 def plan(capsys, *words):

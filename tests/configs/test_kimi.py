@@ -25,9 +25,12 @@ def test_a_stage_has_its_tokens_batch_and_rates(name):
     assert run.data.rows * run.data.context == BATCH and run.data.context == context
     assert abs(run.train.steps * BATCH - tokens) <= BATCH / 2
     rate = warmup_stable_decay(
-        run.optim.learning_rate, run.train.steps, warmup=run.optim.warmup, decay=run.optim.decay,
+        run.optim.learning_rate,
+        run.train.steps,
+        warmup=run.optim.warmup,
+        decay=run.optim.decay,
         final=run.optim.final_rate,
-    )  # fmt: skip
+    )
     # float32 of the rate, and a cosine that has only begun to fall in its first step.
     assert float(rate(max(run.optim.warmup - 1, 0))) == pytest.approx(first, rel=1e-6)
     assert float(rate(run.train.steps - 1)) == pytest.approx(last, rel=1e-6)

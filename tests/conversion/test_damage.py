@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from test_convert import CONFIG, FP8_CONFIG, content, quantised, read, save, tensors
+from made_up import CONFIG, FP8_CONFIG, content, quantised, read, save, tensors
 
 from k2jax.config import ConfigError
 from k2jax.conversion import convert

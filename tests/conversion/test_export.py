@@ -18,9 +18,22 @@ from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.text.train_bpe import train_tokenizer
 
 MODEL = ModelConfig(
-    vocab=640, embed=32, dense_layers=1, moe_layers=1, heads=2, q_rank=8, kv_rank=8, nope=4,
-    rope=4, value=4, ffw=16, experts=4, expert_ffw=32, experts_per_token=2, context=80,
-)  # fmt: skip
+    vocab=640,
+    embed=32,
+    dense_layers=1,
+    moe_layers=1,
+    heads=2,
+    q_rank=8,
+    kv_rank=8,
+    nope=4,
+    rope=4,
+    value=4,
+    ffw=16,
+    experts=4,
+    expert_ffw=32,
+    experts_per_token=2,
+    context=80,
+)
 TEXT = 'A quotation mark " and an exclamation mark! 12345 über 中文\n'
 
 

@@ -34,14 +34,23 @@ def error_of(file, content: bytes, field="text") -> str:
     ("name", "content"),
     [
         ("a.json", json.dumps([{"text": doc} for doc in DOCS], indent=1).encode()),
-        ("a.json", LINES), ("a.ndjson", LINES), ("a.csv", CSV), ("a.tsv", CSV.replace(b",", b"\t")),
-        ("a.jsonl.xz", lzma.compress(LINES)), ("a.jsonl.bz2", bz2.compress(LINES)),
-        ("a.csv.gz", gzip.compress(CSV)), ("a.json.xz", lzma.compress(LINES)),
-        ("a", LINES), ("a.dump", gzip.compress(LINES)), ("a.xz", lzma.compress(LINES)),
-        ("a.jsonl", MARK + LINES), ("a.json", MARK + LINES), ("a.csv", MARK + CSV),
+        ("a.json", LINES),
+        ("a.ndjson", LINES),
+        ("a.csv", CSV),
+        ("a.tsv", CSV.replace(b",", b"\t")),
+        ("a.jsonl.xz", lzma.compress(LINES)),
+        ("a.jsonl.bz2", bz2.compress(LINES)),
+        ("a.csv.gz", gzip.compress(CSV)),
+        ("a.json.xz", lzma.compress(LINES)),
+        ("a", LINES),
+        ("a.dump", gzip.compress(LINES)),
+        ("a.xz", lzma.compress(LINES)),
+        ("a.jsonl", MARK + LINES),
+        ("a.json", MARK + LINES),
+        ("a.csv", MARK + CSV),
         ("a.jsonl.gz", gzip.compress(MARK + LINES)),
     ],
-)  # fmt: skip
+)
 def test_records_are_found_in_every_kind(tmp_path, name, content):
     assert texts(tmp_path / name, content) == DOCS
 
@@ -87,7 +96,7 @@ def test_a_text_loses_its_byte_order_mark_and_nothing_else(tmp_path, name):
         ("a.jsonl.bz2", bz2.compress(LINES)[:-20], "damaged"),
         ("a.bz2", b"BZh no stream", "damaged"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_text_or_damaged_gets_one_line(tmp_path, name, content, line):
     assert line in error_of(tmp_path / name, content)
 

@@ -42,29 +42,46 @@ FUNCTION = objects({"name": WORD}, description=TEXT, parameters=PARAMETERS)
 TOOL = objects({"type": st.just("function"), "function": FUNCTION})
 
 _TYPED = arrow.struct({"type": arrow.string(), "description": arrow.string()})
-_PARAMETERS = arrow.struct({
-    "type": arrow.string(), "properties": arrow.struct({"a": _TYPED, "b": _TYPED}),
-    "required": arrow.list_(arrow.string()),
-})  # fmt: skip
+_PARAMETERS = arrow.struct(
+    {
+        "type": arrow.string(),
+        "properties": arrow.struct({"a": _TYPED, "b": _TYPED}),
+        "required": arrow.list_(arrow.string()),
+    }
+)
 _FUNCTION = arrow.struct(
     {"name": arrow.string(), "description": arrow.string(), "parameters": _PARAMETERS}
 )
-_CALL = arrow.struct({
-    "id": arrow.string(), "type": arrow.string(),
-    "function": arrow.struct({
+_CALL = arrow.struct(
+    {
+        "id": arrow.string(),
+        "type": arrow.string(),
+        "function": arrow.struct(
+            {
+                "name": arrow.string(),
+                "arguments": arrow.struct({"a": arrow.string(), "b": arrow.int64()}),
+            }
+        ),
+    }
+)
+_MESSAGE = arrow.struct(
+    {
+        "role": arrow.string(),
+        "content": arrow.string(),
         "name": arrow.string(),
-        "arguments": arrow.struct({"a": arrow.string(), "b": arrow.int64()}),
-    }),
-})  # fmt: skip
-_MESSAGE = arrow.struct({
-    "role": arrow.string(), "content": arrow.string(), "name": arrow.string(),
-    "weight": arrow.int64(), "tool_calls": arrow.list_(_CALL), "tool_call_id": arrow.string(),
-})  # fmt: skip
-SCHEMA = arrow.schema({
-    "text": arrow.string(), "messages": arrow.list_(_MESSAGE),
-    "tools": arrow.list_(arrow.struct({"type": arrow.string(), "function": _FUNCTION})),
-    "id": arrow.int64(),
-})  # fmt: skip
+        "weight": arrow.int64(),
+        "tool_calls": arrow.list_(_CALL),
+        "tool_call_id": arrow.string(),
+    }
+)
+SCHEMA = arrow.schema(
+    {
+        "text": arrow.string(),
+        "messages": arrow.list_(_MESSAGE),
+        "tools": arrow.list_(arrow.struct({"type": arrow.string(), "function": _FUNCTION})),
+        "id": arrow.int64(),
+    }
+)
 
 
 @st.composite
@@ -76,10 +93,13 @@ def conversations(draw):
             messages[-1]["name"] = draw(TEXT)
         names = draw(st.lists(WORD, max_size=2))
         calls = [
-            {"id": f"call_{i}", "type": "function",
-             "function": {"name": name, "arguments": draw(ARGUMENTS)}}
+            {
+                "id": f"call_{i}",
+                "type": "function",
+                "function": {"name": name, "arguments": draw(ARGUMENTS)},
+            }
             for i, name in enumerate(names)
-        ]  # fmt: skip
+        ]
         messages.append({"role": "assistant", "content": draw(TEXT)})
         if calls:
             messages[-1]["tool_calls"] = calls
@@ -162,9 +182,14 @@ def test_shares_of_every_kind_are_its_records_once(tmp_path, monkeypatch, of):
 
 @pytest.mark.parametrize(
     ("cells", "noun"),
-    [([["one", "two"]], "a list"), ([{"a": "x"}], "an object"), ([7], "a number"),
-     ([1.5], "a number"), ([True], "a boolean")],
-)  # fmt: skip
+    [
+        ([["one", "two"]], "a list"),
+        ([{"a": "x"}], "an object"),
+        ([7], "a number"),
+        ([1.5], "a number"),
+        ([True], "a boolean"),
+    ],
+)
 def test_a_column_that_is_no_text_is_refused_as_in_json_lines(tmp_path, cells, noun):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": cells[0]}) + "\n")
     table = arrow.table({"text": cells})
@@ -184,8 +209,9 @@ def test_what_json_cannot_say_is_refused_in_a_conversation(tmp_path):
 
 
 def test_a_map_of_arguments_is_an_object(tmp_path):
-    kind = arrow.list_(arrow.struct({"role": arrow.string(), "extra": arrow.map_(
-        arrow.string(), arrow.string())}))  # fmt: skip
+    kind = arrow.list_(
+        arrow.struct({"role": arrow.string(), "extra": arrow.map_(arrow.string(), arrow.string())})
+    )
     column = arrow.array([[{"role": "user", "extra": [("a", "b")]}]], kind)
     parquet.write_table(arrow.table({"messages": column}), tmp_path / "a.parquet")
     ((_, chat),) = read(tmp_path / "a.parquet")

@@ -28,9 +28,15 @@ def test_small_files_share_a_part_and_large_ones_are_shared(cut):
 
 @pytest.mark.parametrize(
     ("name", "size", "of"),
-    [("d.jsonl", 5_000, 50), ("d.jsonl.gz", 5_000, 8), ("d.jsonl.gz", 100, 4), ("d.txt", 5_000, 8),
-     ("d.parquet", 500, 15), ("d.txt", 0, 1)],
-)  # fmt: skip
+    [
+        ("d.jsonl", 5_000, 50),
+        ("d.jsonl.gz", 5_000, 8),
+        ("d.jsonl.gz", 100, 4),
+        ("d.txt", 5_000, 8),
+        ("d.parquet", 500, 15),
+        ("d.txt", 0, 1),
+    ],
+)
 def test_what_must_be_read_from_its_beginning_is_shared_by_few(cut, name, size, of):
     got = cut({name: size, "other.txt": 1}, name if size else "")
     assert [part for part in got if part[0][0] == name][:of] == (

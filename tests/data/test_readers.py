@@ -54,9 +54,17 @@ def array_record_of(name: str, folder):
 
 @pytest.mark.parametrize(
     "name",
-    ["d.jsonl", "d.jsonl.gz", "d.jsonl.zst", "d.json.gz", "d.parquet", "stream.arrow",
-     "file.arrow", "d.arrayrecord"],
-)  # fmt: skip
+    [
+        "d.jsonl",
+        "d.jsonl.gz",
+        "d.jsonl.zst",
+        "d.json.gz",
+        "d.parquet",
+        "stream.arrow",
+        "file.arrow",
+        "d.arrayrecord",
+    ],
+)
 @pytest.mark.parametrize("of", [1, 3, 7])
 def test_shares_of_a_file_are_its_records_once_with_their_places(tmp_path, monkeypatch, name, of):
     monkeypatch.setattr(readers, "STRETCH", 4)

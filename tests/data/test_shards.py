@@ -103,8 +103,14 @@ def test_a_damaged_file_is_named(written):
         files.cut(np.arange(0, files.size, 8), 8)
 
 
-@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_bytes(b"x"),
-                                    lambda f: np.save(f, np.ones(2, np.uint32))])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: f.unlink(),
+        lambda f: f.write_bytes(b"x"),
+        lambda f: np.save(f, np.ones(2, np.uint32)),
+    ],
+)
 def test_damaged_lengths_are_named(written, tmp_path, damage):
     _, files = written
     damage(tmp_path / "b.lengths.npy")

@@ -17,9 +17,14 @@ def write(folder, *names, text="some text"):
 def test_the_rules_of_the_standard_library_are_its_own(tmp_path):
     """Dataset repositories call a split `test`; half of a code corpus is `tests`."""
     names = [
-        "test/a.txt", "tests/b.txt", "idle_test/c.txt", "site-packages/d.txt", "__pycache__/e.txt",
-        "config-guide.txt", "_sysconfigdata.txt",
-    ]  # fmt: skip
+        "test/a.txt",
+        "tests/b.txt",
+        "idle_test/c.txt",
+        "site-packages/d.txt",
+        "__pycache__/e.txt",
+        "config-guide.txt",
+        "_sysconfigdata.txt",
+    ]
     write(tmp_path, *names)
     source = find(str(tmp_path))
     assert sorted(map(source.name, source.files)) == sorted(names)
@@ -35,8 +40,11 @@ def test_links_are_followed_once_around(tmp_path):
     (corpus / "broken.txt").symlink_to("nowhere")
     source = find(str(corpus))
     assert list(map(source.name, source.files)) == [
-        "a.txt", "file.txt", "linked/b.txt", "linked/c/d.txt"
-    ]  # fmt: skip
+        "a.txt",
+        "file.txt",
+        "linked/b.txt",
+        "linked/c/d.txt",
+    ]
     assert source.describe_left_out() == (
         f"{corpus}: 2 not read: 1 a broken link (broken.txt), 1 a link to a folder above it"
         " (linked/c/up)"
@@ -54,10 +62,12 @@ def test_what_is_not_read_is_counted_by_reason_in_one_line(tmp_path, capsys):
     line = source.describe_left_out()
     assert "9 not read: 2 hidden (.git), 2 .js (x.js)" in line and "\n" not in line
     for part in (
-        "1 without a suffix (LICENSE)", "1 .json without records (dataset_info.json)",
-        "1 .csv without records (table.csv)", "1 a folder of tokens (tokens)",
+        "1 without a suffix (LICENSE)",
+        "1 .json without records (dataset_info.json)",
+        "1 .csv without records (table.csv)",
+        "1 a folder of tokens (tokens)",
         "1 no regular file (pipe.txt)",
-    ):  # fmt: skip
+    ):
         assert part in line
 
 

@@ -24,9 +24,22 @@ from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.training.step import build
 
 CFG = ModelConfig(
-    vocab=512, embed=16, dense_layers=0, moe_layers=1, heads=2, q_rank=8, kv_rank=8, nope=4,
-    rope=4, value=4, experts=4, expert_ffw=8, experts_per_token=2, context=16, init_std=0.3,
-)  # fmt: skip
+    vocab=512,
+    embed=16,
+    dense_layers=0,
+    moe_layers=1,
+    heads=2,
+    q_rank=8,
+    kv_rank=8,
+    nope=4,
+    rope=4,
+    value=4,
+    experts=4,
+    expert_ffw=8,
+    experts_per_token=2,
+    context=16,
+    init_std=0.3,
+)
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 TEXTS = ["abc", "hello world, this is more than one row", "x"]
 
@@ -127,9 +140,11 @@ def gathers(jaxpr) -> list[tuple[int, ...]]:
 def test_a_run_is_scored_with_its_own_exchange(kind):
     """Gathered over the 128 devices of K2's experts, tokens would take 118 GB."""
     run = RunConfig(
-        model=CFG, data=DataConfig(rows=4, context=16),
-        train=TrainConfig(dispatch=kind, dtype="float32"), mesh=MeshConfig(data=2, expert=2),
-    )  # fmt: skip
+        model=CFG,
+        data=DataConfig(rows=4, context=16),
+        train=TrainConfig(dispatch=kind, dtype="float32"),
+        mesh=MeshConfig(data=2, expert=2),
+    )
     with sharding.use_abstract_mesh(run.mesh):
         program = build(run)
         arrays = program.abstract_state().params, program.abstract_rows()
@@ -180,9 +195,15 @@ def test_the_command_prints_text_or_json(model, monkeypatch, capsys, tmp_path):
     assert command.main(parser.parse_args([*given, "--json"])) == 0
     result = json.loads(capsys.readouterr().out)
     assert list(result) == [
-        "nats_per_token", "bits_per_byte", "perplexity", "tokens", "bytes", "seconds",
-        "gzip_bits_per_byte", "xz_bits_per_byte",
-    ]  # fmt: skip
+        "nats_per_token",
+        "bits_per_byte",
+        "perplexity",
+        "tokens",
+        "bytes",
+        "seconds",
+        "gzip_bits_per_byte",
+        "xz_bits_per_byte",
+    ]
     assert command.main(parser.parse_args(given)) == 0
     assert f"{result['bits_per_byte']:.4f} bits per byte" in capsys.readouterr().out
 

@@ -16,10 +16,24 @@ from k2jax.params.arrays import bind, initial
 from k2jax.params.declare import specs
 
 KIMI = ModelConfig(
-    vocab=96, embed=32, dense_layers=1, moe_layers=2, heads=4, q_rank=12, kv_rank=16, nope=8,
-    rope=4, value=8, ffw=48, experts=8, expert_ffw=16, experts_per_token=2, context=32,
-    yarn=Yarn(factor=4.0, context=8), init_std=0.2,
-)  # fmt: skip
+    vocab=96,
+    embed=32,
+    dense_layers=1,
+    moe_layers=2,
+    heads=4,
+    q_rank=12,
+    kv_rank=16,
+    nope=8,
+    rope=4,
+    value=8,
+    ffw=48,
+    experts=8,
+    expert_ffw=16,
+    experts_per_token=2,
+    context=32,
+    yarn=Yarn(factor=4.0, context=8),
+    init_std=0.2,
+)
 MODELS = {
     "kimi": KIMI,
     "moonlight": dataclasses.replace(

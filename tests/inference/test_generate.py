@@ -23,10 +23,23 @@ from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.text.reply import parse
 
 CFG = ModelConfig(
-    vocab=520, embed=16, dense_layers=1, moe_layers=1, heads=2, q_rank=8, kv_rank=8, nope=4,
-    rope=4, value=4, ffw=16, experts=4, expert_ffw=8, experts_per_token=2, context=80,
+    vocab=520,
+    embed=16,
+    dense_layers=1,
+    moe_layers=1,
+    heads=2,
+    q_rank=8,
+    kv_rank=8,
+    nope=4,
+    rope=4,
+    value=4,
+    ffw=16,
+    experts=4,
+    expert_ffw=8,
+    experts_per_token=2,
+    context=80,
     init_std=0.3,
-)  # fmt: skip
+)
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})  # 512 ids; the model has 8 more
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
 

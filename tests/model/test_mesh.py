@@ -44,8 +44,9 @@ def packed() -> Batch:
             segment[row, first:last] = number
             position[row, first:last] = np.arange(last - first)
             weight[row, first : last - 1] = 1.0  # the next document's first token is no target
-    return Batch(token[:, :-1].astype(np.int32), token[:, 1:].astype(np.int32), weight, segment,
-                 position)  # fmt: skip
+    return Batch(
+        token[:, :-1].astype(np.int32), token[:, 1:].astype(np.int32), weight, segment, position
+    )
 
 
 def half(batch: Batch, apart: bool) -> Batch:

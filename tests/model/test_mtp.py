@@ -36,10 +36,27 @@ from k2jax.weights.mapping import to_published
 from k2jax.weights.safetensors import write
 
 CFG = ModelConfig(
-    vocab=48, embed=16, dense_layers=1, moe_layers=1, mtp_layers=2, heads=4, q_rank=8, kv_rank=8,
-    nope=4, rope=4, value=4, ffw=16, experts=8, expert_ffw=8, experts_per_token=2, groups=4,
-    groups_per_token=2, context=64, yarn=Yarn(factor=4.0, context=8), init_std=0.3,
-)  # fmt: skip
+    vocab=48,
+    embed=16,
+    dense_layers=1,
+    moe_layers=1,
+    mtp_layers=2,
+    heads=4,
+    q_rank=8,
+    kv_rank=8,
+    nope=4,
+    rope=4,
+    value=4,
+    ffw=16,
+    experts=8,
+    expert_ffw=8,
+    experts_per_token=2,
+    groups=4,
+    groups_per_token=2,
+    context=64,
+    yarn=Yarn(factor=4.0, context=8),
+    init_std=0.3,
+)
 LENGTH = 12
 
 
@@ -187,8 +204,9 @@ def test_qk_clip_takes_an_mtp_layers_own_logits():
     clip = qk_clip(2.0, leaves, nope=CFG.nope)
     moved, _ = clip.update(zero, clip.init(weights), weights, logit_max=top)
     assert {n for n, u in moved.items() if np.any(u)} == {
-        "mtp.attention.q_up", "mtp.attention.kv_up",
-    }  # fmt: skip
+        "mtp.attention.q_up",
+        "mtp.attention.kv_up",
+    }
     q = moved["mtp.attention.q_up"]
     assert not np.any(q[0]) and not np.any(q[1][:, [0, 2, 3]])
     kept = 1 + q[1, :, 1] / weights["mtp.attention.q_up"][1, :, 1]
@@ -236,8 +254,9 @@ def test_a_mesh_gives_the_same_losses(mesh):
         def place(a, spec):
             return jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec))
 
-        on_mesh = {n: place(a, sharding.storage_spec(program.specs[n].axes))
-                   for n, a in params().items()}  # fmt: skip
+        on_mesh = {
+            n: place(a, sharding.storage_spec(program.specs[n].axes)) for n, a in params().items()
+        }
         rows = sharding.storage_spec(("batch", "length"))
         batch = jax.tree.map(lambda a: place(a, rows), documents())
         _, aux = jax.jit(program.objective)(on_mesh, batch)

@@ -94,9 +94,15 @@ def computed(gold: Golden, dtype: str = "float32") -> Ours:
         return np.asarray(a, np.float32)
 
     return Ours(
-        float(loss), wide(logits), wide(x), np.stack(residual), np.stack(choice),
-        jax.tree.map(wide, grads), wide(aux.logit_max), wide(aux.load),
-    )  # fmt: skip
+        float(loss),
+        wide(logits),
+        wide(x),
+        np.stack(residual),
+        np.stack(choice),
+        jax.tree.map(wide, grads),
+        wide(aux.logit_max),
+        wide(aux.load),
+    )
 
 
 def assert_equal(ours: Ours, gold: Golden) -> None:

@@ -79,8 +79,10 @@ def test_trap_03_beta_fast_is_1_until_k2_5():
 def test_trap_04_inner_norms_have_epsilon_1e_6_whatever_the_config_says():
     gold = golden("moonlight")
     assert gold.cfg.norm_eps == 1e-5
-    w = bind(Kimi(gold.cfg), {n: jnp.asarray(p[0] if n.startswith("dense.") else p)
-                              for n, p in gold.params().items()})  # fmt: skip
+    w = bind(
+        Kimi(gold.cfg),
+        {n: jnp.asarray(p[0] if n.startswith("dense.") else p) for n, p in gold.params().items()},
+    )
     x = 0.01 * drawn(4, 1, 3, gold.cfg.embed)
     turn = rotation(jnp.arange(3)[None], gold.cfg)
     ours, _ = attention.project_latents(w.dense.attention, x, turn, gold.cfg, Policy("float32"))
@@ -158,9 +160,21 @@ def test_trap_09_groups_left_out_are_minus_infinity_not_zero():
 
 
 CLIPPED = ModelConfig(
-    vocab=8, embed=4, dense_layers=1, moe_layers=2, heads=3, q_rank=5, kv_rank=6, nope=3, rope=2,
-    value=4, ffw=8, experts=2, expert_ffw=4, experts_per_token=1,
-)  # fmt: skip
+    vocab=8,
+    embed=4,
+    dense_layers=1,
+    moe_layers=2,
+    heads=3,
+    q_rank=5,
+    kv_rank=6,
+    nope=3,
+    rope=2,
+    value=4,
+    ffw=8,
+    experts=2,
+    expert_ffw=4,
+    experts_per_token=1,
+)
 
 
 def clipped(cfg, logit_max, params=None, updates=None):
@@ -306,10 +320,11 @@ def test_design_trap_21_layers_are_numbered_through_with_any_number_of_dense_one
         new["layers.attention.q_up"][0, :, 1] = new["layers.attention.kv_up"][0, :, 1] = 1
         assert all((leaf == 1).all() for leaf in new.values())
         shapes = jax.eval_shape(
-            lambda p, cfg=cfg: hidden(bind(Kimi(cfg), p), plain(jnp.zeros((1, 4), "int32")), cfg,
-                                      Policy("float32"))[1],
+            lambda p, cfg=cfg: hidden(
+                bind(Kimi(cfg), p), plain(jnp.zeros((1, 4), "int32")), cfg, Policy("float32")
+            )[1],
             {name: jnp.ones(leaf.shape) for name, leaf in leaves.items()},
-        )  # fmt: skip
+        )
         assert shapes.logit_max.shape == (dense + 2, 3)
         assert shapes.load.shape == (2, 2)
 

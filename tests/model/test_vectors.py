@@ -52,15 +52,27 @@ def test_rotation_turns_interleaved_pairs_and_puts_first_members_first():
 
 INV_FREQ = {  # at 0, 1, 19, 20, 31
     "kimi_k2": (
-        1, 0.713111084911932, 0.0016217599081159522, 3.6140467735726306e-05, 8.764412911589874e-07,
+        1,
+        0.713111084911932,
+        0.0016217599081159522,
+        3.6140467735726306e-05,
+        8.764412911589874e-07,
     ),
     "kimi_k2_0905": (
-        1, 0.713111084911932, 0.0016217599081159522, 1.8070233867863153e-05, 4.382206455794937e-07,
+        1,
+        0.713111084911932,
+        0.0016217599081159522,
+        1.8070233867863153e-05,
+        4.382206455794937e-07,
     ),
     "kimi_k2_5": (
-        1, 0.713111084911932, 0.00015837499102694852, 1.8070233867863153e-05, 4.382206455794937e-07,
+        1,
+        0.713111084911932,
+        0.00015837499102694852,
+        1.8070233867863153e-05,
+        4.382206455794937e-07,
     ),
-}  # fmt: skip
+}
 INV_FREQ["kimi_k2_thinking"] = INV_FREQ["kimi_k2_0905"]
 
 
@@ -72,9 +84,13 @@ def test_yarn_frequencies_of_each_release(name):
 
 # Last channel kept, first channel divided by the factor; between them a ramp.
 EFFECTS = {
-    "kimi_k2": (19, 20, 32), "kimi_k2_0905": (19, 20, 64), "kimi_k2_thinking": (19, 20, 64),
-    "kimi_k2_5": (8, 20, 64), "deepseek_v3": (10, 23, 40), "moonlight_16b_a3b": (31, 32, 1),
-}  # fmt: skip
+    "kimi_k2": (19, 20, 32),
+    "kimi_k2_0905": (19, 20, 64),
+    "kimi_k2_thinking": (19, 20, 64),
+    "kimi_k2_5": (8, 20, 64),
+    "deepseek_v3": (10, 23, 40),
+    "moonlight_16b_a3b": (31, 32, 1),
+}
 
 
 @pytest.mark.parametrize("name", EFFECTS)
@@ -93,17 +109,29 @@ def test_yarn_ramp_of_k2_5():
     cfg = MODELS["kimi_k2_5"]
     ratio = frequencies(cfg) / cfg.rope_theta ** (-np.arange(0, 64, 2) / 64)
     right = [
-        0.91797, 0.83594, 0.75391, 0.67188, 0.58984, 0.50781, 0.42578, 0.34375, 0.26172, 0.17969,
+        0.91797,
+        0.83594,
+        0.75391,
+        0.67188,
+        0.58984,
+        0.50781,
+        0.42578,
+        0.34375,
+        0.26172,
+        0.17969,
         0.09766,
-    ]  # fmt: skip
+    ]
     np.testing.assert_allclose(ratio[9:20], right, atol=5e-6)
 
 
 SCALES = {
-    "kimi_k2": 0.1308607999629500, "kimi_k2_0905": 0.1446796258026892,
-    "kimi_k2_thinking": 0.1446796258026892, "kimi_k2_5": 0.1446796258026892,
-    "deepseek_v3": 0.1352337788608801, "moonlight_16b_a3b": 0.0721687836487032,
-}  # fmt: skip
+    "kimi_k2": 0.1308607999629500,
+    "kimi_k2_0905": 0.1446796258026892,
+    "kimi_k2_thinking": 0.1446796258026892,
+    "kimi_k2_5": 0.1446796258026892,
+    "deepseek_v3": 0.1352337788608801,
+    "moonlight_16b_a3b": 0.0721687836487032,
+}
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -120,9 +148,10 @@ def test_pre_training_at_4k_has_no_yarn():
 
 
 TOTALS = {
-    "kimi_k2": 1_026_408_232_448, "moonlight_16b_a3b": 15_960_110_208,
+    "kimi_k2": 1_026_408_232_448,
+    "moonlight_16b_a3b": 15_960_110_208,
     "deepseek_v3": 671_026_419_200,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TOTALS)

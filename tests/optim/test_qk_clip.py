@@ -66,8 +66,9 @@ def test_negative_and_missing_maxima_clip_nothing():
 
 def test_layers_of_two_stacks_and_single_ones_find_their_rows():
     one = ParamSpec(("in", "heads", "qk"), (IN, HEADS, WIDTH), 1, "muon", "q", first_layer=1)
-    two = ParamSpec(("moe_layers", "in", "heads", "k"), (2, IN, HEADS, WIDTH), 1, "muon", "k",
-                    first_layer=2)  # fmt: skip
+    two = ParamSpec(
+        ("moe_layers", "in", "heads", "k"), (2, IN, HEADS, WIDTH), 1, "muon", "k", first_layer=2
+    )
     specs = {"q": one, "k": two}
     params = {n: jnp.ones(s.shape) for n, s in specs.items()}
     tx = qk_clip(1.0, specs)

@@ -13,10 +13,15 @@ from k2jax.planner.compiler import compile_evaluation, compile_step, gpu_config
 from k2jax.planner.step_flops import Case
 
 SMALL = {
-    "model.moe_layers": "2", "train.dtype": "bfloat16", "train.remat": "full",
-    "optim.name": "adamw", "mesh.data": "2", "mesh.expert": "2", "mesh.model": "2",
+    "model.moe_layers": "2",
+    "train.dtype": "bfloat16",
+    "train.remat": "full",
+    "optim.name": "adamw",
+    "mesh.data": "2",
+    "mesh.expert": "2",
+    "mesh.model": "2",
     "train.dispatch": "alltoall",
-}  # fmt: skip
+}
 COMPILERS = {"c": "jax", "v": "libtpu", "h": "jax_plugins.xla_cuda13"}
 RUN = override(configs.load("tiny"), SMALL)
 

@@ -16,7 +16,7 @@ from k2jax.planner import cost, network, newton, targets, traffic
 from k2jax.planner import hbm as memory
 from k2jax.planner import step_flops as work
 from k2jax.planner.estimate import estimate
-from k2jax.planner.shards import count_shards
+from k2jax.planner.partition import count_shards
 from k2jax.planner.step_flops import Case
 from k2jax.runtime import hardware
 from k2jax.sharding import torus
@@ -151,8 +151,11 @@ def test_what_is_stored_over_an_axis_is_used_whole():
 def test_money_hours_and_energy_of_a_known_stay():
     target = targets.parse("h100:2x8", dollars=2.0, watts=1000.0)
     assert cost.cost(target, 7200) == {
-        "hours": 2.0, "chip_hours": 32.0, "dollars": 64.0, "kwh": 32.0,
-    }  # fmt: skip
+        "hours": 2.0,
+        "chip_hours": 32.0,
+        "dollars": 64.0,
+        "kwh": 32.0,
+    }
     assert cost.training(target, 3600, 100, 250)["hours"] == 3.0  # whole steps
     assert cost.generating(target, 0.036, 10)["hours"] == pytest.approx(1.0)
 
@@ -213,10 +216,14 @@ def test_one_matrix_a_head_is_routed_as_such():
 @pytest.mark.parametrize(
     ("kind", "chip"),
     [
-        ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x"),
-        ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H200", "h200"), ("NVIDIA B200", "b200"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
     ],
-)  # fmt: skip
+)
 def test_the_peak_of_a_device_is_found_by_what_it_calls_itself(kind, chip):
     entry = hardware.CHIPS[chip]
     assert hardware.peak_of(kind) == entry.flops / entry.devices

@@ -11,7 +11,7 @@ from k2jax.config import MeshConfig, override
 from k2jax.ops.limits import LOGITS_BYTES
 from k2jax.params.kimi import declare_kimi
 from k2jax.planner import hbm as memory
-from k2jax.planner.shards import count_shards, device_size
+from k2jax.planner.partition import count_shards, device_size
 from k2jax.planner.step_flops import Case
 from k2jax.training.step import build
 

@@ -92,9 +92,12 @@ def test_groups_written_as_a_mesh_name_their_axes(groups, axes, ways):
 
 
 @pytest.mark.parametrize(
-    "call", ["bf16[8,8]{1,0} ragged-all-to-all",
-             "((bf16[4,8]{1,0}, bf16[8,8]{1,0}), bf16[8,8]{1,0}) ragged-all-to-all-start"],
-)  # fmt: skip
+    "call",
+    [
+        "bf16[8,8]{1,0} ragged-all-to-all",
+        "((bf16[4,8]{1,0}, bf16[8,8]{1,0}), bf16[8,8]{1,0}) ragged-all-to-all-start",
+    ],
+)
 @pytest.mark.parametrize(("sent", "into"), [("4,8", "8,8"), ("8,8", "4,8")])
 def test_a_ragged_exchange_counts_its_balanced_payload(call, sent, into):
     text = (

@@ -31,9 +31,10 @@ def traced(run, mesh):
 
         def shape(leaf):
             return jax.ShapeDtypeStruct(
-                    leaf.shape, jnp.float32,
-                    sharding=NamedSharding(jax.sharding.get_abstract_mesh(), at_rest(leaf)),
-                )  # fmt: skip
+                leaf.shape,
+                jnp.float32,
+                sharding=NamedSharding(jax.sharding.get_abstract_mesh(), at_rest(leaf)),
+            )
 
         weights = {name: shape(leaf) for name, leaf in leaves.items()}
         state = jax.eval_shape(tx.init, weights)

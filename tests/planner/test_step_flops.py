@@ -13,9 +13,14 @@ from k2jax.planner.step_flops import Case
 from k2jax.training.step import build
 
 ONE_DEVICE = {
-    "model.moe_layers": "3", "model.vocab": "512", "data.rows": "2", "optim.name": "adamw",
-    "mesh.data": "1", "mesh.expert": "1", "mesh.model": "1",
-}  # fmt: skip
+    "model.moe_layers": "3",
+    "model.vocab": "512",
+    "data.rows": "2",
+    "optim.name": "adamw",
+    "mesh.data": "1",
+    "mesh.expert": "1",
+    "mesh.model": "1",
+}
 
 
 def products(jaxpr) -> float:

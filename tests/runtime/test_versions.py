@@ -87,7 +87,10 @@ def test_the_bounds_of_the_package_are_those_that_were_tested():
 
 def test_private_names_of_jax_are_imported_in_one_file():
     private = re.compile(r"jax\._src|pallas import triton|pallas\.triton")
-    files = [p for folder in ("k2jax", "sharding", "configs", "tests", "bench")
-             for p in (ROOT / folder).rglob("*.py")]  # fmt: skip
+    files = [
+        p
+        for folder in ("k2jax", "sharding", "configs", "tests", "bench")
+        for p in (ROOT / folder).rglob("*.py")
+    ]
     names = {p.name for p in files if private.search(p.read_text())}
     assert names == {"versions.py", "test_versions.py"}

@@ -32,14 +32,16 @@ PLANS = {
     "layers.moe.router": (P(None, FSDP, None), P(None, None, None)),
     "layers.moe.bias": (P(None, None), P(None, None)),
     "layers.moe.experts.gate": (
-        P(None, "expert", ("data", "context"), "model"), P(None, "expert", None, "model"),
+        P(None, "expert", ("data", "context"), "model"),
+        P(None, "expert", None, "model"),
     ),
     "layers.moe.experts.down": (
-        P(None, "expert", "model", ("data", "context")), P(None, "expert", "model", None),
+        P(None, "expert", "model", ("data", "context")),
+        P(None, "expert", "model", None),
     ),
     "layers.moe.shared.up": (P(None, FSDP, "model"), P(None, None, "model")),
     "dense.mlp.down": (P(None, "model", FSDP), P(None, "model", None)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PLANS)

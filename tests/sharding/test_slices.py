@@ -14,11 +14,16 @@ def devices(*sizes: int, platform: str = "tpu") -> list[SimpleNamespace]:
     order = [(at, slice_) for slice_, size in enumerate(sizes) for at in range(size)]
     return [
         SimpleNamespace(
-            id=number, slice_index=slice_, platform=platform, device_kind="of a test",
-            process_index=number, coords=(at & 1, at >> 1 & 1, at >> 2), core_on_chip=0,
+            id=number,
+            slice_index=slice_,
+            platform=platform,
+            device_kind="of a test",
+            process_index=number,
+            coords=(at & 1, at >> 1 & 1, at >> 2),
+            core_on_chip=0,
         )
         for number, (at, slice_) in enumerate(sorted(order))
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("replica", [2, 4])

@@ -23,12 +23,25 @@ from k2jax.text.train_bpe import train_tokenizer
 
 PUBLISHED = os.environ.get("K2JAX_KIMI_TOKENIZER", "")  # a folder with Moonshot's tokenizer
 TEXTS = [
-    "", " ", "\n", "\r\n\r\n", "   def f(x):\n\treturn x ** 2  # a comment\n\n\n",
-    "I'll we've DON'T it's", "'S '\u017f 're", "1 12 123 1234 12345678.90",
-    "中文漢字abc日本語ひらがなカタカナ", "한국어 가나다", "naïve café e\u0301", "😀👩\u200d👧🏽 🇩🇪",
-    "\u00a0\u3000\u2028\t\x00\x7f", "привет ΑΒΓδ שלום مرحبا नमस्ते", "HelloWorld helloWORLD XMLHttp",
-    "https://example.org/a?b=c&d=%20#e", '{"a": [1, 2.5e-3, null]}', "<html>&nbsp;</html>",
-]  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "\r\n\r\n",
+    "   def f(x):\n\treturn x ** 2  # a comment\n\n\n",
+    "I'll we've DON'T it's",
+    "'S '\u017f 're",
+    "1 12 123 1234 12345678.90",
+    "中文漢字abc日本語ひらがなカタカナ",
+    "한국어 가나다",
+    "naïve café e\u0301",
+    "😀👩\u200d👧🏽 🇩🇪",
+    "\u00a0\u3000\u2028\t\x00\x7f",
+    "привет ΑΒΓδ שלום مرحبا नमस्ते",
+    "HelloWorld helloWORLD XMLHttp",
+    "https://example.org/a?b=c&d=%20#e",
+    '{"a": [1, 2.5e-3, null]}',
+    "<html>&nbsp;</html>",
+]
 CODE = Path(__file__).read_text().replace("[BOS]", "").replace("<|", "").replace("[EOS]", "")
 
 
@@ -94,15 +107,21 @@ CONVERSATIONS = {
     "names": [{"role": "user", "name": "Ada", "content": [{"type": "text", "text": "a"}]}],
     "calls": [
         {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": "", "tool_calls": [
-            CALL | {"function": {"name": "f", "arguments": '{"city": "Köln"}'}},
-            CALL | {"id": "functions.f:1", "function": {"name": "f", "arguments": {"b": [1, "é"]}}},
-        ]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                CALL | {"function": {"name": "f", "arguments": '{"city": "Köln"}'}},
+                CALL
+                | {"id": "functions.f:1", "function": {"name": "f", "arguments": {"b": [1, "é"]}}},
+            ],
+        },
         {"role": "tool", "tool_call_id": "functions.f:0", "content": "7"},
         {"role": "tool", "tool_call_id": "functions.f:1", "content": "8"},
-        {"role": "assistant", "content": "Mild."}, {"role": "user", "content": "Thanks"},
+        {"role": "assistant", "content": "Mild."},
+        {"role": "user", "content": "Thanks"},
     ],
-}  # fmt: skip
+}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 

@@ -160,8 +160,10 @@ def test_foreign_ids_of_calls_are_renamed_over_the_whole_conversation():
     found = renumber_calls(talk)
     assert [c["id"] for m in found for c in m.get("tool_calls", [])] == names
     assert [m["tool_call_id"] for m in found if m["role"] == "tool"] == [
-        names[1], names[0], names[2]
-    ]  # fmt: skip
+        names[1],
+        names[0],
+        names[2],
+    ]
     assert renumber_calls(found) == found
     assert renumber_calls(TALK) == TALK
     ids = encode(BYTES, talk)

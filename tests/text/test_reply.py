@@ -136,10 +136,13 @@ def test_nonsense_neither_fails_nor_invents_calls():
         ("a<|im_assistant|>assistant<|im_middle|>b", "ab"),
         ("<|im_assistant|>assistant<|im_middle|><think>t</think>b", "b"),
         ("a<|im_system|>tool<|im_middle|>## Return of functions.f:0\n1", "a"),
-        ("a<|tool_calls_section_begin|>x<|tool_call_argument_begin|>{}<|tool_call_end|>"
-         "<|tool_calls_section_end|>b", "ab"),
+        (
+            "a<|tool_calls_section_begin|>x<|tool_call_argument_begin|>{}<|tool_call_end|>"
+            "<|tool_calls_section_end|>b",
+            "ab",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_stray_marks_enclose_is_neither_content_nor_a_call(text, content):
     """That a call outside of a section is no call is this project's decision."""
     reply = parse(BYTES, ids(text))
@@ -150,19 +153,27 @@ def test_a_call_without_arguments_ends_at_its_mark():
     begun = "<|tool_call_begin|>functions.f:0<|tool_call_end|>\n"
     reply = parse(BYTES, ids(section(begun, call("functions.g:1", "{}"))))
     assert [(c.id, c.complete) for c in reply.calls] == [
-        ("functions.f:0", False), ("functions.g:1", True)
-    ]  # fmt: skip
+        ("functions.f:0", False),
+        ("functions.g:1", True),
+    ]
 
 
 @pytest.mark.parametrize(
     ("id_", "name"),
     [
-        ("functions.get_weather", "get_weather"), ("functions.f\n:0", "f"), ("f:0", "f"),
-        ("functions.ns:tool", "ns:tool"), ("functions.ns:tool:3", "ns:tool"), ("f", "f"),
-        ("functions.a.b:1", "a.b"), (" functions.f : 0 ", "f"), ("functions.f:\u0663", "f:\u0663"),
-        ("functions.f:-1", "f:-1"), ("functions.functions.f:0", "functions.f"),
+        ("functions.get_weather", "get_weather"),
+        ("functions.f\n:0", "f"),
+        ("f:0", "f"),
+        ("functions.ns:tool", "ns:tool"),
+        ("functions.ns:tool:3", "ns:tool"),
+        ("f", "f"),
+        ("functions.a.b:1", "a.b"),
+        (" functions.f : 0 ", "f"),
+        ("functions.f:\u0663", "f:\u0663"),
+        ("functions.f:-1", "f:-1"),
+        ("functions.functions.f:0", "functions.f"),
     ],
-)  # fmt: skip
+)
 def test_the_name_of_a_call_is_its_id_without_prefix_and_index(id_, name):
     assert parse(BYTES, ids(section(call(id_, "{}")))).calls[0].name == name
 
@@ -182,9 +193,11 @@ def test_deltas_name_their_call():
     stream = ReplyStream(BYTES)
     found = stream.feed(ids(section(call("functions.f:0", "{"), call("functions.f:1", "["))))
     assert found == [
-        Delta("call", "functions.f:0", 0), Delta("arguments", "{", 0),
-        Delta("call", "functions.f:1", 1), Delta("arguments", "[", 1),
-    ]  # fmt: skip
+        Delta("call", "functions.f:0", 0),
+        Delta("arguments", "{", 0),
+        Delta("call", "functions.f:1", 1),
+        Delta("arguments", "[", 1),
+    ]
 
 
 def test_streamed_text_is_the_decoded_text_and_never_half_a_character():

@@ -7,9 +7,10 @@ from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.text.supervised import encode_supervised
 
 CALL = {
-    "id": "functions.add:0", "type": "function",
+    "id": "functions.add:0",
+    "type": "function",
     "function": {"name": "add", "arguments": {"a": 1}},
-}  # fmt: skip
+}
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "1 + 1?"},
@@ -62,9 +63,12 @@ def test_a_turn_without_its_thought_is_not_learned(tokenizer):
     """K2-Thinking writes empty marks for thoughts of turns before the last answer."""
     tokenizer.template = TEMPLATES["kimi_k2_thinking"]
     running = [
-        TALK[1], {**TALK[4], "reasoning_content": "easy"}, TALK[5],
-        {**TALK[2], "reasoning_content": "hmm"}, TALK[3],
-    ]  # fmt: skip
+        TALK[1],
+        {**TALK[4], "reasoning_content": "easy"},
+        TALK[5],
+        {**TALK[2], "reasoning_content": "hmm"},
+        TALK[3],
+    ]
     assert learned(tokenizer, running).startswith("<think>hmm</think>Let me see.")
     assert learned(tokenizer, running[:2]) == ""
 

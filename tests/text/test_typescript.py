@@ -55,17 +55,25 @@ def test_a_whole_declaration():
         ({"enum": [1, None, "a", True]}, '1 | None | "a" | True'),
         ({"enum": ["a", None], "type": ["null", "string"]}, '"a" | None'),
         ({"type": "array"}, "Array<any>"),
-        ({"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
-         "Array<Array<number>>"),
+        (
+            {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+            "Array<Array<number>>",
+        ),
         ({"type": "object"}, "{}"),
-        ({"type": "object", "additionalProperties": {"type": "integer"}},
-         "{\n    [k: string]: number\n  }"),
-        ({"type": "object", "additionalProperties": False, "properties": {"a": {}}},
-         "{\n    a?: any,\n    [k: string]: never\n  }"),
-        ({"type": "array", "items": {"type": "string", "description": "one", "maxLength": 3}},
-         "Array<\n    // one\n    // maxLength: 3\n    string\n  >"),
+        (
+            {"type": "object", "additionalProperties": {"type": "integer"}},
+            "{\n    [k: string]: number\n  }",
+        ),
+        (
+            {"type": "object", "additionalProperties": False, "properties": {"a": {}}},
+            "{\n    a?: any,\n    [k: string]: never\n  }",
+        ),
+        (
+            {"type": "array", "items": {"type": "string", "description": "one", "maxLength": 3}},
+            "Array<\n    // one\n    // maxLength: 3\n    string\n  >",
+        ),
     ],
-)  # fmt: skip
+)
 def test_every_kind_of_schema(schema, said):
     assert types({"x": schema}, required=["x"]) == f"  x: {said}"
 

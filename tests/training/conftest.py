@@ -23,10 +23,16 @@ def run(tmp_path_factory) -> RunConfig:
         data=DataConfig(path=str(folder), rows=8, context=32),
         optim=OptimConfig(name="adamw", learning_rate=1e-2, warmup=2),
         train=TrainConfig(
-            steps=6, dtype="float32", remat="none", eval_every=3, eval_rows=8, save_every=3, keep=9,
+            steps=6,
+            dtype="float32",
+            remat="none",
+            eval_every=3,
+            eval_rows=8,
+            save_every=3,
+            keep=9,
             log_every=1,
         ),
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="session")

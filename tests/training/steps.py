@@ -19,15 +19,28 @@ TOLERANCE = 1e-5
 ROWS, LENGTH, STEPS = 8, 16, 2
 RUN = RunConfig(
     model=ModelConfig(
-        vocab=320, embed=16, dense_layers=1, moe_layers=1, heads=2, q_rank=8, kv_rank=8, nope=4,
-        rope=4, value=4, ffw=16, experts=4, expert_ffw=8, experts_per_token=2, context=32,
+        vocab=320,
+        embed=16,
+        dense_layers=1,
+        moe_layers=1,
+        heads=2,
+        q_rank=8,
+        kv_rank=8,
+        nope=4,
+        rope=4,
+        value=4,
+        ffw=16,
+        experts=4,
+        expert_ffw=8,
+        experts_per_token=2,
+        context=32,
         init_std=0.2,
     ),
     data=DataConfig(rows=ROWS, context=LENGTH),
     # tau is low, so that heads are clipped too.
     optim=OptimConfig(learning_rate=1e-2, warmup=1, ns_dtype="float32", tau=0.5, aux_loss=0.1),
     train=TrainConfig(steps=10, dtype="float32", remat="none"),
-)  # fmt: skip
+)
 BIAS = "layers.moe.bias"
 
 
@@ -50,9 +63,12 @@ def batch(step: int) -> dict[str, np.ndarray]:
             position[row, first:last] = np.arange(last - first)
             weight[row, first : last - 1] = 1.0
     return {
-        "tokens": token[:, :-1], "targets": token[:, 1:], "weights": weight, "segments": segment,
+        "tokens": token[:, :-1],
+        "targets": token[:, 1:],
+        "weights": weight,
+        "segments": segment,
         "positions": position,
-    }  # fmt: skip
+    }
 
 
 def first_state(program) -> State:

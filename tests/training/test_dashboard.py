@@ -8,10 +8,19 @@ from k2jax import configs
 from k2jax.training.dashboard import Dashboard, draw_table
 
 VALUES = {
-    "loss": 3.25, "grad_norm": 0.31, "update_norm": 1.5, "logit_max": 39.4, "clipped": 0.125,
-    "load_max": 1.786, "load_entropy": 0.98, "seconds": 0.9, "input_seconds": 0.1,
-    "tokens_per_second": 2048.0, "mfu": 0.315, "host_bytes": 2_500_000_000,
-}  # fmt: skip
+    "loss": 3.25,
+    "grad_norm": 0.31,
+    "update_norm": 1.5,
+    "logit_max": 39.4,
+    "clipped": 0.125,
+    "load_max": 1.786,
+    "load_entropy": 0.98,
+    "seconds": 0.9,
+    "input_seconds": 0.1,
+    "tokens_per_second": 2048.0,
+    "mfu": 0.315,
+    "host_bytes": 2_500_000_000,
+}
 HELDOUT = {"heldout_loss": 3.5, "heldout_bits_per_byte": 1.543}
 
 
@@ -23,10 +32,21 @@ def shown(*args) -> str:
 
 def test_the_terminal_has_every_number_with_its_unit():
     text = shown(VALUES | HELDOUT, 2, 1)
-    for part in ("loss 3.2500", "held out 3.5000 (1.543 bits/byte)", "gradient 0.31", "update 1.5",
-                 "largest logit 39.4", "clipped heads 12.5%", "busiest expert 1.79 x mean",
-                 "load entropy 0.980", "tokens/s 2,048", "MFU 31.5%", "input wait 10.0%",
-                 "host memory 2.50 GB", "2 skipped, 1 spikes"):  # fmt: skip
+    for part in (
+        "loss 3.2500",
+        "held out 3.5000 (1.543 bits/byte)",
+        "gradient 0.31",
+        "update 1.5",
+        "largest logit 39.4",
+        "clipped heads 12.5%",
+        "busiest expert 1.79 x mean",
+        "load entropy 0.980",
+        "tokens/s 2,048",
+        "MFU 31.5%",
+        "input wait 10.0%",
+        "host memory 2.50 GB",
+        "2 skipped, 1 spikes",
+    ):
         assert part in text, part
     assert len(text.splitlines()) == 4
 

@@ -74,8 +74,10 @@ def test_it_takes_a_step_for_every_batch():
     assert fit(0, add, batches, [record]) == (15, 5)
     assert steps(record) == [1, 2, 3, 4, 5]
     assert [call for call in record.calls if call[0] not in ("step", "before")] == [
-        ("begin", 0), ("end", 5, 15), ("close",),
-    ]  # fmt: skip
+        ("begin", 0),
+        ("end", 5, 15),
+        ("close",),
+    ]
     assert record.calls[1:3] == [("before", 1, 1), ("step", 1, 1)]
 
 

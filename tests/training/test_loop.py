@@ -17,9 +17,14 @@ from k2jax.training.loop import train
 from k2jax.training.metrics import read_metrics
 
 FILES = (
-    "checkpoints", "config.json", "data.json", "loss.png", "metrics.jsonl", "run.json",
+    "checkpoints",
+    "config.json",
+    "data.json",
+    "loss.png",
+    "metrics.jsonl",
+    "run.json",
     "tiktoken.model",
-)  # fmt: skip
+)
 
 
 def test_a_run_leaves_checkpoints_metrics_a_plot_its_config_and_tokenizer(run, whole):
@@ -45,8 +50,16 @@ def test_metrics_have_one_line_a_step(run, whole):
 
 def test_a_run_prints_its_size_speed_and_score_but_makes_no_sample(whole):
     printed = "\n".join(whole[1])
-    for part in ("parameters on one device", "first step after", "step 6/6: loss", "tokens/s",
-                 "held out:", "gzip -9", "xz -9", "loss.png"):  # fmt: skip
+    for part in (
+        "parameters on one device",
+        "first step after",
+        "step 6/6: loss",
+        "tokens/s",
+        "held out:",
+        "gzip -9",
+        "xz -9",
+        "loss.png",
+    ):
         assert part in printed, part
     assert "sample" not in printed
 

@@ -51,8 +51,10 @@ def test_a_step_over_any_rows_is_finite_and_moves_nothing_without_targets(kinds)
     assert metrics["skipped"] == (not taught)
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(after.params))
-    same = [np.array_equal(a, b) for a, b in zip(
-        jax.tree.leaves(state), jax.tree.leaves(after), strict=True)]  # fmt: skip
+    same = [
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True)
+    ]
     assert taught or all(same)
 
 

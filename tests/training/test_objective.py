@@ -17,14 +17,27 @@ from k2jax.training.step import build, make_step
 ROWS, LENGTH, STEPS = 4, 12, 8
 RUN = RunConfig(
     model=ModelConfig(
-        vocab=64, embed=16, dense_layers=1, moe_layers=1, heads=2, q_rank=8, kv_rank=8, nope=4,
-        rope=4, value=4, ffw=16, experts=4, expert_ffw=8, experts_per_token=2, context=32,
+        vocab=64,
+        embed=16,
+        dense_layers=1,
+        moe_layers=1,
+        heads=2,
+        q_rank=8,
+        kv_rank=8,
+        nope=4,
+        rope=4,
+        value=4,
+        ffw=16,
+        experts=4,
+        expert_ffw=8,
+        experts_per_token=2,
+        context=32,
         init_std=0.1,
     ),
     data=DataConfig(rows=ROWS, context=LENGTH),
     optim=OptimConfig(name="adamw", learning_rate=2e-2, warmup=1),
     train=TrainConfig(steps=100, dtype="float32", remat="none"),
-)  # fmt: skip
+)
 POLICY = Policy("float32")
 
 

@@ -155,8 +155,11 @@ def test_balance_loss_adds_its_weight_times_its_gradient_and_nothing_behind_the_
 def test_bf16_learns_real_text_as_f32_does(tmp_path):
     text = Path(argparse.__file__).read_text()
     byte_tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
-    write(tmp_path / "store", [text[at : at + 4_000] for at in range(0, len(text), 4_000)],
-          byte_tokenizer)  # fmt: skip
+    write(
+        tmp_path / "store",
+        [text[at : at + 4_000] for at in range(0, len(text), 4_000)],
+        byte_tokenizer,
+    )
     batches = Batches(read(tmp_path / "store"), ROWS, LENGTH, 0)
     last = {}
     for dtype in ("float32", "bfloat16"):

@@ -81,10 +81,18 @@ def command(run: RunConfig, out: Path) -> list[str]:
     """`k2jax train` of this run for more steps than anyone waits for."""
     settings = {f"model.{name}": size for name, size in SIZES.items()}
     settings |= {
-        "data.path": run.data.path, "data.rows": 8, "data.context": 32, "optim.name": "adamw",
-        "train.steps": 1_000_000, "train.log_every": 1, "train.eval_every": 0,
-        "train.save_every": 500_000, "mesh.data": 1, "mesh.expert": 1, "mesh.model": 1,
-    }  # fmt: skip
+        "data.path": run.data.path,
+        "data.rows": 8,
+        "data.context": 32,
+        "optim.name": "adamw",
+        "train.steps": 1_000_000,
+        "train.log_every": 1,
+        "train.eval_every": 0,
+        "train.save_every": 500_000,
+        "mesh.data": 1,
+        "mesh.expert": 1,
+        "mesh.model": 1,
+    }
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     return [sys.executable, "-m", "k2jax.cli", "train", "tiny", "--out", str(out), *words]
 

@@ -12,13 +12,21 @@ from k2jax.config import ConfigError, to_json
 from k2jax.training import trackers
 
 LINE = {
-    "step": 7, "loss": 2.5, "grad_norm": None, "logit_max_layers": [1.0, 2.0], "skipped": 0.0,
-    "clipped_layers": [0.0, None], "expert_load": [[1, 2], [3, 4]],
-}  # fmt: skip
+    "step": 7,
+    "loss": 2.5,
+    "grad_norm": None,
+    "logit_max_layers": [1.0, 2.0],
+    "skipped": 0.0,
+    "clipped_layers": [0.0, None],
+    "expert_load": [[1, 2], [3, 4]],
+}
 SCALARS = {
-    "loss": 2.5, "skipped": 0.0, "logit_max/layer_0": 1.0, "logit_max/layer_1": 2.0,
+    "loss": 2.5,
+    "skipped": 0.0,
+    "logit_max/layer_0": 1.0,
+    "logit_max/layer_1": 2.0,
     "clipped/layer_0": 0.0,
-}  # fmt: skip
+}
 
 
 def asking(*names: str):

@@ -10,13 +10,29 @@ from k2jax.config import ConfigError
 from k2jax.weights.hf_config import from_published, to_published
 
 FIELDS = {
-    "model_type": "deepseek_v3", "vocab_size": 640, "hidden_size": 64, "first_k_dense_replace": 1,
-    "num_attention_heads": 2, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8, "v_head_dim": 16, "intermediate_size": 64, "n_routed_experts": 4,
-    "moe_intermediate_size": 32, "num_experts_per_tok": 2, "routed_scaling_factor": 2.5,
-    "rms_norm_eps": 1e-6, "max_position_embeddings": 256, "num_hidden_layers": 2,
-    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "rope_theta": 50000.0,
-}  # fmt: skip
+    "model_type": "deepseek_v3",
+    "vocab_size": 640,
+    "hidden_size": 64,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "intermediate_size": 64,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "routed_scaling_factor": 2.5,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 256,
+    "num_hidden_layers": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_theta": 50000.0,
+}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 

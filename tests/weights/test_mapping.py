@@ -13,10 +13,22 @@ from k2jax.weights.mapping import load_published, to_published
 from k2jax.weights.safetensors import write
 
 SIZES = {
-    "vocab": 24, "embed": 8, "heads": 4, "q_rank": 6, "kv_rank": 10, "nope": 4, "rope": 2,
-    "value": 3, "ffw": 12, "experts": 4, "expert_ffw": 6, "experts_per_token": 2,
-    "dense_layers": 1, "moe_layers": 2, "context": 64,
-}  # fmt: skip
+    "vocab": 24,
+    "embed": 8,
+    "heads": 4,
+    "q_rank": 6,
+    "kv_rank": 10,
+    "nope": 4,
+    "rope": 2,
+    "value": 3,
+    "ffw": 12,
+    "experts": 4,
+    "expert_ffw": 6,
+    "experts_per_token": 2,
+    "dense_layers": 1,
+    "moe_layers": 2,
+    "context": 64,
+}
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
@@ -158,10 +170,11 @@ def test_a_missing_tensor_is_named_with_what_it_is_for(tmp_path):
     del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
     save(tmp_path, tensors)
     refuses(
-        tmp_path, names(),
+        tmp_path,
+        names(),
         r"model.safetensors has no tensor 'model.layers.2.mlp.experts.3.up_proj.weight', a part of"
         " 'layers.moe.experts.up'",
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("name", ["model.layers.3.mlp.gate.weight", "model.norm.bias"])
@@ -173,10 +186,11 @@ def test_an_unknown_tensor_is_named(tmp_path, name):
 def test_a_tensor_of_another_shape_is_named(tmp_path):
     save(tmp_path, published(names(ffw=16)))
     refuses(
-        tmp_path, names(),
+        tmp_path,
+        names(),
         r"model.safetensors: 'model.layers.0.mlp.down_proj.weight' has shape \[8, 16\]; the model"
         r" needs \[8, 12\]",
-    )  # fmt: skip
+    )
 
 
 def test_a_tensor_of_integers_is_refused(tmp_path):

@@ -20,10 +20,14 @@ KINDS = {
     "FP8 with a scale for each tensor": {"weight": (E4M3, 4, 8), "weight_scale": (F32, 1)},
     "INT8 with a scale for each channel": {"weight": (np.int8, 4, 8), "weight_scale": (BF16, 4, 1)},
     "NVFP4 (ModelOpt)": {
-        "weight": (U8, 4, 4), "weight_scale": (E4M3, 4, 1), "weight_scale_2": (F32,),
+        "weight": (U8, 4, 4),
+        "weight_scale": (E4M3, 4, 1),
+        "weight_scale_2": (F32,),
     },
     "NVFP4 (compressed-tensors)": {
-        "weight_packed": (U8, 4, 4), "weight_scale": (E4M3, 4, 1), "weight_global_scale": (F32, 1),
+        "weight_packed": (U8, 4, 4),
+        "weight_scale": (E4M3, 4, 1),
+        "weight_global_scale": (F32, 1),
     },
     "MXFP4": {"weight_packed": (U8, 4, 16), "weight_scale": (E8M0, 4, 1)},
     "AWQ or GPTQ": {"qweight": (I32, 8, 1), "qzeros": (I32, 1, 1), "scales": (np.float16, 1, 8)},
@@ -31,7 +35,7 @@ KINDS = {
     "bitsandbytes (4 bits)": {"weight": (U8, 16, 1), "weight.absmax": (F32, 1)},
     "bitsandbytes (INT8)": {"weight": (np.int8, 4, 8), "SCB": (F32, 4)},
     "FP8 without scales": {"weight": (E4M3, 4, 8)},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -19,8 +19,10 @@ def test_k2_has_the_tensors_of_its_manifest():
     for dtype, shape in found.values():
         sizes[str(dtype)] = sizes.get(str(dtype), 0) + int(np.prod(shape)) * dtype.itemsize
     assert sizes == {
-        "float8_e4m3fn": 1_023_893_241_856, "bfloat16": 5_029_941_936, "float32": 250_072_928,
-    }  # fmt: skip
+        "float8_e4m3fn": 1_023_893_241_856,
+        "bfloat16": 5_029_941_936,
+        "float32": 250_072_928,
+    }
     first = [n for n in found if ".layers.0." in n]
     last = [n for n in found if ".layers.7." in n]
     assert len(first) == 21 and len(last) == 2_327

@@ -19,18 +19,48 @@ from k2jax.weights.source import initial_params, load, open_source
 
 # As transformers 5 writes it: rope_theta inside rope_parameters.
 PUBLISHED = {
-    "model_type": "deepseek_v3", "vocab_size": 24, "hidden_size": 8, "first_k_dense_replace": 1,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "q_lora_rank": 6, "kv_lora_rank": 10,
-    "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3, "intermediate_size": 12,
-    "n_routed_experts": 4, "moe_intermediate_size": 6, "num_experts_per_tok": 2,
-    "n_shared_experts": 1, "routed_scaling_factor": 2.0, "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 64, "n_group": 1, "topk_group": 1,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}, "dtype": "bfloat16",
-}  # fmt: skip
+    "model_type": "deepseek_v3",
+    "vocab_size": 24,
+    "hidden_size": 8,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "q_lora_rank": 6,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 4,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 3,
+    "intermediate_size": 12,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 64,
+    "n_group": 1,
+    "topk_group": 1,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    "dtype": "bfloat16",
+}
 CONFIG = ModelConfig(
-    vocab=24, embed=8, dense_layers=1, moe_layers=2, heads=4, q_rank=6, kv_rank=10, nope=4, rope=2,
-    value=3, ffw=12, experts=4, expert_ffw=6, experts_per_token=2, routed_scale=2.0, context=64,
-)  # fmt: skip
+    vocab=24,
+    embed=8,
+    dense_layers=1,
+    moe_layers=2,
+    heads=4,
+    q_rank=6,
+    kv_rank=10,
+    nope=4,
+    rope=2,
+    value=3,
+    ffw=12,
+    experts=4,
+    expert_ffw=6,
+    experts_per_token=2,
+    routed_scale=2.0,
+    context=64,
+)
 LEAVES = specs(Kimi(CONFIG))
 
 

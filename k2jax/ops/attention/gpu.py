@@ -63,9 +63,14 @@ def is_supported(q_BHTC: jax.Array, v_BHSV: jax.Array) -> bool:
 
 
 def forward(
-    q_BHTC: jax.Array, k_BHSC: jax.Array, v_BHSV: jax.Array, segment_BT: jax.Array,
-    *, scale: float, sizes: BlockSizes = FORWARD,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    q_BHTC: jax.Array,
+    k_BHSC: jax.Array,
+    v_BHSV: jax.Array,
+    segment_BT: jax.Array,
+    *,
+    scale: float,
+    sizes: BlockSizes = FORWARD,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute `y_BHTV`; each query's largest logit and log of the sum of exponentials, [B, H, T].
 
     Args:

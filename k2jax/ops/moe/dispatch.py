@@ -64,9 +64,12 @@ def dispatch_allgather(
 
 
 def dispatch_alltoall(
-    x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, weights: Weights,
+    x_ND: jax.Array,
+    expert_NK: jax.Array,
+    weight_NK: jax.Array,
+    weights: Weights,
     dispatch: Dispatch,
-) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, jax.Array]:
     """Run this device's tokens through their experts.
 
     An output is weighted on its expert's device, and a token's outputs are summed in float32 on the

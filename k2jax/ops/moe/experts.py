@@ -67,12 +67,15 @@ def sorted_expert_mlp(
     """
     rows_M = jnp.arange(x_MD.shape[0], dtype=jnp.int32)
     return jax.lax.platform_dependent(
-        x_MD, weight_M1, weights, size_E,
+        x_MD,
+        weight_M1,
+        weights,
+        size_E,
         cpu=lambda x, weight, weights, size: expert_mlp_by_blocks(
             x, rows_M, rows_M, size, weight, weights
         ),
         default=sorted_expert_mlp_by_groups,
-    )  # fmt: skip
+    )
 
 
 def sorted_expert_mlp_by_groups(
@@ -90,9 +93,13 @@ def sorted_expert_mlp_by_groups(
 
 
 def expert_mlp_by_groups(
-    x_ND: jax.Array, order_M: jax.Array, place_M: jax.Array, size_E: jax.Array,
-    weight_NK: jax.Array, weights: Weights,
-) -> jax.Array:  # fmt: skip
+    x_ND: jax.Array,
+    order_M: jax.Array,
+    place_M: jax.Array,
+    size_E: jax.Array,
+    weight_NK: jax.Array,
+    weights: Weights,
+) -> jax.Array:
     """Compute `expert_mlp` of sorted pairs by grouped products."""
     x_MD = permute_tokens(x_ND, order_M, place_M)
     weight_M1 = permute_rows(weight_NK.reshape(-1, 1), order_M, place_M)

@@ -60,9 +60,13 @@ def _outer(a_BK: jax.Array, b_BN: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def expert_mlp_by_blocks(
-    x_ND: jax.Array, order_M: jax.Array, place_M: jax.Array, size_E: jax.Array,
-    weight_NK: jax.Array, weights: Weights,
-) -> jax.Array:  # fmt: skip
+    x_ND: jax.Array,
+    order_M: jax.Array,
+    place_M: jax.Array,
+    size_E: jax.Array,
+    weight_NK: jax.Array,
+    weights: Weights,
+) -> jax.Array:
     """Compute `expert_mlp` of sorted pairs, block by block."""
     return _forward(x_ND, order_M, place_M, size_E, weight_NK, weights)[0]
 

@@ -46,9 +46,14 @@ def _divisor(width: int, most: int) -> int:
 
 
 def grouped_matmul(
-    x_MK: jax.Array, w: jax.Array, size_E: jax.Array, *, transposed: bool = False,
-    rows: int = ROWS, interpret: bool = False,
-) -> jax.Array:  # fmt: skip
+    x_MK: jax.Array,
+    w: jax.Array,
+    size_E: jax.Array,
+    *,
+    transposed: bool = False,
+    rows: int = ROWS,
+    interpret: bool = False,
+) -> jax.Array:
     """Multiply each row by the matrix of its group; 0 for rows of no group.
 
     Args:

@@ -61,9 +61,10 @@ def test_values_gradients_and_largest_logits_are_those_of_whole_scores(length):
 
 @pytest.mark.parametrize("length", [64, 2 * ATTENTION_BLOCK])
 @pytest.mark.parametrize(
-    "config", [MeshConfig(data=2, model=2), MeshConfig(context=2), MeshConfig(model=2, context=2)],
+    "config",
+    [MeshConfig(data=2, model=2), MeshConfig(context=2), MeshConfig(model=2, context=2)],
     ids=str,
-)  # fmt: skip
+)
 def test_on_a_mesh_they_are_those_of_one_device(config, length):
     inputs = drawn(length)
     right = differentiated(sharded_attention)(*inputs)

@@ -80,9 +80,11 @@ def compiled(dispatch):
         return y, jax.lax.pmean(dropped, ("data", "expert"))
 
     body = jax.shard_map(
-        one, in_specs=(tokens, tokens, tokens, (experts,) * 2), out_specs=(tokens, P()),
+        one,
+        in_specs=(tokens, tokens, tokens, (experts,) * 2),
+        out_specs=(tokens, P()),
         check_vma=False,
-    )  # fmt: skip
+    )
     return differentiated(body)
 
 
