@@ -1,4 +1,4 @@
-"""DeepSeek-V3, whose architecture K2 takes over [DSV3-TR; spec 1.1]."""
+"""DeepSeek-V3, whose architecture K2 takes over [DSV3-TR]."""
 
 from k2jax.config import (
     DataConfig,

@@ -1,4 +1,4 @@
-"""Kimi K2 and its releases [K2-TR table 2; spec 1.1]. One architecture; rotary settings differ.
+"""Kimi K2 and its releases [K2-TR table 2]. One architecture; rotary settings differ.
 
 K2's training in stages [K2-TR 2.4; spec 3.1], each from the weights of the one before, all with
 batches of 2**26 tokens on 1,024 chips:

@@ -1,4 +1,4 @@
-"""Moonlight, the 16B model that Muon was scaled on [ML; spec 1.1]."""
+"""Moonlight, the 16B model that Muon was scaled on [ML]."""
 
 from k2jax.config import (
     DataConfig,

@@ -7,11 +7,11 @@ from k2jax.config import MESH_AXES
 # Outside the experts tokens are spread over all of these, so no device idles.
 BATCH = ("replica", "data", "expert")
 
-# Training. STORAGE axes only say where weights rest (FSDP): they are gathered just before use.
-# Experts are split over `expert` anyway, so they rest split over `data` and `context` too. The
-# rest, 1% of K2, is split over one axis only: TPUs gather over a whole pod by an all-reduce, for
-# twice the bytes.
-TRAIN: Mapping[str, tuple[str, ...]] = {
+# STORAGE axes only split stored weights (FSDP); weights are gathered just before use. Experts are
+# already split over `expert`, so their storage is split over `data` and `context` too. All other
+# weights, 1% of K2, are split over one axis only: TPUs gather over a whole pod by an all-reduce,
+# for twice the bytes.
+LAYOUT: Mapping[str, tuple[str, ...]] = {
     "batch": BATCH,
     "length": ("context",),
     "vocab": ("model",),
@@ -34,12 +34,12 @@ def split(axis: str | None, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
     Args:
         axis: its name; None: no axis of a parameter.
-        sizes: of the mesh axes; empty where there is no mesh. What would rest whole because these
-            are 1 is split over `data`.
+        sizes: of the mesh axes; empty where there is no mesh. A storage axis that these would
+            leave whole is split over `data`.
     """
-    axes = TRAIN.get(axis or "", ())
+    axes = LAYOUT.get(axis or "", ())
     alone = axis in STORAGE and sizes and all(sizes[name] == 1 for name in axes)
     return ("data",) if alone else axes
 
 
-assert {axis for split in TRAIN.values() for axis in split} <= set(MESH_AXES)
+assert {axis for axes in LAYOUT.values() for axis in axes} <= set(MESH_AXES)

@@ -47,7 +47,7 @@ NO_YARN = {"model.yarn.factor": 1}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Yarn:
-    """Context extension of the rotary frequencies; factor 1 is plain RoPE. Source: spec 1.6."""
+    """Context extension of the rotary frequencies; factor 1 is plain RoPE [JLE]."""
 
     factor: float = knob(1.0, "context extension; 1 is plain RoPE", low=1)
     beta_fast: float = knob(
@@ -136,7 +136,7 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """What attention logits are multiplied by, YaRN's mscale squared included [spec 1.6]."""
+        """Factor on attention logits, including YaRN's mscale squared [JLE]."""
         scale = (self.nope + self.rope) ** -0.5
         return scale * yarn_scale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
 

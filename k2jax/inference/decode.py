@@ -2,7 +2,7 @@
 
 The cache has `kv_rank + rope` numbers per token and layer, not a key and a value per head. The key
 and value projections are applied to the query and to the mixed latent instead, so keys and values
-of single heads are never computed [DSV3 model.py, "absorb"; spec 1.4].
+of single heads are never computed [DSV3 model.py, "absorb"].
 
 Prompts of unequal length begin together at slot 0 and are padded at the end; generated tokens go to
 the same slots in all rows, after the longest prompt. Slots and positions therefore differ: a row's

@@ -23,7 +23,7 @@ def frequencies(cfg: ModelConfig) -> np.ndarray:
     YaRN keeps pairs that turn more than `beta_fast` times in the original context, divides by
     `factor` those that turn less than `beta_slow` times, and interpolates linearly in between. It
     applies at every position, short rows included.
-    Source: [JLE] modeling_deepseek.py 225-330; spec 1.6.
+    Source: [JLE] modeling_deepseek.py 225-330.
     """
     dim, yarn = cfg.rope, cfg.yarn
 

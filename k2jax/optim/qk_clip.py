@@ -24,7 +24,7 @@ def qk_clip(
 ) -> optax.GradientTransformationExtraArgs:
     """Clip after the step: put it last in the chain.
 
-    Per head, with gamma = shrink(logit_max, tau): the content part of queries is scaled by
+    Per head, with gamma = clip_factor(logit_max, tau): the content part of queries is scaled by
     gamma^alpha, that of keys by gamma^(1 - alpha), the rotary part of queries by gamma. The shared
     rotary key and the values are left alone. Logits of the same inputs under otherwise equal
     weights are then scaled by gamma. Momentum is not touched.

@@ -16,7 +16,7 @@ def active_size(leaf: ParamSpec, cfg: ModelConfig) -> int:
 
 
 def count_parameters(cfg: ModelConfig) -> dict[str, int]:
-    """Count all parameters, and those that work on a token. Source: spec 1.9.
+    """Count all parameters, and those that work on a token. Source: [K2-TR].
 
     Keys: `total_parameters`; `active_matmul_parameters` (of the layers), the same
     `..._with_head`, `..._with_head_and_embedding`; `active_parameters` with norms and biases, and
@@ -48,7 +48,7 @@ def count_parameters(cfg: ModelConfig) -> dict[str, int]:
 def count_flops(cfg: ModelConfig, context: int) -> dict[str, int]:
     """Count floating-point operations, a multiplication and an addition each one.
 
-    Source: spec 1.10. Keys: `matmul_flops_per_token` (forward);
+    Keys: `matmul_flops_per_token` (forward);
     `attention_flops_per_token_per_key` (forward, for each key attended); `absorbed_attention_...`
     (the same in decoding from the latent cache); `forward_flops_per_token` at `context`, causal
     average; `mtp_flops_per_token`, the same of the MTP layers with a head each;

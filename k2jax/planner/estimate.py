@@ -67,7 +67,7 @@ class Estimate(Roofline):
         return max(self.roofline.values())
 
     def mfu(self, seconds: float) -> float:
-        """Share of peak that a step of so many seconds would use for what spec 1.10 counts."""
+        """Share of peak that a step of so many seconds would use for the model's own operations."""
         run = self.case.run
         tokens = run.data.rows * run.data.context / self.target.devices
         flops = count_flops(run.model, run.data.context)["train_flops_per_token"]

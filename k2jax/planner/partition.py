@@ -5,7 +5,7 @@ import math
 
 from k2jax.config import MeshConfig, ModelConfig
 from k2jax.params.spec import ParamSpec
-from k2jax.sharding.table import STORAGE, TRAIN, split
+from k2jax.sharding.table import LAYOUT, STORAGE, split
 
 
 def count_shards(leaf: ParamSpec, mesh: MeshConfig, gathered: bool = False) -> int:
@@ -36,7 +36,7 @@ def _axes_and_shards(
 def indivisible_axis(cfg: ModelConfig, mesh: MeshConfig, context: int) -> str:
     """Find the logical axis that the mesh does not divide; empty where it divides all."""
     sizes = mesh.sizes
-    for axis in TRAIN:
+    for axis in LAYOUT:
         if axis == "batch" or (axis == "ffw" and not cfg.dense_layers):
             continue
         size = context if axis == "length" else cfg.size(axis)

@@ -179,8 +179,10 @@ class _Training:
 
     def __init__(self, run: RunConfig, out: Path, say: Say, began: float):
         self.run, self.out, self.began = run, out, began
-        self.first = jax.process_index() == 0  # the others print and write nothing but checkpoints
-        self.say = say if self.first else _say_nothing
+        self.is_main = (
+            jax.process_index() == 0
+        )  # the others print and write nothing but checkpoints
+        self.say = say if self.is_main else _say_nothing
         self.program = build(run)
         sharding.check_divisible(self.program.specs, run.mesh, run.data.context)
         trackers.require_packages(run)
@@ -224,7 +226,7 @@ class _Training:
     def _preflight(self, init: str, latest: int | None, tokenizer: str) -> None:
         """Find mistakes first: compiling cannot be interrupted."""
         check(self.run.data.path, tokenizer, self.run.model.vocab)
-        if self.first:
+        if self.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.out).close()
         if jax.default_backend() != "cpu":
@@ -253,7 +255,7 @@ class _Training:
         return data
 
     def _write_run_files(self, data: Data, init: str, resumed: bool, trained: bool) -> None:
-        if not self.first:
+        if not self.is_main:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         if resumed:
@@ -298,7 +300,7 @@ class _Training:
         def dashboard(start: int) -> Dashboard:
             return Dashboard(run, start, self.say, self.began)
 
-        metrics_file = self.out / METRICS if self.first else None
+        metrics_file = self.out / METRICS if self.is_main else None
         callbacks = [
             Profile(Profiler(run, self.out, recovery.events)),
             CompileEarly(programs.start_evaluation),
@@ -322,7 +324,7 @@ class _Training:
         )
 
     def _read_batches(self, data: Data, start: int) -> Iterator[dict[str, np.ndarray]]:
-        """Make the batches of the steps after `start` in a thread, those that are left out not."""
+        """Prefetch, in a thread, the batches after `start`, skipping those left out."""
         run, order = self.run, self.recovery.order
         batches = Batches(data.train, run.data.rows, run.data.context, run.data.seed)
         if isinstance(data.train, Mixture):
@@ -368,19 +370,17 @@ class _Training:
             signals.interrupt_from_now_on()
             self._final_report(model, data, programs, closing)
         except Interrupted:
-            steps = self.run.train.steps
-            self.say(
-                f"stopped; step {steps} is saved, and the same command scores and plots the run"
-            )
+            step = f"step {self.run.train.steps}"
+            self.say(f"stopped; {step} is saved, and the same command scores and plots the run")
 
     def _final_report(
         self, model: Model, data: Data, programs: Programs, closing: Callable[[Model], None] | None
     ) -> None:
         """Score all held-out text and compare it with compressors, call `closing`, and plot."""
         score = self._score(model.params, data, programs)
-        if self.first and not score:
+        if self.is_main and not score:
             self.say("held out: no token is to be learned, so none is scored")
-        elif self.first:
+        elif self.is_main:
             packed = compressors(data.heldout_texts())
             self.say(
                 f"held out: {score['heldout_bits_per_byte']:.4f} bits per byte,"
@@ -389,7 +389,7 @@ class _Training:
             )
         if closing:
             closing(model)
-        if self.first:
+        if self.is_main:
             plot_metrics(self.out / METRICS, self.out / PLOT, self.run.name)
             seconds = time.perf_counter() - self.began
             self.say(f"{self.out}: checkpoints, {METRICS}, {PLOT} ({seconds:.0f} s in all)")

@@ -66,7 +66,7 @@ def make_step(
         trainable, fixed = split_trainable(state.params, specs)
         grads, aux = compute_gradients(objective, trainable, fixed, batch)
         updates, opt = tx.update(grads, state.opt, trainable, logit_max=aux.logit_max)
-        moved = move_biases(run, specs, fixed, aux.load)
+        bias_updates = move_biases(run, specs, fixed, aux.load)
         grad_norm, update_norm = (jnp.sqrt(_squares(tree)) for tree in (grads, updates))
         # NaN is below nothing; a head that saw no token has -inf.
         loss = aux.metrics["loss"]
@@ -76,7 +76,7 @@ def make_step(
         good &= targets > 0
         if not run.optim.weight_decay:  # else a weight's decay is part of its update
             good &= jnp.isfinite(_squares(trainable))
-        new = State(optax.apply_updates(trainable | fixed, updates | moved), opt)
+        new = State(optax.apply_updates(trainable | fixed, updates | bias_updates), opt)
         norms = {"grad_norm": grad_norm, "update_norm": update_norm}
         metrics = _measure(run, specs, aux, norms) | {"skipped": 1.0 - good, "targets": targets}
         return _choose(good, new, state), metrics
@@ -161,10 +161,10 @@ def _measure(
 ) -> Metrics:
     load, top_LH = aux.load, aux.logit_max
     # As a float: the count of a 1T model is no int32.
-    moved = float(sum(math.prod(s.shape) for s in specs.values() if s.group != "bias"))
+    trainable_count = float(sum(math.prod(s.shape) for s in specs.values() if s.group != "bias"))
     metrics = norms | {
         "aux_loss": aux.aux_loss,
-        "update_rms": norms["update_norm"] / moved**0.5,
+        "update_rms": norms["update_norm"] / trainable_count**0.5,
         "logit_max": top_LH.max(),
         "logit_max_layers": top_LH.max(axis=-1),
         "load_max": (load.max(axis=-1) / load.mean(axis=-1)).mean(),
@@ -196,7 +196,7 @@ class Program:
 
     @property
     def dispatch(self) -> Dispatch:
-        """Return how tokens meet their experts."""
+        """How tokens are sent to their experts."""
         return Dispatch(self.run.train.dispatch, self.run.train.buffer)
 
     def init(self, params: Params) -> State:
@@ -226,7 +226,7 @@ class Program:
 
     @property
     def micro_shape(self) -> tuple[int, int]:
-        """Count the rows and the tokens of a micro-batch."""
+        """Rows, and tokens per row, of a micro-batch."""
         return self.run.data.rows // self.run.train.accumulate, self.run.data.context
 
     def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

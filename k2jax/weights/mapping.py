@@ -1,6 +1,6 @@
 """Published tensors and our stacked arrays: which is which, checked, read and written.
 
-Source: spec 4.1 and 4.4 for names.
+Names: the releases' own index files [JLE].
 """
 
 import itertools

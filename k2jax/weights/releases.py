@@ -1,6 +1,7 @@
 """What the published files of each release hold: names, shapes and dtypes of all tensors.
 
-Source: spec 4 ([JLE manifest] for K2, [K25DUMP] for K2.5, [DSV3 README_WEIGHTS] for the MTP layer).
+Source: the published index files ([JLE manifest] for K2, [K25DUMP] for K2.5, [DSV3
+README_WEIGHTS] for the MTP layer).
 """
 
 import dataclasses
