@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import SIZES, own_caches, terminating
+from small_runs import SIZES, own_caches, terminating
 
 from k2jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from k2jax.training.loop import train

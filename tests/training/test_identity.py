@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import changed
+from small_runs import changed
 
 from k2jax.config import ConfigError
 from k2jax.data import open_data

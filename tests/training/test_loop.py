@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import changed, content, losses
+from small_runs import changed, content, losses
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError, MeshConfig, to_json

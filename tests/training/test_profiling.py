@@ -1,6 +1,6 @@
 """What a step costs: rates, and a trace of a window of steps."""
 
-from runs import changed, events, terminating
+from small_runs import changed, events, terminating
 
 from k2jax.training.loop import train
 from k2jax.training.profiling import Speed

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import changed, damage, events, losses, state, state_of, terminating
+from small_runs import changed, damage, events, losses, state, state_of, terminating
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError, RunConfig, to_json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import changed, content, damage, losses, state, terminating
+from small_runs import changed, content, damage, losses, state, terminating
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError, MeshConfig

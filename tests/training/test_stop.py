@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import SIZES, changed
+from small_runs import SIZES, changed
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import RunConfig
