@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from small_model import SIZES
 
 import k2jax
 from k2jax import cli
@@ -61,28 +62,12 @@ def test_train_load_and_evaluate_work_from_python(tmp_path, monkeypatch):
     for number in range(30):
         lines = (f"def f{number}_{i}(x): return x + {i * number}\n" for i in range(20))
         (tmp_path / f"text/{number}.py").write_text("".join(lines))
-    sizes = {
-        "vocab": 576,
-        "embed": 16,
-        "moe_layers": 1,
-        "heads": 2,
-        "q_rank": 8,
-        "kv_rank": 8,
-        "nope": 4,
-        "rope": 4,
-        "value": 4,
-        "ffw": 16,
-        "experts": 4,
-        "expert_ffw": 8,
-        "experts_per_token": 2,
-        "context": 32,
-    }
     reports: list[str] = []
     model = k2jax.train(
         "tiny",
         tmp_path / "run",
         say=reports.append,
-        model=sizes,
+        model=SIZES,
         data={"path": tmp_path / "text", "context": 32},
         train={"steps": 2, "eval_every": 0},
         optim={"name": "adamw", "warmup": 1},

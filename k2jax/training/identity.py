@@ -52,6 +52,10 @@ class Identity:
         except (OSError, ValueError, TypeError):
             raise ConfigError(f"{file} is damaged; it says what data the run has seen") from None
 
+    def write(self, out: Path) -> None:
+        """Write it into a run's folder."""
+        write_atomic(out / NAME, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
 
 def choose_tokenizer(
     run: RunConfig, out: Path, init: str, resumed: bool, say: Callable[[str], None]
@@ -115,7 +119,7 @@ def record(data: Data, out: Path, init: str, trained: bool) -> None:
     """
     identity = Identity(data.tokenizer.digest(), data.fingerprint, trained)
     data.tokenizer.save(out / FILE)
-    write_atomic(out / NAME, json.dumps(dataclasses.asdict(identity), indent=1) + "\n")
+    identity.write(out)
     folder = open_source(init).folder if init else None
     if not folder or folder == out or not (folder / FILE).is_file():
         return
@@ -130,5 +134,4 @@ def complete(data: Data, out: Path) -> None:
     if not (out / FILE).is_file():
         data.tokenizer.save(out / FILE)
     if not (out / NAME).is_file():
-        identity = Identity(data.tokenizer.digest(), data.fingerprint, trained=False)
-        write_atomic(out / NAME, json.dumps(dataclasses.asdict(identity), indent=1) + "\n")
+        Identity(data.tokenizer.digest(), data.fingerprint, trained=False).write(out)

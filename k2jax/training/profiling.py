@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from k2jax.config import ConfigError, RunConfig
+from k2jax.config import ConfigError, RunConfig, one_line
 from k2jax.params.counts import count_flops
 from k2jax.runtime.hardware import peak_of
 from k2jax.runtime.memory import resident
@@ -75,8 +75,7 @@ class Profiler:
             try:
                 jax.profiler.start_trace(self.out / PROFILE)
             except Exception as error:
-                line = str(error).splitlines()[0]
-                raise ConfigError(f"train.profile cannot start: {line}") from error
+                raise ConfigError(f"train.profile cannot start: {one_line(error)}") from error
         if step in self.window:
             self.traced.append(step)
 

@@ -10,28 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from small_model import SIZES
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.cluster import EXIT_RETRY
 from k2jax.training.metrics import read_metrics
 
-SIZES = {
-    "vocab": 576,
-    "embed": 16,
-    "dense_layers": 1,
-    "moe_layers": 1,
-    "heads": 2,
-    "q_rank": 8,
-    "kv_rank": 8,
-    "nope": 4,
-    "rope": 4,
-    "value": 4,
-    "ffw": 16,
-    "experts": 4,
-    "expert_ffw": 8,
-    "experts_per_token": 2,
-    "context": 32,
-}
 # XLA's CPU products split their sums by the threads of a process: as many in every process, what
 # one process of 8 devices has anyway.
 THREADS = "8"

@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from small_runs import SIZES, own_caches, terminating
+from small_model import SIZES
+from small_runs import own_caches, terminating
 
 from k2jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from k2jax.training.loop import train

@@ -17,24 +17,6 @@ from k2jax.params.arrays import initial
 from k2jax.training.metrics import read_metrics
 from k2jax.training.step import build
 
-SIZES = {
-    "vocab": 576,
-    "embed": 16,
-    "dense_layers": 1,
-    "moe_layers": 1,
-    "heads": 2,
-    "q_rank": 8,
-    "kv_rank": 8,
-    "nope": 4,
-    "rope": 4,
-    "value": 4,
-    "ffw": 16,
-    "experts": 4,
-    "expert_ffw": 8,
-    "experts_per_token": 2,
-    "context": 32,
-}
-
 
 def terminating(step: int, lines: list[str], after: str = ""):
     """A `say` that keeps the lines and sends this process SIGTERM in the given step.

@@ -7,33 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import steps
 
-from k2jax.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from k2jax.config import DataConfig, OptimConfig, TrainConfig
 from k2jax.model import Kimi, Policy, hidden, losses
 from k2jax.model.batch import Batch
 from k2jax.params.arrays import bind, initial
 from k2jax.training.step import build, make_step
 
 ROWS, LENGTH, STEPS = 4, 12, 8
-RUN = RunConfig(
-    model=ModelConfig(
-        vocab=64,
-        embed=16,
-        dense_layers=1,
-        moe_layers=1,
-        heads=2,
-        q_rank=8,
-        kv_rank=8,
-        nope=4,
-        rope=4,
-        value=4,
-        ffw=16,
-        experts=4,
-        expert_ffw=8,
-        experts_per_token=2,
-        context=32,
-        init_std=0.1,
-    ),
+RUN = dataclasses.replace(
+    steps.RUN,
+    model=dataclasses.replace(steps.RUN.model, vocab=64, init_std=0.1),
     data=DataConfig(rows=ROWS, context=LENGTH),
     optim=OptimConfig(name="adamw", learning_rate=2e-2, warmup=1),
     train=TrainConfig(steps=100, dtype="float32", remat="none"),

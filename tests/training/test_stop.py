@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import SIZES, changed
+from small_model import SIZES
+from small_runs import changed
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import RunConfig

@@ -1,0 +1,19 @@
+"""Sizes of the model that tests of whole runs train: the smallest that has every part."""
+
+SIZES = {
+    "vocab": 576,
+    "embed": 16,
+    "dense_layers": 1,
+    "moe_layers": 1,
+    "heads": 2,
+    "q_rank": 8,
+    "kv_rank": 8,
+    "nope": 4,
+    "rope": 4,
+    "value": 4,
+    "ffw": 16,
+    "experts": 4,
+    "expert_ffw": 8,
+    "experts_per_token": 2,
+    "context": 32,
+}
