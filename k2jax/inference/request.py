@@ -106,7 +106,7 @@ class Request:
         prompt: token ids, at least one.
         max_new_tokens: 0 only where `prompt_logprobs` are asked for.
         sampling: how tokens are chosen.
-        stop_ids: ids that end the sequence; the id itself is not among the new tokens.
+        stop_ids: ids that end the sequence.
         stop: texts that end it, also across token borders; the text ends before them.
         logprobs: n: log-probabilities of each new token and of the n likeliest, by the model alone:
             before penalties, bias, constraint and temperature. None: none.
@@ -140,9 +140,9 @@ class Output:
     """One event of a request: what is new since the last one. The last has a `finish_reason`.
 
     Attributes:
-        ids: new tokens.
-        text: of new tokens; "" without a tokenizer. Incomplete characters and what may become a
-            stop text are held back.
+        ids: new tokens; the last one may be a stop id.
+        text: of new tokens, but for a stop id; "" without a tokenizer. Incomplete characters and
+            what may become a stop text are held back.
         logprobs: one for each of `ids`, if asked for.
         prompt_logprobs: of the prompt from `prompt_logprobs_from` on, with the first event; None
             for the prompt's first token.
@@ -188,8 +188,8 @@ class EngineSettings:
         cache_tokens: tokens whose latents fit in memory, all sequences together; 0: `rows` times
             the model's context, at most 4,096 a row.
         queue: requests that wait at most; `submit` then raises QueueFull.
-        prefill_tokens: tokens of prompts that a step reads while others get new tokens; it bounds
-            how much a long prompt slows them. 0: chosen by the device.
+        prefill_share: share of the time that prompts may take while others get new tokens: with
+            0.5 a long prompt makes their tokens take twice the time. 1: prompts first.
         prefix_cache: keep the latents of prompts for requests that begin alike.
         deterministic: a request's tokens depend on the request alone; False: faster where
             products of different sizes are, and tokens may differ in last bits.
@@ -198,7 +198,7 @@ class EngineSettings:
     rows: int = 16
     cache_tokens: int = 0
     queue: int = 1024
-    prefill_tokens: int = 0
+    prefill_share: float = 0.5
     prefix_cache: bool = True
     deterministic: bool = True
 
@@ -210,32 +210,40 @@ class EngineStats:
     Attributes:
         running: sequences that have a row.
         waiting: requests in the queue.
-        pages: of the cache, scratch aside.
+        rows: most sequences that run.
+        pages_total: of the cache, scratch aside.
         pages_used: that running sequences hold.
         pages_cached: that only the prefix cache holds.
-        finished: requests that ended, by reason.
-        prompt_tokens: of requests that have begun.
-        cached_tokens: of those, from the prefix cache.
-        new_tokens: chosen.
-        preemptions: sequences that gave their pages up and were computed again.
-        steps: of the engine.
-        drafted: tokens that MTP layers proposed.
-        accepted: of those, what the model would have chosen too.
+        prompt_tokens_total: of requests that have begun.
+        cached_tokens_total: of those, from the prefix cache.
+        new_tokens_total: chosen.
+        steps_total: of the engine.
+        preemptions_total: sequences that gave their pages up and were computed again.
+        finished_stop_total: requests that ended by a stop id, a stop text or their constraint.
+        finished_length_total: by `max_new_tokens`.
+        finished_abort_total: by `abort`.
+        finished_error_total: by an error of their own.
+        drafted_total: tokens that MTP layers proposed.
+        accepted_total: of those, what the model would have chosen too.
     """
 
     running: int = 0
     waiting: int = 0
-    pages: int = 0
+    rows: int = 0
+    pages_total: int = 0
     pages_used: int = 0
     pages_cached: int = 0
-    finished: dict[str, int] = dataclasses.field(default_factory=dict)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    new_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    prompt_tokens_total: int = 0
+    cached_tokens_total: int = 0
+    new_tokens_total: int = 0
+    steps_total: int = 0
+    preemptions_total: int = 0
+    finished_stop_total: int = 0
+    finished_length_total: int = 0
+    finished_abort_total: int = 0
+    finished_error_total: int = 0
+    drafted_total: int = 0
+    accepted_total: int = 0
 
 
 def check_request(request: Request, vocab: int, context: int, has_text: bool) -> None:
