@@ -1,9 +1,12 @@
 """What a tokenizer and a chat template are, whichever format a model's folder has them in."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Part(NamedTuple):
@@ -16,11 +19,16 @@ class Part(NamedTuple):
 class Template(Protocol):
     """Turns a conversation into what the model reads."""
 
+    @property
+    def thinks(self) -> bool:
+        """Whether assistants' turns may begin with a thought."""
+
     def parts(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         prompt: bool = True,
+        variables: Mapping[str, Any] = NOTHING,
     ) -> list[Part]:
         """The conversation, piece by piece; see `k2jax.text.kimi_template.KimiTemplate`."""
 

@@ -14,13 +14,16 @@ from typing import Any, NoReturn
 from k2jax.config import ConfigError, one_line
 from k2jax.text import hf_tokenizer as hf
 from k2jax.text import typescript
-from k2jax.text.interface import Part
+from k2jax.text.interface import NOTHING, Part
 from k2jax.text.kimi_template import SPELLED_OUT
 from k2jax.text.messages import Message, check_messages, check_tools
 
 TEMPLATE = "chat_template.jinja"
 # Where a template asks for this, published code gives it the tools as TypeScript (K2.5 and later).
 TYPESCRIPT = "tools_ts_str"
+RESERVED = ("messages", "tools", "add_generation_prompt", "documents", TYPESCRIPT)
+# How templates read the tools of a message.
+MESSAGE_TOOLS = re.compile(r"""\w\.(get\(\s*['"])?tools\b|\w\[\s*['"]tools['"]\s*\]""")
 PRIVATE = range(0xE000, 0xF8FF)  # characters that mean nothing
 
 
@@ -57,6 +60,11 @@ class FolderTemplate:
                 f"{name} is no template that jinja2 reads: {one_line(error)}"
             ) from None
 
+    @property
+    def thinks(self) -> bool:
+        """Whether it knows of thoughts."""
+        return any(SPELLED_OUT[1] in source for source in self._sources.values())
+
     @classmethod
     def load(
         cls, folder: str | os.PathLike[str], specials: Iterable[str]
@@ -92,6 +100,7 @@ class FolderTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         prompt: bool = True,
+        variables: Mapping[str, Any] = NOTHING,
     ) -> list[Part]:
         """The conversation, piece by piece; what messages and tools say is ordinary text.
 
@@ -99,19 +108,18 @@ class FolderTemplate:
             messages: see `k2jax.text.messages`.
             tools: declared as the template does it.
             prompt: open the assistant's turn at the end.
+            variables: that the template reads besides, such as `thinking`.
 
         Raises:
             ConfigError: a message or a tool is malformed, or the template cannot say it.
         """
         turns, declared = check_messages(messages), check_tools(tools)
         kind = "tool_use" if declared and "tool_use" in self._compiled else "default"
-        called = any(turn.get("tool_calls") or turn["role"] == "tool" for turn in turns)
-        for word, needed in (("tools", bool(declared)), ("tool_calls", called)):
-            if needed and word not in self._sources[kind]:
-                raise ConfigError(f"{self._name} leaves out {word}; this model cannot be told them")
-        everything = json.dumps([turns, declared], ensure_ascii=False) + self._sources[kind]
-        joint, trace = _pick_unused(everything)
-        variables = {**self.variables, "add_generation_prompt": prompt, "documents": None}
+        self._check(kind, turns, declared, variables)
+        everything = json.dumps([turns, declared, dict(variables)], ensure_ascii=False)
+        joint, trace = _pick_unused(everything + self._sources[kind])
+        variables = {**self.variables, **_guard_names(variables, self._control, joint)}
+        variables |= {"add_generation_prompt": prompt, "documents": None}
         if TYPESCRIPT in self._sources[kind]:
             declared = typescript.sort_keys(declared)
             if (namespace := typescript.declare_tools(declared)) is not None:
@@ -131,6 +139,28 @@ class FolderTemplate:
         return [
             Part(re.sub(marks, "", piece), i % 2 == 1) for i, piece in enumerate(pieces) if piece
         ]
+
+    def _check(
+        self,
+        kind: str,
+        turns: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+    ) -> None:
+        """Refuse what the template would leave out."""
+        source = self._sources[kind]
+        called = any(turn.get("tool_calls") or turn["role"] == "tool" for turn in turns)
+        for word, needed in (("tools", bool(tools)), ("tool_calls", called)):
+            if needed and word not in source:
+                raise ConfigError(f"{self._name} leaves out {word}; this model cannot be told them")
+        for i, turn in enumerate(turns):
+            if turn.get("tools") and not MESSAGE_TOOLS.search(source):
+                raise ConfigError(
+                    f"messages[{i}].tools: {self._name} reads no tools of a message; give them in"
+                    " 'tools'"
+                )
+        if taken := [name for name in variables if name in RESERVED]:
+            raise ConfigError(f"the template's variable {taken[0]!r} cannot be set")
 
     def _guard(self, turn: Message, joint: str, trace: str, nothing: str | None) -> Message:
         """A message without names of control tokens, `trace` at the end of each call's arguments.

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from k2jax.config import ConfigError
-from k2jax.text.interface import Part, TokenizerLike
+from k2jax.text.interface import NOTHING, Part, TokenizerLike
 from k2jax.text.messages import Message, check_messages, check_tools, renumber_calls
 
 # Text in K2-Thinking, tokens in K2.5: what a tokenizer has no token for is written out.
@@ -45,28 +45,50 @@ class KimiTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         prompt: bool = True,
+        variables: Mapping[str, Any] = NOTHING,
     ) -> list[Part]:
         """The conversation, piece by piece.
 
         Args:
-            messages: see `k2jax.text.messages`. Ids of calls are written as they are.
+            messages: see `k2jax.text.messages`. Ids of calls are written as they are. Tools of a
+                system message are declared before it, as all tools are before everything else
+                (ours: no release that this template is of has them there).
             tools: declared before everything else.
             prompt: open the assistant's turn at the end.
+            variables: of templates that think, `thinking`: False closes the thought of the turn
+                that is opened (as K2.5 does); `preserve_thinking`: all turns keep theirs (as K2.6
+                does). Others are read by no one.
 
         Raises:
             ConfigError: a message or a tool is malformed.
         """
         turns, declared = check_messages(messages), check_tools(tools)
         out: list[Part] = []
-        if declared:
-            listed = json.dumps(declared, ensure_ascii=False, separators=self.separators)
-            out += [SYSTEM, _text("tool_declare"), MIDDLE, _text(listed), END]
+        out += self._declare(declared)
         if self.system and (not turns or turns[0]["role"] != "system"):
             out += [SYSTEM, _text("system"), MIDDLE, _text(self.system), END]
         last = max((i for i, turn in enumerate(turns) if _is_answer(turn)), default=-1)
+        keep_all = bool(variables.get("preserve_thinking"))
         for i, turn in enumerate(turns):
-            out += [*_head(turn), *self._body(turn, i > last), END]
-        return [*out, ASSISTANT, _text("assistant"), MIDDLE] if prompt else out
+            out += self._declare(turn.get("tools") or [])
+            if turn["content"] or not turn.get("tools"):
+                out += [*_head(turn), *self._body(turn, keep_all or i > last), END]
+        if not prompt:
+            return out
+        closed = self.thinks and variables.get("thinking") is False
+        return [
+            *out,
+            ASSISTANT,
+            _text("assistant"),
+            MIDDLE,
+            *([THINK, END_THINK] if closed else []),
+        ]
+
+    def _declare(self, tools: Sequence[Mapping[str, Any]]) -> list[Part]:
+        if not tools:
+            return []
+        listed = json.dumps(tools, ensure_ascii=False, separators=self.separators)
+        return [SYSTEM, _text("tool_declare"), MIDDLE, _text(listed), END]
 
     def _body(self, turn: Message, running: bool) -> Iterator[Part]:
         if turn["role"] == "tool":
@@ -102,6 +124,7 @@ def encode(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] = (),
     prompt: bool = True,
+    variables: Mapping[str, Any] = NOTHING,
 ) -> list[int]:
     """Token ids of a conversation, by the tokenizer's template.
 
@@ -110,6 +133,7 @@ def encode(
         messages: see `k2jax.text.messages`. Calls whose ids are not the model's are renamed.
         tools: what the assistant may call.
         prompt: open the assistant's turn at the end, for it to answer.
+        variables: of the template, such as `thinking`.
 
     Raises:
         ConfigError: there is no template, it lacks tokens, or a message is malformed.
@@ -117,7 +141,7 @@ def encode(
     if tokenizer.template is None:
         raise ConfigError("this model has no chat template; give prompts as plain text")
     turns = renumber_calls(check_messages(messages))
-    return to_ids(tokenizer, tokenizer.template.parts(turns, tools, prompt))
+    return to_ids(tokenizer, tokenizer.template.parts(turns, tools, prompt, variables))
 
 
 def to_ids(tokenizer: TokenizerLike, parts: Sequence[Part]) -> list[int]:

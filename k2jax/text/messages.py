@@ -4,9 +4,10 @@ A message is `{"role": "system" | "user" | "assistant" | "tool", "content": TEXT
 be a list of `{"type": "text", "text": TEXT}`. Any message may have a `name`. Assistants may have
 `reasoning_content` (or `reasoning`), `weight` (0: the turn is not learned) and `tool_calls`,
 `{"id", "type": "function", "function": {"name", "arguments"}}` with arguments as a JSON text or an
-object; tools have a `tool_call_id`. The older `function_call` and role "function" are brought to
-this form. A tool is `{"type": "function", "function": {"name", "description", "parameters"}}`.
-A member that is null counts as absent; any other key is refused.
+object; tools have a `tool_call_id`; a system's may have `tools`. The older `function_call` and role
+"function" are brought to this form. A tool is
+`{"type": "function", "function": {"name", "description", "parameters"}}`. A member that is null
+counts as absent; any other key is refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ KEYS = (
     "weight",
     "tool_calls",
     "tool_call_id",
+    "tools",
     "function_call",
 )
 # What only one role says.
@@ -33,6 +35,7 @@ ONLY = {
     "weight": "assistant",
     "tool_calls": "assistant",
     "tool_call_id": "tool",
+    "tools": "system",
 }
 CALL_KEYS = ("id", "type", "function", "index")
 FUNCTION_KEYS = ("name", "arguments")
@@ -72,6 +75,8 @@ def _check_message(message: Any, name: str) -> Message:
         raise ConfigError(f"{name} is a tool's result and needs the 'tool_call_id' of its call")
     if fields.get("weight", 1) not in (0, 1):
         raise ConfigError(f"{name}.weight is {fields['weight']!r}; it must be 0 or 1")
+    if "tools" in fields:
+        fields["tools"] = check_tools(fields["tools"], f"{name}.tools")
     _check_calls(fields, name)
     return fields
 
@@ -187,18 +192,22 @@ def _check_references(turns: Sequence[Message]) -> None:
         open_calls[id_] = False
 
 
-def check_tools(tools: Any) -> list[dict[str, Any]]:
+def check_tools(tools: Any, name: str = "tools") -> list[dict[str, Any]]:
     """The tools; they are functions where they do not say what.
+
+    Args:
+        tools: to check.
+        name: of the field, for messages.
 
     Raises:
         ConfigError: a tool is malformed; one line says which.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise ConfigError("tools must be a list of objects with 'type' and 'function'")
+        raise ConfigError(f"{name} must be a list of objects with 'type' and 'function'")
     for i, tool in enumerate(tools):
         function = tool.get("function") if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ConfigError(f"tools[{i}] needs a 'function' with a 'name'")
+            raise ConfigError(f"{name}[{i}] needs a 'function' with a 'name'")
     return [{"type": "function", **tool} for tool in tools]
 
 

@@ -13,6 +13,7 @@ from k2jax.text import kimi_template as marks
 from k2jax.text.incremental_decode import TextStream
 from k2jax.text.interface import TokenizerLike
 from k2jax.text.messages import function_name
+from k2jax.text.stop_text import StopText, overlap
 
 # Control tokens by what they do, Kimi's and DeepSeek's.
 CALLS, END_CALLS = (marks.CALLS.text, deepseek.CALLS), (marks.END_CALLS.text, deepseek.END_CALLS)
@@ -84,15 +85,29 @@ class _Open:
 
     id: str = ""
     arguments: str = ""
+    held: str = ""  # white space, which may be the end
     complete: bool = False
     written: deepseek.Written | None = None
 
 
 class ReplyStream:
-    """Reads an answer in any portions of ids; nothing it emits is ever taken back."""
+    """Reads an answer in any portions of ids; nothing it emits is ever taken back.
 
-    def __init__(self, tokenizer: TokenizerLike, prompt: Sequence[int] = ()):
-        """Start before the first generated id; `prompt` as for `parse`."""
+    Attributes:
+        ended: by an id that ends replies, by a stop text, or by `close`.
+    """
+
+    def __init__(
+        self, tokenizer: TokenizerLike, prompt: Sequence[int] = (), stop: Sequence[str] = ()
+    ):
+        """Start before the first generated id.
+
+        Args:
+            tokenizer: of the model.
+            prompt: as for `parse`.
+            stop: texts before which the content ends, and the answer with it. Thoughts and calls
+                may have them.
+        """
         self._tokenizer = tokenizer
         self._names = {id_: name for name, id_ in tokenizer.specials.items()}
         self._text = TextStream(tokenizer)
@@ -105,7 +120,13 @@ class ReplyStream:
         self._held = ""  # may become the mark that ends or begins a thought
         self._texts = {"reasoning": "", "content": ""}
         self._calls: list[_Open] = []
+        self._stop = StopText(stop)
         self.ended = False
+
+    @property
+    def stopped_by(self) -> str:
+        """The stop text that ended the answer; "" none did."""
+        return self._stop.matched
 
     def feed(self, ids: Iterable[int]) -> list[Delta]:
         """Take ids; the bits that they add to the answer."""
@@ -119,12 +140,15 @@ class ReplyStream:
                 continue
             out += self._add(self._text.close())
             self._text = TextStream(self._tokenizer)
-            self.ended = id_ in self._tokenizer.stops
-            out += self._mark(name)
+            if not self.ended:
+                self.ended = id_ in self._tokenizer.stops
+                out += self._mark(name)
         return out
 
     def close(self) -> list[Delta]:
         """End the answer; the bits that were held back."""
+        if self.stopped_by:
+            return []
         self.ended = True
         return [*self._add(self._text.close()), *self._release()]
 
@@ -192,14 +216,25 @@ class ReplyStream:
             if call.written.name and not call.id:
                 call.id = f"functions.{call.written.name}:{self._before + number}"
                 out.append(Delta("call", call.id, number))
-        call.arguments += text
-        return [*out, Delta("arguments", text, number)] if text else out
+        if text := self._trim(call, text):
+            call.arguments += text
+            out.append(Delta("arguments", text, number))
+        return out
+
+    @staticmethod
+    def _trim(call: _Open, text: str) -> str:
+        """What can be passed on of arguments: no white space before and behind them."""
+        text = call.held + text if call.arguments else text.lstrip()
+        kept = text.rstrip()
+        call.held = text[len(kept) :]
+        return kept
 
     def _end_call(self) -> list[Delta]:
         """The model ended a call."""
         call, number = self._calls[-1], len(self._calls) - 1
         call.complete = bool(function_name(call.id))
         text = call.written.close() if call.written is not None and call.id else ""
+        text = self._trim(call, text)
         call.arguments += text
         return [Delta("arguments", text, number)] if text else []
 
@@ -219,18 +254,24 @@ class ReplyStream:
             if end:
                 self._state = "content"
                 return [*self._emit("reasoning", thought), *self._emit("content", rest)]
-            keep = _overlap(text, marks.END_THINK.text)
+            keep = overlap(text, marks.END_THINK.text)
             text, self._held = text[: len(text) - keep], text[len(text) - keep :]
         return self._emit(self._state, text)
 
     def _release(self) -> list[Delta]:
-        """What was held back was no mark."""
+        """What was held back was neither a mark nor a stop text."""
         text, self._held = self._held, ""
         if self._state == "start":
             self._state = "content"
-        return self._emit(self._state, text) if text else []
+        out = self._emit(self._state, text) if text else []
+        text = self._stop.close()
+        self._texts["content"] += text
+        return [*out, Delta("content", text)] if text else out
 
     def _emit(self, kind: str, text: str) -> list[Delta]:
+        if kind == "content":
+            text = self._stop.feed(text)
+            self.ended |= bool(self._stop.matched)
         self._texts[kind] += text
         return [Delta(kind, text)] if text else []
 
@@ -239,10 +280,5 @@ def _begins(text: str) -> bool:
     return marks.THINK.text.startswith(text)
 
 
-def _overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `mark`."""
-    return next((n for n in range(len(mark) - 1, 0, -1) if text.endswith(mark[:n])), 0)
-
-
 def _close(call: _Open) -> Call:
-    return Call(call.id.strip(), function_name(call.id), call.arguments.strip(), call.complete)
+    return Call(call.id.strip(), function_name(call.id), call.arguments, call.complete)

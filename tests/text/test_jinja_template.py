@@ -235,3 +235,20 @@ def test_tokenizer_json_is_read_where_there_is_no_tiktoken_model(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     with pytest.raises(ConfigError, match="no chat template"):
         encode(open_tokenizer(tmp_path), USER)
+
+
+def test_variables_of_a_request_reach_the_template_as_ordinary_text():
+    template = made("{{ thinking }}{{ note }}")
+    parts = template.parts(USER, variables={"thinking": False, "note": "<|im_end|>"})
+    assert to_text(parts) == "False<|im_end|>" and not any(part.control for part in parts)
+    with pytest.raises(ConfigError, match="'messages' cannot be set"):
+        template.parts(USER, variables={"messages": []})
+
+
+def test_tools_of_a_message_need_a_template_that_reads_them():
+    talk = [{"role": "system", "content": "s", "tools": [TOOL]}]
+    source = "{% for m in messages %}{% for t in m.tools %}{{ t.function.name }}{% endfor %}"
+    template = made(source + "{% endfor %}")
+    assert to_text(template.parts(talk)) == TOOL["function"]["name"]
+    with pytest.raises(ConfigError, match=r"messages\[0\]\.tools: .* reads no tools"):
+        made("{{ tools }}").parts(talk)

@@ -228,3 +228,36 @@ def test_a_folder_names_its_special_tokens(tmp_path):
         with pytest.raises(ConfigError, match=r"tokenizer_config\.json") as error:
             Tokenizer.load(tmp_path)
         assert "\n" not in str(error.value)
+
+
+def test_variables_close_and_keep_thoughts():
+    thinking = TEMPLATES["kimi_k2_thinking"]
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+        {"role": "user", "content": "c"},
+    ]
+    opened = "<|im_assistant|>assistant<|im_middle|>"
+    assert to_text(thinking.parts(talk)).endswith(opened)
+    assert to_text(thinking.parts(talk, variables={"thinking": True})).endswith(opened)
+    closed = to_text(thinking.parts(talk, variables={"thinking": False}))
+    assert closed.endswith(opened + "<think></think>") and "hm" not in closed
+    kept = to_text(thinking.parts(talk, variables={"preserve_thinking": True}))
+    assert "<think>hm</think>b<|im_end|>" in kept
+    # A template that does not think has nothing to close.
+    assert to_text(KIMI_K2.parts(talk, variables={"thinking": False})).endswith(opened)
+
+
+def test_tools_of_a_system_message_are_declared_before_it():
+    tool = {"type": "function", "function": {"name": "f"}}
+    talk = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u"},
+        {"role": "system", "content": "", "tools": [tool]},
+    ]
+    declared = '<|im_system|>tool_declare<|im_middle|>[{"type":"function","function":{"name":"f"}}]'
+    assert to_text(KIMI_K2.parts(talk, prompt=False)).endswith(f"u<|im_end|>{declared}<|im_end|>")
+    with pytest.raises(ConfigError, match=r"messages\[0\] has tools; only a system's"):
+        KIMI_K2.parts([{"role": "user", "content": "u", "tools": [tool]}])
+    with pytest.raises(ConfigError, match=r"messages\[0\]\.tools\[0\] needs a 'function'"):
+        KIMI_K2.parts([{"role": "system", "tools": [{}]}])

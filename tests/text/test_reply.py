@@ -283,3 +283,20 @@ def test_a_call_of_deepseeks_that_was_cut_off_is_left_out_of_the_message(rest):
     reply = parse(V3, ids(f"{D.CALLS}{D.CALL}function{D.SEPARATOR}{rest}", V3))
     assert [call.complete for call in reply.calls] == [False]
     assert "tool_calls" not in reply.message()
+
+
+def test_a_stop_text_ends_the_content_alone():
+    said_ids = ids("<think>a STOP b</think>c" + section(call("functions.f:0", '{"a": "STOP"}')))
+    reply = parse(BYTES, said_ids)
+    stream = ReplyStream(BYTES, stop=("STOP",))
+    stream.feed([*said_ids, *ids("d STOP e")])
+    assert stream.ended and stream.stopped_by == "STOP"
+    assert stream.reply() == reply._replace(content="cd ")
+    assert stream.close() == [] and stream.feed(ids("f")) == []
+
+
+def test_what_may_become_a_stop_text_is_held_back_until_a_control_token():
+    stream = ReplyStream(BYTES, stop=("STOP",))
+    assert said(stream.feed(ids("a ST")), "content") == "a "
+    deltas = stream.feed(ids(section(call("functions.f:0", "{}"))))
+    assert deltas[0] == Delta("content", "ST") and not stream.ended
