@@ -10,8 +10,9 @@ if __name__ != "k2jax.sharding":
     raise ImportError("import k2jax.sharding, not sharding; run `pip install -e .` once")
 
 if TYPE_CHECKING:
-    from k2jax.sharding.mesh import make_mesh, mesh_over, use_abstract_mesh
+    from k2jax.sharding.mesh import inference_mesh, make_mesh, mesh_over, use_abstract_mesh
     from k2jax.sharding.rules import (
+        axes_of,
         batch_share,
         check_divisible,
         compute_spec,
@@ -22,15 +23,16 @@ if TYPE_CHECKING:
     )
     from k2jax.sharding.table import BATCH
 
-_HOMES = dict.fromkeys(("make_mesh", "mesh_over", "use_abstract_mesh", "use_mesh_of"), "mesh") | {
-    "BATCH": "table"
-}
+_MESH = ("inference_mesh", "make_mesh", "mesh_over", "use_abstract_mesh", "use_mesh_of")
+_HOMES = dict.fromkeys(_MESH, "mesh") | {"BATCH": "table"}
 
 __all__ = [
     "BATCH",
+    "axes_of",
     "batch_share",
     "check_divisible",
     "compute_spec",
+    "inference_mesh",
     "make_mesh",
     "mesh_over",
     "meshless",

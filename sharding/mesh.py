@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from k2jax.config import MESH_AXES, ConfigError, MeshConfig
 from k2jax.sharding import torus
+from k2jax.sharding.rules import Declared, check_divisible
+from k2jax.sharding.table import INFERENCE_AXES
 
 _TYPES = (AxisType.Explicit,) * len(MESH_AXES)
 
@@ -40,6 +42,37 @@ def mesh_over(devices: Sequence[Any], config: MeshConfig) -> Mesh:
         ConfigError: slices of unlike sizes, or `replica` is no multiple of their number.
     """
     return Mesh(across(devices, config), MESH_AXES, axis_types=_TYPES)
+
+
+def inference_mesh(mesh: Mesh, specs: Mapping[str, Declared]) -> Mesh:
+    """A mesh for inference over a mesh's devices: `replica`, `expert` and `model` only.
+
+    Devices along `data` and `context` join those along `model`, so that weights are split as far
+    as in training; where that does not divide the model, they become replicas.
+
+    Args:
+        mesh: of training, or one for inference already.
+        specs: the parameters.
+
+    Raises:
+        ConfigError: neither divides the model.
+    """
+    if mesh.axis_names == INFERENCE_AXES:
+        return mesh
+    try:
+        return _join(mesh, specs, "model", (0, 2, 1, 3, 4))
+    except ConfigError:
+        return _join(mesh, specs, "replica", (0, 1, 3, 2, 4))
+
+
+def _join(mesh: Mesh, specs: Mapping[str, Declared], into: str, order: tuple[int, ...]) -> Mesh:
+    sizes = dict(mesh.shape)
+    sizes[into] *= sizes["data"] * sizes["context"]
+    sizes = {axis: sizes[axis] for axis in INFERENCE_AXES}
+    check_divisible(specs, sizes)
+    types = (AxisType.Explicit,) * len(INFERENCE_AXES)
+    devices = mesh.devices.transpose(order).reshape(tuple(sizes.values()))
+    return Mesh(devices, INFERENCE_AXES, axis_types=types)
 
 
 def slices(devices: Sequence[Any]) -> dict[int, list[Any]]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from k2jax.config import MESH_AXES, ConfigError, MeshConfig
+from k2jax.config import ConfigError
 from k2jax.sharding.table import BATCH, STORAGE, split
 
 
@@ -50,6 +50,12 @@ def _entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
     return None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes
 
 
+def axes_of(*logical: str) -> tuple[str, ...]:
+    """Axes of the mesh in use that split any of these logical axes."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return tuple(name for axis in logical for name in split(axis, sizes))
+
+
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` moved to the layout of an activation with these logical axes."""
     return x if meshless() else jax.reshard(x, storage_spec(axes))
@@ -74,30 +80,34 @@ def batch_share() -> Share:
 
 @functools.cache
 def _share(mesh: jax.sharding.Mesh) -> Share:
-    return share(mesh.devices, jax.process_index())
+    over = split("batch", mesh.shape)
+    assert mesh.axis_names[: len(over)] == over
+    return share(mesh.devices, jax.process_index(), len(over))
 
 
-def share(devices: np.ndarray, process: int) -> Share:
+def share(devices: np.ndarray, process: int, leading: int = len(BATCH)) -> Share:
     """The parts of a batch that a process takes.
 
     Args:
         devices: in the shape of the mesh, the axes that split rows first.
         process: its number.
+        leading: how many axes split rows.
     """
-    assert MESH_AXES[: len(BATCH)] == BATCH
-    rows = devices.reshape(math.prod(devices.shape[: len(BATCH)]), -1)
+    rows = devices.reshape(math.prod(devices.shape[:leading]), -1)
     holders = [{device.process_index for device in row} for row in rows]
     parts = [part for part, held in enumerate(holders) if process in held]
     return Share(parts, len(holders), [min(holders[part]) == process for part in parts])
 
 
-def check_divisible(specs: Mapping[str, Declared], mesh: MeshConfig, context: int) -> None:
+def check_divisible(
+    specs: Mapping[str, Declared], mesh: Mapping[str, int], context: int = 0
+) -> None:
     """Refuse a mesh that does not divide the model.
 
     Args:
         specs: the parameters.
-        mesh: devices along each axis.
-        context: tokens in a row.
+        mesh: devices along each axis, of training or of inference.
+        context: tokens in a row, which training splits.
 
     Raises:
         ConfigError: names the logical axis, its size, and the nearest mesh sizes that work.
@@ -109,11 +119,12 @@ def check_divisible(specs: Mapping[str, Declared], mesh: MeshConfig, context: in
     } | {"length": context}
     lengths["heads_of_row"] = lengths["heads"]
     for axis, size in lengths.items():
-        over = split(axis, mesh.sizes)
-        ways = math.prod(getattr(mesh, name) for name in over)
+        over = split(axis, mesh)
+        ways = math.prod(mesh[name] for name in over)
         if size % ways:
+            shown = " ".join(f"{name}={n}" for name, n in mesh.items() if n > 1)
             raise ConfigError(
-                f"mesh {mesh} splits {axis!r} (size {size}) {ways} ways over {' x '.join(over)};"
+                f"mesh {shown} splits {axis!r} (size {size}) {ways} ways over {' x '.join(over)};"
                 f" {_near(size, ways)}"
             )
 

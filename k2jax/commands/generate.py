@@ -4,7 +4,6 @@ JAX is imported when there is something to compute, so that help and mistakes an
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2jax.commands import loading
-from k2jax.config import ConfigError, MeshConfig, nearest
+from k2jax.config import ConfigError, nearest
 from k2jax.text.unicode import replace_surrogates
 
 if TYPE_CHECKING:
@@ -50,13 +49,13 @@ def main(args: argparse.Namespace) -> int:
     # Bytes of the command line that are no UTF-8 come as halves of surrogate pairs.
     args.prompt = [replace_surrogates(prompt) for prompt in args.prompt]
     talks = conversations(args)
-    mesh = fold_context(loading.read_mesh(args))
+    mesh = loading.read_mesh(args)
 
     from k2jax.inference.generate import check_prompts, generate
     from k2jax.model import Model
     from k2jax.text.kimi_template import encode
 
-    with loading.opened(args, mesh) as (group, source):
+    with loading.opened(args, mesh, inference=True) as (group, source):
         tokenizer = source.tokenizer
         if tokenizer is None:
             raise ConfigError(f"{args.checkpoint} has no tokenizer; k2jax.generate takes token ids")
@@ -72,11 +71,6 @@ def main(args: argparse.Namespace) -> int:
         if group.number == 0:
             sys.stdout.write(render(args, tokenizer, prompts, new_ids, seconds) + "\n")
     return 0
-
-
-def fold_context(mesh: MeshConfig) -> MeshConfig:
-    """The same devices for decoding: a token a row leaves `context` nothing to split."""
-    return dataclasses.replace(mesh, data=mesh.data * mesh.context, context=1)
 
 
 def _digest(rows: list[list[int]]) -> str:

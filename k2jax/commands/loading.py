@@ -50,7 +50,9 @@ def read_mesh(args: argparse.Namespace) -> MeshConfig:
 
 
 @contextlib.contextmanager
-def opened(args: argparse.Namespace, mesh: MeshConfig) -> Iterator[tuple[cluster.Group, "Source"]]:
+def opened(
+    args: argparse.Namespace, mesh: MeshConfig, *, inference: bool = False
+) -> Iterator[tuple[cluster.Group, "Source"]]:
     """The processes that run this command and the source of its weights, on the mesh.
 
     Inside of the block the mesh is set, so that `source.load` places weights on it: each process
@@ -59,6 +61,7 @@ def opened(args: argparse.Namespace, mesh: MeshConfig) -> Iterator[tuple[cluster
     Args:
         args: parsed options.
         mesh: takes all devices of all processes; of one device, none is set.
+        inference: lay weights out where they are used; `data` and `context` join other axes.
 
     Raises:
         ConfigError: the processes differ, nothing can be loaded, or the mesh does not divide it.
@@ -79,11 +82,14 @@ def opened(args: argparse.Namespace, mesh: MeshConfig) -> Iterator[tuple[cluster
         if group.count > 1:
             weights = {"step": source.step, "weights": source.identity[:12]}
             group.require_equal("weights", weights)
-        context = min(source.config.context, LONGEST)
-        sharding.check_divisible(declare_kimi(source.config), mesh, context)
+        specs = declare_kimi(source.config)
+        if not inference:
+            sharding.check_divisible(specs, mesh.sizes, min(source.config.context, LONGEST))
         with contextlib.ExitStack() as stack:
             if mesh.devices > 1:
-                stack.enter_context(jax.set_mesh(sharding.make_mesh(mesh)))
+                devices = sharding.make_mesh(mesh)
+                laid = sharding.inference_mesh(devices, specs) if inference else devices
+                stack.enter_context(jax.set_mesh(laid))
             yield group, source
 
 

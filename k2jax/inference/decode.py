@@ -95,11 +95,11 @@ def prefill(
     padding = ((0, 0), (0, 0), (0, slots - length), (0, 0))
     for stack, depth in _list_stacks(w, cfg):
         x_BTD, new_LBTM = jax.lax.scan(layer, x_BTD, stack)
-        new_LBSM = reshard(jnp.pad(new_LBTM, padding), None, "batch", None, None)
+        new_LBSM = reshard(jnp.pad(new_LBTM, padding), None, "cache", None, None)
         cached.append(_unstack(new_LBSM, depth))
     cache = Cache(
         tuple(cached),
-        reshard(jnp.arange(slots) < length_B[:, None], "batch", None),
+        reshard(jnp.arange(slots) < length_B[:, None], "cache", None),
         length_B,
         jnp.int32(length),
     )
@@ -136,7 +136,7 @@ def step(
         index, w, latent_BSM = at
         u_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, policy)
         new_BTM = jnp.concatenate(project_latents(w.attention, u_BTD, turn, cfg, policy), axis=-1)
-        new_BTM = reshard(new_BTM, "batch", None, None)
+        new_BTM = reshard(new_BTM, "cache", None, None)
         latent_BSM = jax.lax.dynamic_update_slice(latent_BSM, new_BTM, (0, cache.slot, 0))
         x_BTD += absorbed_attention(w.attention, u_BTD, turn, latent_BSM, seen_BS, cfg, policy)
         u_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, policy)
@@ -174,12 +174,16 @@ def absorbed_attention(
     cfg: ModelConfig,
     policy: Policy,
 ) -> jax.Array:
-    """Compute attention of tokens that see every slot in `seen_BS`, from latents alone."""
+    """Compute attention of tokens that see every slot in `seen_BS`, from latents alone.
+
+    Devices with a part of the heads exchange it for a part of the rows, those whose latents they
+    have, and exchange back what was mixed.
+    """
     heads = spec("batch", "heads", "length", None)
     q_BHTU, q_BHTP = project_queries(w, x_BTD, turn, cfg, policy)
     up_RHW = gather_weight(w.kv_up, policy)
     q_BHTR = jnp.einsum("bhtu,rhu->bhtr", q_BHTU, up_RHW[..., : cfg.nope], out_sharding=heads)
-    q_BHTM = jnp.concatenate([q_BHTR, q_BHTP], axis=-1)
+    q_BHTM = reshard(jnp.concatenate([q_BHTR, q_BHTP], axis=-1), "cache", None, None, None)
     # The cache is the first factor: a CPU then reads its rows in order of memory.
     logit_BHTS = jnp.einsum(
         "bsm,bhtm->bsht", latent_BSM, q_BHTM, preferred_element_type=jnp.float32
@@ -194,6 +198,7 @@ def absorbed_attention(
     )
     sum_BHT1 = weight_BHTS.sum(axis=-1, keepdims=True)
     mixed_BHTR = (mixed_BHTM[..., : cfg.kv_rank] / sum_BHT1).astype(x_BTD.dtype)
+    mixed_BHTR = reshard(mixed_BHTR, "batch", "heads", None, None)
     y_BHTV = jnp.einsum("bhtr,rhv->bhtv", mixed_BHTR, up_RHW[..., cfg.nope :], out_sharding=heads)
     return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None), policy)
 

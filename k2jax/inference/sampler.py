@@ -15,13 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k2jax.config import MESH_AXES, ConfigError, MeshConfig, ModelConfig
+from k2jax.config import ModelConfig
 from k2jax.inference.decode import prefill, step, unstack_layers
 from k2jax.model.projection import Policy
 from k2jax.ops.moe.dispatch import Dispatch
 from k2jax.params.arrays import Params, bind
 from k2jax.params.kimi import Kimi, declare_kimi
-from k2jax.sharding import BATCH, check_divisible, meshless, reshard, storage_spec
+from k2jax.sharding import (
+    axes_of,
+    inference_mesh,
+    meshless,
+    reshard,
+    storage_spec,
+)
 
 GREEDY, PLAIN, NUCLEUS = "greedy", "plain", "nucleus"
 STOPPED = -1  # in the place of a row's stop token and of all that follow
@@ -126,38 +132,19 @@ def nucleus(y_BX: jax.Array, top_p: float | jax.Array) -> jax.Array:
 def batch_ways() -> int:
     """Count the parts in which the mesh in use splits a batch; they divide its rows."""
     shape = jax.sharding.get_abstract_mesh().shape
-    return 1 if meshless() else math.prod(shape[axis] for axis in BATCH)
+    return 1 if meshless() else math.prod(shape[axis] for axis in axes_of("cache"))
 
 
 @contextlib.contextmanager
 def decoding(params: Params, cfg: ModelConfig) -> Iterator[Params]:
-    """Put the weights on a mesh that can decode: `context` cannot split one token per row.
-
-    Devices along `context` join those along `data`, which split stored experts too, so nothing
-    moves; or they become replicas, where `data` times `context` does not divide the model.
-    """
+    """Put the weights on a mesh for inference, of the devices on which they are."""
     mesh = None if meshless() else jax.sharding.get_mesh()
-    if mesh is None or mesh.shape["context"] == 1:
+    if mesh is None or "data" not in mesh.shape:
         yield params
         return
     specs = declare_kimi(cfg)
-    wide = _fold_context(mesh, "data")
-    try:
-        check_divisible(specs, MeshConfig(**wide.shape), cfg.context)
-    except ConfigError:
-        wide = _fold_context(mesh, "replica")
-    with jax.set_mesh(wide):
+    with jax.set_mesh(inference_mesh(mesh, specs)):
         yield {name: _lay(leaf, storage_spec(specs[name].axes)) for name, leaf in params.items()}
-
-
-def _fold_context(mesh: jax.sharding.Mesh, axis: str) -> jax.sharding.Mesh:
-    """Make a mesh of the same devices, those along `context` next to each other along `axis`."""
-    shape = dict(mesh.shape)
-    shape[axis] *= shape.pop("context")
-    at = MESH_AXES.index(axis) + 1
-    devices = np.moveaxis(mesh.devices, MESH_AXES.index("context"), at)
-    devices = devices.reshape([shape.get(name, 1) for name in MESH_AXES])
-    return jax.sharding.Mesh(devices, MESH_AXES, axis_types=mesh.axis_types)
 
 
 def _lay(leaf: jax.Array, spec: jax.P) -> jax.Array:

@@ -10,7 +10,7 @@ from k2jax.model.rope import Rotation, rotate
 from k2jax.ops.attention import causal_attention
 from k2jax.ops.collectives import all_to_all
 from k2jax.params.kimi import Attention
-from k2jax.sharding import meshless, reshard, storage_spec
+from k2jax.sharding import axes_of, meshless, reshard, storage_spec
 
 INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE modeling 665, 675]
 
@@ -78,13 +78,15 @@ def sharded_attention(
 
     Devices along `context` have a part of each row. They exchange it, with all heads, for whole
     rows of some heads, and the mixed values back [DeepSpeed-Ulysses 2023]: wherever documents end,
-    each has the same work.
+    each has the same work. A mesh for inference does not split rows.
     """
     if meshless():
         y_BHTV, top_BH = _attention_with_max_logit(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
         return y_BHTV, top_BH.max(axis=0)
 
     def on_device(q_BHTC, k_BHTC, v_BHTV, segment_BT):
+        if not axes_of("length"):
+            return _attention_with_max_logit(q_BHTC, k_BHTC, v_BHTV, segment_BT, scale)
         rows = (all_to_all(a, "context", 1, 2) for a in (q_BHTC, k_BHTC, v_BHTV))
         y_BHTV, top_BH = _attention_with_max_logit(*rows, segment_BT, scale)
         return all_to_all(y_BHTV, "context", 2, 1), top_BH

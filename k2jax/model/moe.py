@@ -17,7 +17,7 @@ from k2jax.model.router import Routing, count_choices, route
 from k2jax.ops.collectives import gather_over
 from k2jax.ops.moe import dispatch_allgather, dispatch_alltoall, expert_mlp, fuse_gate_up
 from k2jax.params.kimi import Experts, Moe
-from k2jax.sharding import BATCH, meshless, reshard, spec, storage_spec
+from k2jax.sharding import axes_of, meshless, reshard, spec, storage_spec
 
 # Up to this many rows, every chosen expert runs on all of them (`moe_small_batch`).
 SMALL_BATCH_TOKENS = 16
@@ -51,7 +51,7 @@ def moe_forward(
     if meshless():
         y_BTD, stats = _run_on_device(x_BTD, segment_BT, *choice, *weights, cfg=cfg)
     else:
-        token_spec = P(BATCH, "context")
+        token_spec = storage_spec(("batch", "length"))
         body = jax.shard_map(
             lambda *args: _run_on_device(*args, cfg=cfg, policy=policy),
             in_specs=(
@@ -125,18 +125,18 @@ def _run_on_device(
     if policy is None:
         y_ND = expert_mlp(*chosen, weights)
     else:
-        # Gathered on the device, so that their gradients are reduce-scattered.
         axes = storage_spec(("expert_embed",))[0]
-        gate_up_eDG, down_eFD = weights
-        weights = (
-            gather_over(gate_up_eDG, axes, 1, policy.grad_dtype),
-            gather_over(down_eFD, axes, 2, policy.grad_dtype),
-        )
+        if axes:  # gathered on the device, so that their gradients are reduce-scattered
+            gate_up_eDG, down_eFD = weights
+            weights = (
+                gather_over(gate_up_eDG, axes, 1, policy.grad_dtype),
+                gather_over(down_eFD, axes, 2, policy.grad_dtype),
+            )
         if policy.dispatch.kind == "allgather" or jax.lax.axis_size("expert") == 1:
             y_ND = dispatch_allgather(*chosen, weights)
         else:
             y_ND, dropped = dispatch_alltoall(*chosen, weights, policy.dispatch)
-            dropped = jax.lax.pmean(dropped, (*BATCH, "context"))
+            dropped = jax.lax.pmean(dropped, axes_of("batch", "length"))
         y_ND = jax.lax.psum(y_ND, "model")  # each device has a part of the hidden width
     return y_ND.reshape(x_BTD.shape), _router_stats(
         routing, segment_BT, dropped, cfg, policy is not None
@@ -153,8 +153,9 @@ def _router_stats(
     """
     valid_BT = segment_BT > 0
 
-    def total(a: jax.Array, axes) -> jax.Array:
-        return jax.lax.psum(a, axes) if mesh else a
+    def total(a: jax.Array, *logical: str) -> jax.Array:
+        axes = axes_of(*logical) if mesh else ()
+        return jax.lax.psum(a, axes) if axes else a
 
     def by_row(a: jax.Array) -> jax.Array:
         return a.reshape(*segment_BT.shape, -1)
@@ -164,11 +165,11 @@ def _router_stats(
     hit_BTE = (by_row(routing.expert_NK)[..., None] == jnp.arange(cfg.experts)).any(axis=2)
     share_BTE = by_row(routing.score_NE / routing.score_NE.sum(axis=-1, keepdims=True))
     keep = valid_BT[..., None]
-    length_B1 = total(valid_BT.sum(axis=1, keepdims=True, dtype=jnp.float32), "context")
-    f_BE = total((hit_BTE & keep).sum(axis=1, dtype=jnp.float32), "context")
-    p_BE = total(jnp.where(keep, share_BTE, 0.0).sum(axis=1), "context")
+    length_B1 = total(valid_BT.sum(axis=1, keepdims=True, dtype=jnp.float32), "length")
+    f_BE = total((hit_BTE & keep).sum(axis=1, dtype=jnp.float32), "length")
+    p_BE = total(jnp.where(keep, share_BTE, 0.0).sum(axis=1), "length")
     scale_B1 = cfg.experts / cfg.experts_per_token / jnp.maximum(length_B1, 1.0) ** 2
     aux_B = (jax.lax.stop_gradient(f_BE) * p_BE * scale_B1).sum(axis=1)
     some_B = (length_B1[:, 0] > 0).astype(jnp.float32)
-    aux = total((aux_B * some_B).sum(), BATCH) / jnp.maximum(total(some_B.sum(), BATCH), 1.0)
-    return RouterStats(total(load_E, (*BATCH, "context")), aux, dropped)
+    aux = total((aux_B * some_B).sum(), "batch") / jnp.maximum(total(some_B.sum(), "batch"), 1.0)
+    return RouterStats(total(load_E, "batch", "length"), aux, dropped)

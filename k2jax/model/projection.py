@@ -254,9 +254,13 @@ def _take_rows(grad_comm_dtype: str | None, token: jax.Array, table: jax.Array) 
     token_spec, table_spec = (jax.typeof(a).sharding.spec for a in (token, table))
 
     def on_device(token_BT: jax.Array, table_VX: jax.Array) -> jax.Array:
-        row_EBT = _local_rows(token_BT, table_VX, table_spec[1])
-        x_EBTX = table_VX.at[row_EBT].get(mode="fill", fill_value=0)
-        x_BTD = all_to_all(x_EBTX, table_spec[1], 0, 3)[0]
+        columns = table_spec[1]
+        if columns is None:  # a mesh for inference
+            x_BTD = table_VX.at[_local_rows(token_BT, table_VX)].get(mode="fill", fill_value=0)
+        else:
+            row_EBT = _local_rows(jax.lax.all_gather(token_BT, columns), table_VX)
+            x_EBTX = table_VX.at[row_EBT].get(mode="fill", fill_value=0)
+            x_BTD = all_to_all(x_EBTX, columns, 0, 3)[0]
         return jax.lax.psum(x_BTD, "model")  # the axis of "vocab": others have zeros
 
     return jax.shard_map(
@@ -267,12 +271,11 @@ def _take_rows(grad_comm_dtype: str | None, token: jax.Array, table: jax.Array) 
     )(token, table)
 
 
-def _local_rows(token_BT: jax.Array, table_VX: jax.Array, axis: str) -> jax.Array:
-    """Rows of this device's part of the table, for the tokens of all devices of the axis."""
+def _local_rows(token: jax.Array, table_VX: jax.Array) -> jax.Array:
+    """Rows of this device's part of the table, for any tokens."""
     first = table_VX.shape[0] * jax.lax.axis_index("model")
-    token_EBT = jax.lax.all_gather(token_BT, axis)
     # Rows of other devices are out of bounds; below 0 would count from the end.
-    return jnp.where(token_EBT >= first, token_EBT - first, table_VX.shape[0])
+    return jnp.where(token >= first, token - first, table_VX.shape[0])
 
 
 def _take_rows_backward(grad_comm_dtype: str | None, saved, dy: jax.Array):
@@ -284,7 +287,8 @@ def _take_rows_backward(grad_comm_dtype: str | None, saved, dy: jax.Array):
     def on_device(token_BT: jax.Array, table_VX: jax.Array, dy_BTD: jax.Array) -> jax.Array:
         dy_EBTX = all_to_all(dy_BTD[None], axis, 3, 0).astype(jnp.float32)
         dtable_VX = jnp.zeros(table_VX.shape, jnp.float32)
-        dtable_VX = dtable_VX.at[_local_rows(token_BT, table_VX, axis)].add(dy_EBTX, mode="drop")
+        row_EBT = _local_rows(jax.lax.all_gather(token_BT, axis), table_VX)
+        dtable_VX = dtable_VX.at[row_EBT].add(dy_EBTX, mode="drop")
         others = [name for entry in token_spec for name in _names(entry) if name != axis]
         dtable_VX = dtable_VX.astype(grad_comm_dtype or dy.dtype)
         return _sum_over(dtable_VX, others, P()).astype(dy.dtype)

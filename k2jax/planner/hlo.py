@@ -76,6 +76,7 @@ class Account:
 
     flops: float = 0.0
     wire: Wire = dataclasses.field(default_factory=dict)
+    largest: float = 0.0  # bytes of the largest array that a collective takes from a device
     # Kernels that tell nothing of their work, and loops whose count only the data knows.
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     open_loops: int = 0
@@ -106,7 +107,7 @@ def account(text: str, mesh: tuple[int, ...] = (), open_trips: float = 1.0) -> A
             counted.flops += weight * _flops(line, shapes)
             if line.op == "custom-call" and not _flops(line, shapes):
                 counted.kernels[line.attribute("custom_call_target").strip('"')] += int(weight)
-            _collective(line, shapes, weight, mesh, scattered, counted.wire)
+            _collective(line, shapes, weight, mesh, scattered, counted)
     return counted
 
 
@@ -265,7 +266,7 @@ def _collective(
     weight: float,
     mesh: tuple[int, ...],
     scattered: bool,
-    wire: Wire,
+    counted: Account,
 ) -> None:
     kind = line.op.removesuffix("-start")
     if kind not in COLLECTIVES:
@@ -274,6 +275,7 @@ def _collective(
     ways = len(members)
     axes = _axes(members, mesh)
     size = sum(_size(shape) for name in line.operands for shape in shapes.get(name, [])[:1])
+    counted.largest = max(counted.largest, size if ways > 1 else 0.0)
     if kind == "all-reduce" and scattered:
         kind = "reduce-scatter"
     if kind == "all-gather":
@@ -284,7 +286,7 @@ def _collective(
     share = 1.0 if kind == "collective-permute" else (ways - 1) / ways
     sent = size * share * (2 if kind == "all-reduce" else 1)
     if sent:
-        row = wire.setdefault(kind, {})
+        row = counted.wire.setdefault(kind, {})
         row[axes] = row.get(axes, 0.0) + weight * sent
 
 

@@ -184,7 +184,7 @@ class _Training:
         )  # the others print and write nothing but checkpoints
         self.say = say if self.is_main else _say_nothing
         self.program = build(run)
-        sharding.check_divisible(self.program.specs, run.mesh, run.data.context)
+        sharding.check_divisible(self.program.specs, run.mesh.sizes, run.data.context)
         trackers.require_packages(run)
         self.recovery = Recovery(run, out, self.say)
 

@@ -110,9 +110,10 @@ def test_a_deep_stack_is_looped_over_with_the_same_result(monkeypatch, deepest):
 
 
 def test_a_mesh_decodes_the_same():
-    token_BT, lengths = rows_of(KIMI, 4), np.array([5, 1, 8, 3], np.int32)
+    token_BT, lengths = rows_of(KIMI, 8), np.array([5, 1, 8, 3, 2, 7, 8, 4], np.int32)
     alone = stepped(KIMI, drawn(KIMI), token_BT, lengths, slots=12)
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))):
+    mesh = sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))
+    with jax.set_mesh(sharding.inference_mesh(mesh, specs(Kimi(KIMI)))):
         ours = stepped(KIMI, drawn(KIMI), token_BT, lengths, slots=12)
     np.testing.assert_allclose(ours, alone, atol=1e-5, rtol=0)
 

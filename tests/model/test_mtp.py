@@ -249,7 +249,7 @@ def test_a_mesh_gives_the_same_losses(mesh):
     program = build(dataclasses.replace(RUN, mesh=mesh))
     _, right = trained()
     with jax.set_mesh(sharding.make_mesh(mesh)):
-        sharding.check_divisible(program.specs, mesh, LENGTH)
+        sharding.check_divisible(program.specs, mesh.sizes, LENGTH)
 
         def place(a, spec):
             return jax.device_put(a, jax.NamedSharding(jax.sharding.get_mesh(), spec))

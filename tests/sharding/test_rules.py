@@ -77,7 +77,7 @@ def test_a_device_of_the_k2_mesh_rests_its_share_of_the_experts_and_a_little_mor
 def test_a_run_on_its_own_mesh_is_not_refused():
     for name in configs.NAMES:
         run = configs.load(name)
-        sharding.check_divisible(specs(Kimi(run.model)), run.mesh, run.data.context)
+        sharding.check_divisible(specs(Kimi(run.model)), run.mesh.sizes, run.data.context)
 
 
 REFUSED = [
@@ -92,7 +92,7 @@ REFUSED = [
 @pytest.mark.parametrize(("mesh", "says"), REFUSED, ids=lambda value: str(value)[:12])
 def test_a_mesh_that_does_not_divide_is_refused_in_one_line(mesh, says):
     with pytest.raises(ConfigError) as error:
-        sharding.check_divisible(LEAVES, mesh, K2.data.context)
+        sharding.check_divisible(LEAVES, mesh.sizes, K2.data.context)
     assert says in str(error.value)
     assert str(error.value).startswith(f"mesh {mesh} splits ")
     assert "\n" not in str(error.value)
