@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         default="",
-        help="of the weights: keep, bfloat16, float32, fp8, int4; default: see the guide",
+        help="of the weights: keep, bfloat16, float32, fp8, int4, int4-minmax; see the guide",
     )
     parser.add_argument("--mesh", default="", help="data=16,expert=32: cut chunks for this mesh")
     parser.add_argument("--memory", default="2", help="most GB that tensors on their way may take")

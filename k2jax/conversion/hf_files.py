@@ -11,6 +11,7 @@ from k2jax.text import hf_export, hf_tokenizer, kimi_tokenizer
 from k2jax.text.interface import TokenizerLike
 from k2jax.text.jinja_template import TEMPLATE
 from k2jax.text.kimi_template import KIMI_K2
+from k2jax.weights import quant
 from k2jax.weights.hf_config import to_published
 from k2jax.weights.source import Source
 
@@ -56,7 +57,10 @@ ARCHITECTURE = "DeepseekV3ForCausalLM"
 # The first one every reader knows; transformers without the folder's own code does not load Kimi's.
 MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 GENERATION = "generation_config.json"
-METHODS: dict[str, dict[str, Any]] = {"fp8": FP8_CONFIG, "int4": INT4_CONFIG}
+METHODS: dict[str, dict[str, Any]] = {
+    "fp8": FP8_CONFIG,
+    **dict.fromkeys(quant.GRIDS, INT4_CONFIG),
+}
 
 
 def file_names(tensors: Iterable[str]) -> dict[str, str]:
@@ -79,7 +83,7 @@ def exported_config(
 
     Args:
         source: of the weights.
-        form: "fp8", "int4", "bfloat16", "float32", or "keep" for what the source says.
+        form: "keep" for what the source says, else the format of the weights.
         model_type: one of MODEL_TYPES.
         skipped_layers: starts of the names of prediction layers that are left out.
 

@@ -18,7 +18,7 @@ Kind = tuple[np.dtype, tuple[int, ...]]
 
 F32, I32, I64 = (np.dtype(name) for name in ("float32", "int32", "int64"))
 PLAIN = (quant.BF16, np.dtype(np.float16), F32)
-FORMATS = ("keep", "bfloat16", "float32", "fp8", "int4")
+FORMATS = ("keep", "bfloat16", "float32", "fp8", *quant.GRIDS)
 SCALE = "_scale_inv"
 INT4_PARTS = ("_packed", "_scale", "_shape")
 # What the FP8 releases quantise: every projection of attention and MLPs [JLE manifest], and INT4
@@ -191,14 +191,15 @@ class ReencodedTensors:
             return have, plain
         if weight.endswith(BIAS):
             return "plain", F32
-        chosen = {"fp8": FP8_WEIGHTS, "int4": INT4_WEIGHTS}.get(self.form)
+        how = "int4" if self.form in quant.GRIDS else self.form
+        chosen = {"fp8": FP8_WEIGHTS, "int4": INT4_WEIGHTS}.get(how)
         if chosen and chosen.fullmatch(weight):
-            if self.form == "int4" and self._shape(weight, have)[-1] % quant.GROUP:
+            if how == "int4" and self._shape(weight, have)[-1] % quant.GROUP:
                 raise ConfigError(
                     f"{weight!r} has {self._shape(weight, have)[-1]} columns; INT4 needs groups of"
                     f" {quant.GROUP}"
                 )
-            return self.form, plain
+            return how, plain
         return "plain", F32 if self.form == "float32" else quant.BF16
 
     def _shape(self, weight: str, have: str) -> tuple[int, ...]:
@@ -253,7 +254,7 @@ class ReencodedTensors:
         plain = decode(self.source, weight, rows)
         if how == "fp8":
             return quant.encode_fp8(plain)[0]
-        return quant.encode_int4(plain)[name.endswith("_scale")]
+        return quant.encode_int4(plain, quant.GRIDS[self.form])[name.endswith("_scale")]
 
 
 def _widen(rows: slice) -> slice:

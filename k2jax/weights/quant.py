@@ -3,9 +3,10 @@
 FP8 [DSV3 kernel.py]: one float32 scale for each block of 128 x 128, a multiplier despite the name
 `weight_scale_inv`; blocks at the right and lower edge are partial. INT4 [CT]: eight nibbles in an
 int32, the lowest first, each offset by 8, one bfloat16 scale for 32 neighbours along the input.
-A decoded weight is bfloat16: float32 product, rounded once.
+A decoded weight is bfloat16: float32 product, rounded once. `Grid` says how INT4 is encoded.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -18,9 +19,9 @@ BLOCK = 128
 GROUP = 32
 PER_WORD = 8
 FP8_MAX = 448.0
-INT4_MAX = 7.5  # of the symmetric min-max observer [CT qparams]
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 BF16 = np.dtype(ml_dtypes.bfloat16)
+CHUNK = 1 << 14  # groups that are searched at a time
 # XLA flushes subnormal numbers to zero. Scales between these give none.
 NORMAL = (2.0**-100, 2.0**100)
 
@@ -145,21 +146,100 @@ def _decode_int4(packed: jax.Array, scale: jax.Array) -> jax.Array:
     return (grouped * scale.astype(jnp.float32)[:, :, None]).astype(jnp.bfloat16).reshape(rows, -1)
 
 
-def encode_int4(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How a group of 32 weights becomes a scale and values from `low` to 7.
+
+    Attributes:
+        top: a scale is the group's largest size over it.
+        low: smallest value.
+        floor: smallest scale.
+        exact: look for a scale near the rule's that gives the weights back as they are.
+    """
+
+    top: float
+    low: int
+    floor: float
+    exact: bool
+
+
+# The releases' grid [spec 9.1]. Weights that were decoded from it give back its scales and values.
+KIMI = Grid(7.0, -7, 1e-5, exact=True)
+# Of the symmetric min-max observer [CT qparams].
+MINMAX = Grid(7.5, -8, float(np.finfo(np.float32).eps), exact=False)
+GRIDS = {"int4": KIMI, "int4-minmax": MINMAX}
+
+
+def encode_int4(weight: np.ndarray, grid: Grid = KIMI) -> tuple[np.ndarray, np.ndarray]:
     """int32 words and bfloat16 scales of a matrix [out, in]; `in` divides by 32.
 
-    A scale is the group's largest size over 7.5, at least float32's epsilon, rounded to bfloat16
-    before it is used. Source: [CT qparams]; the releases' own training rule is not published.
+    Scales are rounded to bfloat16 before they are used.
     """
-    scale = int4_scales(weight)
-    q = _round_int4(weight, scale)
-    return _pack_int4(q), scale
+    scale = int4_scales(weight, grid)
+    return _pack_int4(_round_int4(weight, scale, np.float32(grid.low))), scale
 
 
-def int4_scales(weight: np.ndarray) -> np.ndarray:
+def int4_scales(weight: np.ndarray, grid: Grid = KIMI) -> np.ndarray:
     """The scales of `encode_int4` alone."""
     amax = _group_max(weight)
-    return np.maximum(amax / np.float32(INT4_MAX), np.finfo(np.float32).eps).astype(BF16)
+    # Divided by NumPy: XLA may multiply by a rounded reciprocal instead.
+    rule = np.maximum(amax / np.float32(grid.top), np.float32(grid.floor)).astype(BF16)
+    if not grid.exact:
+        return rule
+    groups, sizes, scale = weight.reshape(-1, GROUP), amax.reshape(-1), rule.reshape(-1)
+    candidates = _with_neighbours(scale)
+    fitting = _first_fit(groups, candidates)
+    scale = candidates[fitting % len(candidates), np.arange(len(scale))]
+    missing = np.flatnonzero(fitting == len(candidates))
+    for at in range(0, len(missing), CHUNK):
+        _search_smaller(groups, sizes, scale, missing[at : at + CHUNK])
+    return scale.reshape(rule.shape)
+
+
+def _search_smaller(
+    groups: np.ndarray, amax: np.ndarray, scale: np.ndarray, index: np.ndarray
+) -> None:
+    """Replace scales of groups whose largest value is below 7, where one fits exactly.
+
+    The least largest value is taken: a multiple of it fits too, but needs all to be multiples. Of
+    weights that were never quantised a few show that no scale fits.
+    """
+    for width in (4, GROUP):
+        padded = np.resize(index, CHUNK)
+        over = np.arange(1, 7, dtype=np.float32)[:, None]
+        candidates = np.concatenate(
+            [_with_neighbours(rule) for rule in (amax[padded] / over).astype(BF16)]
+        )
+        fitting = _first_fit(groups[padded, :width], candidates)[: len(index)]
+        fits = np.flatnonzero(fitting < len(candidates))
+        if not len(fits):
+            return
+        fitting, index = fitting[fits], index[fits]
+    scale[index] = candidates[fitting, fits]
+
+
+def _with_neighbours(scale: np.ndarray) -> np.ndarray:
+    """bfloat16 [3, groups]: scales, and the numbers just below and above them."""
+    bits = scale.view(np.uint16)
+    return np.stack([bits, bits - np.uint16(1), bits + np.uint16(1)]).view(BF16)
+
+
+@_on_host
+def _first_fit(groups: jax.Array, candidates: jax.Array) -> jax.Array:
+    """Number of the first scale that gives each group back bit for bit; that of all if none does.
+
+    Args:
+        groups: [groups, values].
+        candidates: bfloat16 [scales, groups].
+    """
+    value, count = groups.astype(jnp.float32), len(candidates)
+    fitting = jnp.full(len(groups), count, jnp.int8)
+    for number in reversed(range(count)):
+        scale = candidates[number].astype(jnp.float32)[:, None]
+        back = jnp.clip(jnp.round(value * (1 / scale)), -7, 7) * scale
+        same = back.astype(jnp.bfloat16).astype(jnp.float32) == value
+        fitting = jnp.where(same.all(axis=1), jnp.int8(number), fitting)
+    return fitting
 
 
 @_on_host
@@ -168,10 +248,10 @@ def _group_max(weight: jax.Array) -> jax.Array:
 
 
 @_on_host
-def _round_int4(weight: jax.Array, scale: jax.Array) -> jax.Array:
+def _round_int4(weight: jax.Array, scale: jax.Array, low: jax.Array) -> jax.Array:
     grouped = weight.astype(jnp.float32).reshape(len(weight), -1, GROUP)
     q = jnp.round(grouped / scale.astype(jnp.float32)[:, :, None])
-    return jnp.clip(q, -8, 7).astype(jnp.int32).reshape(weight.shape)
+    return jnp.clip(q, low, 7).astype(jnp.int32).reshape(weight.shape)
 
 
 @_on_host

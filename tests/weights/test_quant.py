@@ -105,24 +105,77 @@ def test_int4_is_decoded_by_the_formula_bit_for_bit():
     np.testing.assert_array_equal(bits(quant.decode_int4(packed, scale)), bits(want))
 
 
-def test_int4_is_encoded_to_the_nearest_value():
+@pytest.mark.parametrize("grid", [quant.KIMI, quant.MINMAX])
+def test_int4_is_encoded_to_the_nearest_value(grid):
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((5, 96)).astype(np.float32)
     weight[2, 32:64] = 0
-    packed, scale = quant.encode_int4(weight)
+    packed, scale = quant.encode_int4(weight, grid)
     assert packed.shape == (5, 12) and scale.shape == (5, 3)
     each = np.repeat(scale.astype(np.float32), 32, axis=1)
-    q = np.clip(np.rint(weight / each), -8, 7).astype(np.int32)
+    q = np.clip(np.rint(weight / each), grid.low, 7).astype(np.int32)
     want = (q.astype(np.float32) * each).astype(ml_dtypes.bfloat16)
     np.testing.assert_array_equal(bits(quant.decode_int4(packed, scale)), bits(want))
-    amax = np.abs(weight[0, :32]).max()
-    assert scale[0, 0] == (amax / np.float32(7.5)).astype(ml_dtypes.bfloat16)
+    amax = np.abs(weight.reshape(5, 3, 32)).max(axis=2)
+    rule = np.maximum(amax / np.float32(grid.top), np.float32(grid.floor))
+    np.testing.assert_array_equal(scale, rule.astype(ml_dtypes.bfloat16))
 
 
 def test_int4_words_survive_decoding_and_encoding():
     """Where a group uses -7.5 <= w / scale: a group that reaches -8 has another scale."""
     weight = np.tile(np.linspace(-7.5, 7.5, 32, dtype=np.float32), (3, 2))
-    packed, scale = quant.encode_int4(weight)
+    packed, scale = quant.encode_int4(weight, quant.MINMAX)
     assert (scale.astype(np.float32) == 1).all()
     q = quant.decode_int4(packed, scale).astype(np.float32)
     assert q.min() == -8 and q.max() == 7
+
+
+def release(rows, columns, tops, seed=0):
+    """Made-up words and scales on Kimi's grid, each group's largest size one of `tops`."""
+    rng = np.random.default_rng(seed)
+    groups = rows * columns // 32
+    top = rng.choice(tops, groups)[:, None]
+    q = rng.integers(-top, top + 1, (groups, 32))
+    q[np.arange(groups), rng.integers(0, 32, groups)] = (top * rng.choice([-1, 1], top.shape))[:, 0]
+    # Neighbouring sizes: a group of one size could have any scale.
+    q[:, :2] = np.concatenate([top, top - 1], axis=1)
+    scale = (2.0 ** rng.uniform(-14, 3, (rows, columns // 32))).astype(ml_dtypes.bfloat16)
+    return np.array(quant._pack_int4(q.reshape(rows, columns).astype(np.int32))), scale
+
+
+def test_weights_of_a_release_give_back_its_words_and_scales():
+    packed, scale = release(640, 1024, [7])
+    assert scale.size == 20_480
+    again = quant.encode_int4(quant.decode_int4(packed, scale))
+    np.testing.assert_array_equal(again[0], packed)
+    np.testing.assert_array_equal(bits(again[1]), bits(scale))
+    minmax = quant.encode_int4(quant.decode_int4(packed, scale), quant.MINMAX)
+    assert (minmax[1] != scale).all()
+
+
+def test_odd_groups_of_a_release_give_back_their_words_and_scales():
+    """Largest values below 7, zeros, and groups so small that the rule's floor is their scale."""
+    packed, scale = release(64, 512, [2, 3, 4, 5, 6, 7], seed=1)
+    packed[:, 0::16] = np.uint32(0x88888888).view(np.int32)  # zeros: a quarter of the groups
+    packed[:, 1::16] = packed[:, 2::16] = packed[:, 3::16] = packed[:, 0::16]
+    small, _ = release(64, 512, [1, 2, 3], seed=2)
+    packed[:, 4:8] = small[:, 4:8]
+    scale[:, 0::4] = scale[:, 1] = np.float32(quant.KIMI.floor)
+    again = quant.encode_int4(quant.decode_int4(packed, scale))
+    np.testing.assert_array_equal(again[0], packed)
+    np.testing.assert_array_equal(bits(again[1]), bits(scale))
+
+
+@pytest.mark.parametrize("grid", [quant.KIMI, quant.MINMAX])
+def test_compressed_tensors_unpacks_our_int4_to_the_same_values(grid):
+    pytest.importorskip("compressed_tensors")
+    torch = pytest.importorskip("torch")
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    weight = np.random.default_rng(3).standard_normal((48, 256)).astype(np.float32)
+    packed, scale = quant.encode_int4(weight, grid)
+    q = unpack_from_int32(torch.tensor(packed), 4, torch.Size(weight.shape)).numpy()
+    assert q.min() == grid.low and q.max() == 7
+    each = np.repeat(scale.astype(np.float32), 32, axis=1)
+    want = (q.astype(np.float32) * each).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(bits(quant.decode_int4(packed, scale)), bits(want))
