@@ -1,0 +1,139 @@
+"""The network over chunks of sequences whose earlier tokens lie in pages of latents.
+
+A chunk is some consecutive tokens of one sequence: one new token where it decodes, a block of the
+prompt where it is read. In each layer the latents of all chunks are written to their pages first;
+then every token attends to its sequence's pages, so that chunks of one sequence may be in the same
+call, in any number.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from k2jax.config import ModelConfig
+from k2jax.inference.cache import Pool
+from k2jax.inference.chosen_experts import run_experts
+from k2jax.inference.paged_attention import Chunks, absorb_queries, attend_pages, project_values
+from k2jax.model.attention import project_latents
+from k2jax.model.logits import head
+from k2jax.model.mlp import gated_mlp
+from k2jax.model.norm import rms_norm
+from k2jax.model.projection import Policy, look_up
+from k2jax.model.rope import rotation
+from k2jax.params.arrays import Params, bind
+from k2jax.params.kimi import Kimi, Layer
+from k2jax.sharding import reshard
+
+# Stacks of at most this many layers are split into layers before anything is computed, experts
+# excepted; XLA would otherwise copy each layer's weights out of the stack in every call. Deeper
+# stacks would compile too long, and layers that are split off are in memory twice.
+MAX_UNSTACKED_LAYERS = 16
+EXPERTS = "moe.experts."
+
+
+class Weights(NamedTuple):
+    """Arrays of the network by the names of their declarations."""
+
+    whole: Params  # neither embedding, head nor experts belong to one layer
+    # For each stack its arrays, or those of each of its layers, without the stack's name.
+    stacks: tuple[Params | tuple[Params, ...], ...]
+
+
+def split_weights(params: Params, cfg: ModelConfig) -> Weights:
+    """Take the stacks apart that are not too deep; experts stay in theirs."""
+    whole, stacks = dict(params), []
+    for prefix, depth in _list_stacks(cfg):
+        names = [name for name in params if name.startswith(prefix) and EXPERTS not in name]
+        stack = {name.removeprefix(prefix): whole.pop(name) for name in names}
+        stacks.append(
+            stack
+            if depth > MAX_UNSTACKED_LAYERS
+            else tuple({name: a[i] for name, a in stack.items()} for i in range(depth))
+        )
+    return Weights(whole, tuple(stacks))
+
+
+def list_depths(cfg: ModelConfig) -> list[int]:
+    """Layers of each stack, negative where it is taken apart: `cache.make_pool` takes it."""
+    depths = [depth for _, depth in _list_stacks(cfg)]
+    return [depth if depth > MAX_UNSTACKED_LAYERS else -depth for depth in depths]
+
+
+def _list_stacks(cfg: ModelConfig) -> list[tuple[str, int]]:
+    """Prefix of the names and depth of each stack."""
+    dense = [("dense.", cfg.dense_layers)] if cfg.dense_layers else []
+    return [*dense, ("layers.", cfg.moe_layers)]
+
+
+def forward(
+    weights: Weights, pool: Pool, chunks: Chunks, cfg: ModelConfig, policy: Policy
+) -> tuple[jax.Array, Pool]:
+    """Read the chunks: float32 logits of the wanted tokens, and the pool with their latents.
+
+    Args:
+        weights: from `split_weights`.
+        pool: latents of earlier tokens.
+        chunks: what to read.
+        cfg: sizes.
+        policy: dtypes, and how weights are read.
+    """
+    declared = Kimi(cfg)
+    order_T = jnp.arange(chunks.token_BT.shape[1])
+    valid_BT = order_T < chunks.count_B[:, None]
+    turn = rotation(reshard(chunks.start_B[:, None] + order_T, "batch", "length"), cfg)
+    valid_BT = reshard(valid_BT, "batch", "length")
+
+    def apply_layer(
+        x_BTD: jax.Array, w: Layer, latents: jax.Array, index: Any, at: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        u_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, policy)
+        new_BTM = jnp.concatenate(project_latents(w.attention, u_BTD, turn, cfg, policy), axis=-1)
+        q_BHTM, up_RHW = absorb_queries(w.attention, u_BTD, turn, cfg, policy)
+        mixed_BHTR, latents = attend_pages(q_BHTM, new_BTM, latents, at, chunks, cfg)
+        x_BTD += project_values(w.attention, mixed_BHTR, up_RHW, cfg, policy)
+        u_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, policy)
+        if hasattr(w, "moe"):
+            y_BTD = run_experts(w.moe, jnp.asarray(index), u_BTD, valid_BT, cfg, policy)
+        else:
+            y_BTD = gated_mlp(w.mlp, u_BTD, policy)
+        return x_BTD + y_BTD, latents
+
+    w = bind(Ends(declared), weights.whole)
+    x_BTD, written = look_up(w.embed, chunks.token_BT, policy), []
+    for (prefix, _), stack, old in zip(_list_stacks(cfg), weights.stacks, pool, strict=True):
+        layer = getattr(declared, prefix.removesuffix("."))
+        experts = {
+            name.removeprefix(prefix): a
+            for name, a in weights.whole.items()
+            if name.startswith(prefix + EXPERTS)
+        }
+        if isinstance(stack, tuple):
+            new = []
+            for i, (params, latents) in enumerate(zip(stack, old, strict=True)):
+                one = bind(layer, params | experts)
+                x_BTD, after = apply_layer(x_BTD, one, latents, i, None)
+                new.append(after)
+            written.append(tuple(new))
+        else:
+
+            def apply_next(carry, at, layer=layer, experts=experts):
+                index, params = at
+                return apply_layer(
+                    carry[0], bind(layer, params | experts), carry[1], index, index
+                ), None
+
+            assert not isinstance(old, tuple)
+            depth = jnp.arange(old.shape[0])
+            (x_BTD, latents), _ = jax.lax.scan(apply_next, (x_BTD, old), (depth, stack))
+            written.append(latents)
+    x_ND = reshard(x_BTD, None, None, None).reshape(-1, x_BTD.shape[-1])[chunks.wanted_N]
+    x_ND = reshard(x_ND[:, None], "batch", "length", None)
+    return head(w.head, rms_norm(x_ND, w.norm, cfg.norm_eps, policy), policy)[:, 0], tuple(written)
+
+
+class Ends:
+    """What comes before and after the layers."""
+
+    def __init__(self, declared: Kimi):
+        self.embed, self.norm, self.head = declared.embed, declared.norm, declared.head

@@ -1,0 +1,165 @@
+"""Run chunks of sequences through compiled programs of a few fixed sizes.
+
+The runner holds the weights and the pool of latents on the device; the engine decides which
+sequences have which pages. Calls are padded to the next
+program's size.
+"""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from k2jax.config import ConfigError
+from k2jax.inference import forward as network
+from k2jax.inference.cache import Pool, make_pool
+from k2jax.inference.paged_attention import Chunks
+from k2jax.inference.sampler import batch_ways, decoding
+from k2jax.model import Model
+from k2jax.model.projection import Policy
+from k2jax.sharding import meshless, use_mesh_of
+
+
+class Chunk(NamedTuple):
+    """Some consecutive tokens of one sequence."""
+
+    tokens: Sequence[int]  # 1..runner.block
+    start: int  # position of the first; of a prompt's chunk a multiple of runner.block
+    pages: Sequence[int]  # of its sequence so far, in order; cover start + len(tokens)
+    want: str  # "none", "last" or "all": of which tokens logits are wanted
+
+
+class Size(NamedTuple):
+    """What one program is compiled for."""
+
+    chunks: int
+    tokens: int  # of each chunk
+    wanted: int  # tokens with logits
+
+
+class Runner:
+    """A model, a pool of latents, and the programs that read and extend it.
+
+    Attributes:
+        page: tokens of a page.
+        block: most tokens of a chunk, a multiple of `page`.
+        pages: of the pool, the first of which is scratch.
+        shards: equal parts of the pool, each with a scratch page first; a sequence has its pages in
+            one of them.
+        rows: most sequences of a call that decodes.
+        sizes: chunks of calls that read prompts, ascending; calls are padded to the next.
+        wanted: most tokens of which a call can give logits.
+        context: most tokens of a sequence.
+    """
+
+    shards = 1
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        rows: int,
+        pages: int,
+        page: int = 16,
+        block: int = 16,
+        chunks: int = 16,
+        context: int | None = None,
+    ):
+        """Make an empty pool; nothing is compiled.
+
+        Args:
+            model: weights, on the mesh on which to compute.
+            rows: most sequences of a call that decodes.
+            pages: of the pool, scratch included.
+            page: tokens of a page.
+            block: tokens of a prompt's chunk, a multiple of `page`.
+            chunks: most chunks of a call that reads prompts.
+            context: most tokens of a sequence; None: the model's.
+        """
+        if block % page:
+            raise ConfigError(f"block is {block}; it must be a multiple of the page, {page} tokens")
+        self.page, self.block, self.pages = page, block, pages
+        self._cfg, self._policy = model.config, Policy(model.dtype)
+        self.context = context or model.config.context
+        with use_mesh_of(*model.params.values()), decoding(model.params, model.config) as params:
+            self._params = params
+            self._mesh = None if meshless() else jax.sharding.get_mesh()
+            self._ways = batch_ways()
+        self._decode_sizes, self.sizes = self._list_sizes(rows), self._list_sizes(chunks)
+        self.rows, self.wanted = self._decode_sizes[-1], self.sizes[-1] * block
+        self._programs: dict[Size, jax.stages.Compiled] = {}
+        self._pool: Pool | None = None
+
+    def warm_up(self) -> None:
+        """Compile the programs that decode and those that read prompts."""
+        for tokens, sizes in ((1, self._decode_sizes), (self.block, self.sizes)):
+            for count in sizes:
+                self._program(Size(count, tokens, count))
+
+    def forward(self, chunks: Sequence[Chunk], decode: bool = False) -> jax.Array:
+        """Read chunks: logits of the wanted tokens in order, float32 [at least these, vocab].
+
+        Args:
+            chunks: of any sequences, several of one included; each has its own `start`, and sees
+                what the others write.
+            decode: whether they have one new token each. Prompts are read by other products, and a
+                chunk of one token may be a prompt's last: numbers agree, but not to the last bit.
+        """
+        tokens, sizes = (1, self._decode_sizes) if decode else (self.block, self.sizes)
+        count = next(n for n in sizes if n >= len(chunks))
+        wanted = _list_wanted(chunks, tokens)
+        size = Size(count, tokens, count if len(wanted) <= count else count * tokens)
+        program = self._program(size)
+        logits, self._pool = program(self._weights, self._pool, self._pad(chunks, wanted, size))
+        return logits
+
+    def _pad(self, chunks: Sequence[Chunk], wanted: list[int], size: Size) -> Chunks:
+        token_BT = np.zeros((size.chunks, size.tokens), np.int32)
+        start_B, count_B = np.zeros((2, size.chunks), np.int32)
+        table = np.zeros((size.chunks, -(-self.context // self.page)), np.int32)
+        for i, chunk in enumerate(chunks):
+            token_BT[i, : len(chunk.tokens)] = chunk.tokens
+            table[i, : len(chunk.pages)] = chunk.pages
+            start_B[i], count_B[i] = chunk.start, len(chunk.tokens)
+        wanted_N = np.zeros(size.wanted, np.int32)
+        wanted_N[: len(wanted)] = wanted
+        return Chunks(token_BT, start_B, count_B, table, wanted_N)
+
+    def _program(self, size: Size) -> jax.stages.Compiled:
+        if size not in self._programs:
+            with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+                if self._pool is None:
+                    self._prepare()
+                arrays = self._pad([], [], size)
+                run = jax.jit(self._run, donate_argnums=1)
+                self._programs[size] = run.lower(self._weights, self._pool, arrays).compile()
+        return self._programs[size]
+
+    def _prepare(self) -> None:
+        """Put the weights in order and make the pool."""
+        cfg, dtype = self._cfg, self._policy.compute_dtype
+        self._pool = make_pool(cfg, network.list_depths(cfg), self.pages, self.page, dtype)
+        split = jax.jit(functools.partial(network.split_weights, cfg=cfg))
+        self._weights, self._tree = jax.tree.flatten(split(self._params))
+
+    def _run(self, weights: list[jax.Array], pool: Pool, chunks: Chunks) -> tuple[jax.Array, Pool]:
+        split = jax.tree.unflatten(self._tree, weights)
+        return network.forward(split, pool, chunks, self._cfg, self._policy)
+
+    def _list_sizes(self, most: int) -> tuple[int, ...]:
+        """Sizes of programs: powers of 2 up to `most`, times the parts of a batch."""
+        parts = -(-most // self._ways)
+        powers = (1 << i for i in range((parts - 1).bit_length()))
+        return tuple(self._ways * n for n in (*powers, parts))
+
+
+def _list_wanted(chunks: Sequence[Chunk], tokens: int) -> list[int]:
+    """Numbers of the tokens of which logits are wanted."""
+    wanted: list[int] = []
+    for i, chunk in enumerate(chunks):
+        last = i * tokens + len(chunk.tokens)
+        wanted += {"none": [], "last": [last - 1], "all": range(i * tokens, last)}[chunk.want]
+    return wanted
