@@ -15,7 +15,14 @@ from k2jax.model.mlp import gated_mlp
 from k2jax.model.projection import Policy, gathered_spec_of, read_weight, sharded_einsum
 from k2jax.model.router import Routing, count_choices, route
 from k2jax.ops.collectives import gather_over
-from k2jax.ops.moe import dispatch_allgather, dispatch_alltoall, expert_mlp, fuse_gate_up
+from k2jax.ops.moe import (
+    dispatch_allgather,
+    dispatch_alltoall,
+    dispatch_to_resident,
+    expert_mlp,
+    fuse_gate_up,
+    resident_mlp,
+)
 from k2jax.params.kimi import Experts, Moe
 from k2jax.sharding import axes_of, meshless, reshard, spec, storage_spec
 
@@ -85,9 +92,11 @@ def moe_small_batch(
         policy: how weights are read.
     """
     rows = x_BTD.shape[0] * x_BTD.shape[1]
-    if not meshless() or rows > SMALL_BATCH_TOKENS:
-        segment_BT = reshard(jnp.ones(x_BTD.shape[:2], jnp.int32), "batch", "length")
-        return moe_forward(w, x_BTD, segment_BT, cfg, policy)[0]
+    valid_BT = reshard(jnp.ones(x_BTD.shape[:2], bool), "batch", "length")
+    if not meshless():
+        return moe_for_inference(w, experts, layer, x_BTD, valid_BT, cfg, policy)
+    if rows > SMALL_BATCH_TOKENS:
+        return moe_forward(w, x_BTD, valid_BT.astype(jnp.int32), cfg, policy)[0]
     x_ND = x_BTD.reshape(rows, -1)
     logit_NE = router_logits(w, x_BTD, policy).reshape(rows, -1)
     routing = route(logit_NE, read_weight(w.bias, policy, "float32"), cfg)
@@ -108,6 +117,56 @@ def moe_small_batch(
     # Combined in float32, then cast, as the published code does.
     y_ND = jax.lax.fori_loop(0, chosen_E.sum(), add_expert, jnp.zeros(x_ND.shape, jnp.float32))
     y_BTD = y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
+    return y_BTD + gated_mlp(w.shared, x_BTD, policy) if cfg.shared_experts else y_BTD
+
+
+def moe_for_inference(
+    w: Moe,
+    experts: Experts,
+    layer: jax.Array,
+    x_BTD: jax.Array,
+    valid_BT: jax.Array,
+    cfg: ModelConfig,
+    policy: Policy,
+) -> jax.Array:
+    """Compute `moe_forward` without statistics, on a mesh for inference.
+
+    Args:
+        w: weights of one layer.
+        experts: of all layers of the stack; one layer's would be copied out of it.
+        layer: int32, index into them.
+        x_BTD: normed activations.
+        valid_BT: whether a token is one; others choose no expert.
+        cfg: sizes.
+        policy: how weights are read.
+    """
+
+    def on_device(x_BTD, valid_BT, logit_BTE, bias_E, layer, *stacks):
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
+        expert_NK = jnp.where(valid_BT.reshape(-1, 1), routing.expert_NK, cfg.experts)
+
+        def run(x_MD, weight_M1, size_E):
+            return resident_mlp(x_MD, weight_M1, stacks, layer, size_E)
+
+        y_ND = dispatch_to_resident(x_ND, expert_NK, routing.weight_NK, cfg.experts, run)
+        return jax.lax.psum(y_ND, "model").reshape(x_BTD.shape)
+
+    stacks = tuple(read_weight(leaf, policy) for leaf in (experts.gate, experts.up, experts.down))
+    rows, tokens = (storage_spec(("batch", "length", *more)) for more in ((), (None,)))
+    y_BTD = jax.shard_map(
+        on_device,
+        in_specs=(tokens, rows, tokens, P(), P(), *(jax.typeof(a).sharding.spec for a in stacks)),
+        out_specs=tokens,
+        check_vma=False,  # loops whose length differs between devices
+    )(
+        x_BTD,
+        valid_BT,
+        router_logits(w, x_BTD, policy),
+        read_weight(w.bias, policy, "float32"),
+        layer,
+        *stacks,
+    )
     return y_BTD + gated_mlp(w.shared, x_BTD, policy) if cfg.shared_experts else y_BTD
 
 

@@ -3,8 +3,9 @@
 `dispatch_allgather` and `dispatch_alltoall` bring tokens to the devices of their experts
 (`dispatch.py`); `expert_mlp` runs those of one device, and `reference_expert_mlp` is its reference
 (`experts.py`; `experts_cpu.py` for CPUs); `grouped_matmul` multiplies rows by the matrix of their
-group (`grouped.py`; `grouped_gpu.py` and `grouped_tpu.py` are the kernels of a platform). Names
-load on first use.
+group (`grouped.py`; `grouped_gpu.py` and `grouped_tpu.py` are the kernels of a platform). For
+inference `dispatch_to_resident` and `resident_mlp` (`resident.py`) leave weights in the stack of
+all layers. Names load on first use.
 """
 
 import importlib
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
         choose_dispatch,
         dispatch_allgather,
         dispatch_alltoall,
+        dispatch_to_resident,
     )
     from k2jax.ops.moe.experts import expert_mlp, reference_expert_mlp, sorted_expert_mlp
     from k2jax.ops.moe.grouped import grouped_matmul
+    from k2jax.ops.moe.resident import resident_mlp
     from k2jax.ops.moe.weights import Weights, fuse_gate_up, split_gate_up
 
 _HOMES = {
@@ -29,10 +32,12 @@ _HOMES = {
     "choose_dispatch": "dispatch",
     "dispatch_allgather": "dispatch",
     "dispatch_alltoall": "dispatch",
+    "dispatch_to_resident": "dispatch",
     "expert_mlp": "experts",
     "fuse_gate_up": "weights",
     "grouped_matmul": "grouped",
     "reference_expert_mlp": "experts",
+    "resident_mlp": "resident",
     "sorted_expert_mlp": "experts",
     "split_gate_up": "weights",
 }
@@ -44,10 +49,12 @@ __all__ = [
     "choose_dispatch",
     "dispatch_allgather",
     "dispatch_alltoall",
+    "dispatch_to_resident",
     "expert_mlp",
     "fuse_gate_up",
     "grouped_matmul",
     "reference_expert_mlp",
+    "resident_mlp",
     "sorted_expert_mlp",
     "split_gate_up",
 ]

@@ -14,6 +14,7 @@ Everything here runs on one device (`shard_map`). Along the mesh axis `expert` e
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ from k2jax.ops.moe.weights import Weights
 
 AXIS = "expert"
 ALIGNED = 8  # rows of a buffer are a multiple of this
+ONE_ROUND = 4096  # rows of a buffer that inference grants, so that each expert is read once
 
 
 class Dispatch(NamedTuple):
@@ -96,6 +98,39 @@ def dispatch_alltoall(
     ), 1 - sent_PE.sum() / size_PE.sum()
 
 
+def dispatch_to_resident(
+    x_ND: jax.Array,
+    expert_NK: jax.Array,
+    weight_NK: jax.Array,
+    experts: int,
+    run: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """Run this device's tokens through their experts by all-to-all; it has no gradient.
+
+    Args:
+        x_ND: tokens.
+        expert_NK: int32; a token that chooses expert `experts` or above is sent nowhere, and is 0.
+        weight_NK: float32.
+        experts: of all devices.
+        run: this device's experts, from rows sorted by expert, their weights and the rows of each.
+    """
+    devices = jax.lax.axis_size(AXIS)
+    order_M, place_M, size_E, weight_NK = sort_by_expert(expert_NK, weight_NK, experts)
+    x_MD = permute_tokens(x_ND, order_M, place_M)
+    weight_M1 = permute_rows(weight_NK.reshape(-1, 1), order_M, place_M)
+    if devices == 1:
+        chosen_M = jnp.arange(x_MD.shape[0]) < size_E.sum()
+        y_MD = jnp.where(chosen_M[:, None], run(x_MD, weight_M1, size_E), 0)
+    else:
+        size_PE = jax.lax.all_gather(size_E, AXIS)
+        length = buffer_rows(order_M.shape[0], devices, Dispatch().buffer)
+        length = max(length, min(ONE_ROUND, order_M.shape[0] * devices))
+        rounds = _count_rounds(size_PE, devices, length)
+        plan = SendPlan(_exclusive_sum(size_PE, 1), size_PE, rounds)
+        y_MD = _run_rounds(x_MD, weight_M1, plan, length, run)
+    return unpermute_and_sum(y_MD, order_M, place_M, x_ND.shape[0])
+
+
 def buffer_rows(pairs: int, devices: int, buffer: float) -> int:
     """Count the rows a device receives in a round: `buffer` times its share, at most all rows."""
     aligned = -(-int(pairs * buffer) // ALIGNED) * ALIGNED
@@ -155,16 +190,24 @@ def _slices_of_round(plan: SendPlan, length: int, index: jax.Array) -> tuple[Row
 def _run_in_rounds(
     x_MD: jax.Array, weight_M1: jax.Array, weights: Weights, plan: SendPlan, length: int
 ) -> jax.Array:
-    """Run sorted rows through their experts; rows that are not sent give 0.
+    """Run sorted rows through their experts; the backward pass repeats the rounds.
 
-    Rows are sent, go through the experts and are sent back, a round at a time. The backward pass
-    repeats the rounds and recomputes what it needs of each.
+    It recomputes what it needs of each.
     """
+
+    def run(x_LD, weight_L1, size_E):
+        return sorted_expert_mlp(x_LD, weight_L1, weights, size_E)
+
+    return _run_rounds(x_MD, weight_M1, plan, length, run)
+
+
+def _run_rounds(x_MD: jax.Array, weight_M1: jax.Array, plan: SendPlan, length: int, run):
+    """Send rows, run them and send them back, a round at a time; those that are not sent give 0."""
 
     def one(index, y):
         slices, size_E = _slices_of_round(plan, length, index)
         x_LD, weight_L1 = _send((rows, weight_M1), slices, length)
-        y_LD = sorted_expert_mlp(x_LD, weight_L1, weights, size_E)
+        y_LD = run(x_LD, weight_L1, size_E)
         return ragged_exchange(_split_rows(y_LD), slices, y, AXIS, back=True)
 
     rows = _split_rows(x_MD)

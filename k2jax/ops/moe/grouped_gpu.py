@@ -50,6 +50,7 @@ def grouped_matmul(
     w: jax.Array,
     size_E: jax.Array,
     *,
+    first: jax.Array | int = 0,
     transposed: bool = False,
     rows: int = ROWS,
     interpret: bool = False,
@@ -60,6 +61,7 @@ def grouped_matmul(
         x_MK: rows, those of group 0 first.
         w: [E, K, N]; with `transposed` [E, N, K], read in that order.
         size_E: int32, rows of each group.
+        first: of the matrices in `w`, if it has more than the groups.
         transposed: the last dim of `w` is contracted.
         rows: of a tile.
         interpret: run without a GPU.
@@ -67,7 +69,7 @@ def grouped_matmul(
     length, width = x_MK.shape
     wide = w.shape[1 if transposed else 2]
     columns, depth = _divisor(wide, COLUMNS), _divisor(width, DEPTH // x_MK.dtype.itemsize)
-    tiles = pl.cdiv(length, rows) + w.shape[0] + 1
+    tiles = pl.cdiv(length, rows) + size_E.shape[0] + 1
     tile_spec = pl.BlockSpec((None,), lambda column, tile: (tile,))
     # Columns vary fastest: the programs that run at a time share their rows in the L2 cache.
     return pl.pallas_call(
@@ -78,13 +80,19 @@ def grouped_matmul(
         out_specs=pl.no_block_spec,
         compiler_params=triton.CompilerParams(**PARAMS),
         interpret=interpret,
-    )(*_tiles(size_E, length, rows, tiles), x_MK, w)
+    )(*_place_groups(_tiles(size_E, length, rows, tiles), size_E, first, w), x_MK, w)
 
 
 def _tiles(size_E: jax.Array, length: int, rows: int, tiles: int) -> tuple[jax.Array, ...]:
     """Cut the groups into tiles; rows of no group are one more group."""
     size_G = jnp.append(size_E, length - size_E.sum()).astype(jnp.int32)
     return cut_into_tiles(size_G, rows, tiles)
+
+
+def _place_groups(tiles, size_E: jax.Array, first: jax.Array | int, w: jax.Array):
+    """Number the groups as the matrices are; rows of no group get a number after the last."""
+    group, *ends = tiles
+    return jnp.where(group < size_E.shape[0], group + first, w.shape[0]).astype(jnp.int32), *ends
 
 
 def _tile(sizes: BlockSizes, transposed: bool, *refs):

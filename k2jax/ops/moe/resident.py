@@ -1,0 +1,82 @@
+"""Experts whose weights rest on their device, all layers in one stack: for inference.
+
+A layer of the stack is never taken out of it, since that would copy its weights at every token, nor
+are gate and up-projection put side by side. Each expert that any row chose is read once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from k2jax.ops.moe import grouped_gpu as gpu
+from k2jax.ops.moe.tiles import cut_into_tiles
+
+Stacks = tuple[jax.Array, jax.Array, jax.Array]  # gate_LEDF, up_LEDF, down_LEFD
+
+ROWS = 8  # of one expert, multiplied at a time on CPUs
+GPU_ROWS = 64  # of a tile; an expert has few
+
+
+def resident_mlp(
+    x_MD: jax.Array, weight_M1: jax.Array, stacks: Stacks, layer: jax.Array, size_E: jax.Array
+) -> jax.Array:
+    """Run rows through the expert of their group, times their weight; it has no gradient.
+
+    Args:
+        x_MD: rows, those of expert 0 first. Results of rows after the last group are undefined.
+        weight_M1: float32.
+        stacks: weights of this device's experts in all layers, in `x_MD`'s dtype.
+        layer: int32, index into the stacks.
+        size_E: int32, rows of each expert.
+    """
+    return jax.lax.platform_dependent(
+        x_MD, weight_M1, stacks, layer, size_E, cpu=_run_blocks, default=_run_groups
+    )
+
+
+def _run_groups(x_MD, weight_M1, stacks: Stacks, layer, size_E):
+    gate_MF, up_MF = (multiply_by_layer(x_MD, w, layer, size_E) for w in stacks[:2])
+    h_MF = (jax.nn.silu(gate_MF) * up_MF).astype(jnp.float32) * weight_M1
+    return multiply_by_layer(h_MF.astype(x_MD.dtype), stacks[2], layer, size_E)
+
+
+def multiply_by_layer(
+    x_MK: jax.Array, w_LEKN: jax.Array, layer: jax.Array, size_E: jax.Array
+) -> jax.Array:
+    """Multiply each row by the matrix of its group in one layer of a stack."""
+    experts = size_E.shape[0]
+    w_XKN = w_LEKN.reshape(-1, *w_LEKN.shape[2:])  # X: experts of all layers
+
+    def ragged_dot(x_MK, w_XKN, layer, size_E):
+        size_X = jnp.zeros(w_XKN.shape[0], size_E.dtype)
+        size_X = jax.lax.dynamic_update_slice(size_X, size_E, (layer * experts,))
+        return jax.lax.ragged_dot(x_MK, w_XKN, size_X)
+
+    kernels = {"default": ragged_dot}
+    if gpu.is_supported(*w_XKN.shape[1:]):
+        kernels["cuda"] = functools.partial(_gpu_product, experts=experts)
+    return jax.lax.platform_dependent(x_MK, w_XKN, layer, size_E, **kernels)
+
+
+def _gpu_product(x_MK, w_XKN, layer, size_E, *, experts: int):
+    return gpu.grouped_matmul(x_MK, w_XKN, size_E, first=layer * experts, rows=GPU_ROWS)
+
+
+def _run_blocks(x_MD, weight_M1, stacks: Stacks, layer, size_E):
+    """Compute `resident_mlp` by blocks; the next expert overwrites what is written in its rows."""
+    most = x_MD.shape[0] // ROWS + size_E.shape[0]
+    expert_I, first_I, _ = cut_into_tiles(size_E, ROWS, most)
+    x_MD, weight_M1 = (jnp.pad(a, ((0, ROWS), (0, 0))) for a in (x_MD, weight_M1))
+
+    def run_block(i, y_MD):
+        x_GD, weight_G1 = (
+            jax.lax.dynamic_slice_in_dim(a, first_I[i], ROWS) for a in (x_MD, weight_M1)
+        )
+        gate_DF, up_DF, down_FD = (w[layer, expert_I[i]] for w in stacks)
+        y_GD = (jax.nn.silu(x_GD @ gate_DF) * (x_GD @ up_DF)) @ down_FD
+        y_GD = (y_GD.astype(jnp.float32) * weight_G1).astype(y_MD.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(y_MD, y_GD, first_I[i], axis=0)
+
+    count = (-(-size_E // ROWS)).sum()
+    return jax.lax.fori_loop(0, count, run_block, jnp.zeros_like(x_MD))[:-ROWS]
