@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from k2jax.config import ConfigError
-from k2jax.inference import sampler as sample
+from k2jax.inference import extend as sample
 from k2jax.model import Model
 from k2jax.ops.moe.dispatch import choose_dispatch
 from k2jax.sharding import use_mesh_of

@@ -6,7 +6,6 @@ what the prefix cache holds.
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -53,7 +52,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0
-    logit_bias: Mapping[int, float] = MappingProxyType({})
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @property
     def is_greedy(self) -> bool:

@@ -13,8 +13,8 @@ import pytest
 from k2jax import sharding
 from k2jax.commands import generate as command
 from k2jax.config import ConfigError, MeshConfig, ModelConfig
+from k2jax.inference import extend as sample
 from k2jax.inference import generate as sampling
-from k2jax.inference import sampler as sample
 from k2jax.model import Kimi, Model, forward
 from k2jax.params.arrays import initial
 from k2jax.params.declare import specs
