@@ -3,14 +3,16 @@
 A token has `kv_rank + rope` numbers in each layer: the normed latent, then the rotated shared key.
 A page holds a few consecutive tokens of one sequence, in all layers. Which pages a sequence has, in
 their order, is its row of a table; several sequences may have the same first pages. Page 0 is
-scratch: padding is written to it, and nobody reads it.
+scratch: padding is written to it, and nobody reads it. On a mesh each device has a part of the pool
+with a scratch page of its own, and all pages of the sequences whose rows it has; tables have the
+numbers of pages in that part.
 """
 
 import jax
 import jax.numpy as jnp
 
 from k2jax.config import ModelConfig
-from k2jax.sharding import meshless
+from k2jax.sharding import meshless, storage_spec
 
 # For each stack of layers [layers, pages, page, latent], or [pages, page, latent] of each layer.
 Pool = tuple[jax.Array | tuple[jax.Array, ...], ...]
@@ -27,12 +29,19 @@ def make_pool(cfg: ModelConfig, depths: list[int], pages: int, page: int, dtype:
         dtype: of the latents, the one that is computed in.
     """
     shape = (pages, page, cfg.size("latent"))
-    layout = None if meshless() else jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
 
     def make(*layers: int) -> jax.Array:
+        if meshless():
+            return jnp.zeros((*layers, *shape), dtype)
+        layout = jax.NamedSharding(jax.sharding.get_mesh(), pool_spec(bool(layers)))
         return jnp.zeros((*layers, *shape), dtype, device=layout)
 
     return tuple(make(n) if n > 0 else tuple(make() for _ in range(-n)) for n in depths)
+
+
+def pool_spec(stacked: bool) -> jax.P:
+    """Layout of a stack of layers' pages, or of one layer's."""
+    return storage_spec((*((None,) if stacked else ()), "cache", None, None))
 
 
 def write_latents(

@@ -1,13 +1,11 @@
 """The routed experts of few rows: only the weights of those that a row chose are read."""
 
-import operator
-
 import jax
 import jax.numpy as jnp
 
 from k2jax.config import ModelConfig
 from k2jax.model.mlp import gated_mlp
-from k2jax.model.moe import moe_forward, router_logits
+from k2jax.model.moe import moe_for_inference, router_logits
 from k2jax.model.projection import Policy, read_weight
 from k2jax.model.router import route
 from k2jax.ops.moe.permute import sort_by_expert
@@ -37,8 +35,7 @@ def run_experts(
         policy: how weights are read.
     """
     if not meshless():
-        w.experts = jax.tree.map(operator.itemgetter(layer), w.experts)
-        return moe_forward(w, x_BTD, valid_BT.astype(jnp.int32), cfg, policy)[0]
+        return moe_for_inference(w, w.experts, layer, x_BTD, valid_BT, cfg, policy)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     logit_NE = router_logits(w, x_BTD, policy).reshape(len(x_ND), -1)
     routing = route(logit_NE, read_weight(w.bias, policy, "float32"), cfg)

@@ -16,7 +16,7 @@ from k2jax.inference.cache import Pool
 from k2jax.inference.chosen_experts import run_experts
 from k2jax.inference.paged_attention import Chunks, absorb_queries, attend_pages, project_values
 from k2jax.model.attention import project_latents
-from k2jax.model.logits import head
+from k2jax.model.logits import head, pick_tokens
 from k2jax.model.mlp import gated_mlp
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import Policy, look_up
@@ -127,9 +127,8 @@ def forward(
             depth = jnp.arange(old.shape[0])
             (x_BTD, latents), _ = jax.lax.scan(apply_next, (x_BTD, old), (depth, stack))
             written.append(latents)
-    x_ND = reshard(x_BTD, None, None, None).reshape(-1, x_BTD.shape[-1])[chunks.wanted_N]
-    x_ND = reshard(x_ND[:, None], "batch", "length", None)
-    return head(w.head, rms_norm(x_ND, w.norm, cfg.norm_eps, policy), policy)[:, 0], tuple(written)
+    x_N1D = pick_tokens(x_BTD, chunks.wanted_N)
+    return head(w.head, rms_norm(x_N1D, w.norm, cfg.norm_eps, policy), policy)[:, 0], tuple(written)
 
 
 class Ends:

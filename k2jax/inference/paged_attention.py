@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.config import ModelConfig
-from k2jax.inference.cache import read_pages, write_latents
+from k2jax.inference.cache import pool_spec, read_pages, write_latents
 from k2jax.model.attention import project_queries
 from k2jax.model.projection import Policy, gather_weight, project
 from k2jax.model.rope import Rotation
+from k2jax.ops.collectives import all_to_all
 from k2jax.params.kimi import Attention
-from k2jax.sharding import BATCH, meshless, reshard, spec, storage_spec
+from k2jax.sharding import meshless, reshard, spec, storage_spec
 
 KEY_BLOCK = 128  # keys that queries meet at a time
 NEG_INF = -1e30  # below every logit; finite, so that differences are
@@ -76,28 +77,30 @@ def attend_pages(
 
     Returns:
         `mixed_BHTR`, and the pool with the new latents.
+
+    On a mesh, devices with a part of the heads exchange it for a part of the chunks, those whose
+    pages they have, and exchange back what was mixed.
     """
-    table = reshard(chunks.table, "batch", None)
-    places = (table, reshard(chunks.start_B, "batch"), reshard(chunks.count_B, "batch"))
+    table = reshard(chunks.table, "cache", None)
+    places = (table, reshard(chunks.start_B, "cache"), reshard(chunks.count_B, "cache"))
     if meshless():
         latents = write_latents(latents, new_BTM, *places, index)
         return _mix_latents(q_BHTM, latents, index, *places, cfg), latents
 
     def on_device(q_BHTM, new_BTM, latents, index, table, start_B, count_B):
-        ours = (new_BTM, table, start_B, count_B)
-        gathered = (jax.lax.all_gather(a, BATCH, tiled=True) for a in ours)
-        latents = write_latents(latents, *gathered, index)
-        return _mix_latents(q_BHTM, latents, index, *ours[1:], cfg), latents
+        latents = write_latents(latents, new_BTM, table, start_B, count_B, index)
+        q_BHTM = all_to_all(q_BHTM, "model", 0, 1)
+        mixed_BHTR = _mix_latents(q_BHTM, latents, index, table, start_B, count_B, cfg)
+        return all_to_all(mixed_BHTR, "model", 1, 0), latents
 
-    heads, whole = storage_spec(HEADS), jax.P()
-    token_spec = storage_spec(("batch", "length", None))
-    table_spec, row_spec = storage_spec(("batch", None)), storage_spec(("batch",))
+    heads, rows = storage_spec(HEADS), storage_spec(("cache",))
+    pool = pool_spec(index is not None)
     return jax.shard_map(
         on_device,
-        in_specs=(heads, token_spec, whole, whole, table_spec, row_spec, row_spec),
-        out_specs=(heads, whole),
-        check_vma=False,  # every device writes the same latents
-    )(q_BHTM, new_BTM, latents, index, *places)
+        in_specs=(heads, rows, pool, jax.P(), rows, rows, rows),
+        out_specs=(heads, pool),
+        check_vma=False,  # loops whose length differs between devices
+    )(q_BHTM, reshard(new_BTM, "cache", None, None), latents, index, *places)
 
 
 def _mix_latents(

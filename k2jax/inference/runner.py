@@ -7,10 +7,12 @@ program's size.
 
 import contextlib
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from k2jax.config import ConfigError
@@ -20,7 +22,7 @@ from k2jax.inference.extend import batch_ways, decoding
 from k2jax.inference.paged_attention import Chunks
 from k2jax.model import Model
 from k2jax.model.projection import Policy
-from k2jax.sharding import meshless, use_mesh_of
+from k2jax.sharding import meshless, reshard, use_mesh_of
 
 
 class Chunk(NamedTuple):
@@ -47,15 +49,13 @@ class Runner:
         page: tokens of a page.
         block: most tokens of a chunk, a multiple of `page`.
         pages: of the pool, the first of which is scratch.
-        shards: equal parts of the pool, each with a scratch page first; a sequence has its pages in
-            one of them.
+        shards: equal parts of the pool, one a device, each with a scratch page first; a sequence
+            has its pages in one of them.
         rows: most sequences of a call that decodes.
         sizes: chunks of calls that read prompts, ascending; calls are padded to the next.
         wanted: most tokens of which a call can give logits.
         context: most tokens of a sequence.
     """
-
-    shards = 1
 
     def __init__(
         self,
@@ -87,7 +87,9 @@ class Runner:
         with use_mesh_of(*model.params.values()), decoding(model.params, model.config) as params:
             self._params = params
             self._mesh = None if meshless() else jax.sharding.get_mesh()
-            self._ways = batch_ways()
+            self.shards = batch_ways()
+        if pages % self.shards:
+            raise ConfigError(f"pages is {pages}; {self.shards} devices must divide it")
         self._decode_sizes, self.sizes = self._list_sizes(rows), self._list_sizes(chunks)
         self.rows, self.wanted = self._decode_sizes[-1], self.sizes[-1] * block
         self._programs: dict[Size, jax.stages.Compiled] = {}
@@ -109,34 +111,59 @@ class Runner:
                 chunk of one token may be a prompt's last: numbers agree, but not to the last bit.
         """
         tokens, sizes = (1, self._decode_sizes) if decode else (self.block, self.sizes)
-        count = next(n for n in sizes if n >= len(chunks))
-        wanted = _list_wanted(chunks, tokens)
+        # A part of the pool has at most its share of a call's chunks.
+        share, seen = sizes[-1] // self.shards, Counter[int]()
+        calls: dict[int, dict[int, tuple[int, Chunk]]] = {}
+        for i, chunk in enumerate(chunks):
+            part = self._part(chunk)
+            call, number = divmod(seen[part], share)
+            seen[part] += 1
+            calls.setdefault(call, {})[i] = number, chunk
+        logits = [self._call(list(calls[call].values()), tokens, sizes) for call in sorted(calls)]
+        if len(calls) == 1:
+            return logits[0]
+        with self._on_mesh():
+            return _put_in_order(logits, calls)
+
+    def _part(self, chunk: Chunk) -> int:
+        return int(chunk.pages[0]) * self.shards // self.pages
+
+    def _call(self, placed: list[tuple[int, Chunk]], tokens: int, sizes: tuple[int, ...]):
+        share = 1 + max(number for number, _ in placed)
+        count = next(n for n in sizes if n >= share * self.shards)
+        slots = {
+            self._part(chunk) * (count // self.shards) + number: chunk for number, chunk in placed
+        }
+        wanted = _list_wanted(slots, tokens)
         size = Size(count, tokens, count if len(wanted) <= count else count * tokens)
         program = self._program(size)
-        logits, self._pool = program(self._weights, self._pool, self._pad(chunks, wanted, size))
+        logits, self._pool = program(self._weights, self._pool, self._pad(slots, wanted, size))
         return logits
 
-    def _pad(self, chunks: Sequence[Chunk], wanted: list[int], size: Size) -> Chunks:
+    def _pad(self, slots: Mapping[int, Chunk], wanted: list[int], size: Size) -> Chunks:
         token_BT = np.zeros((size.chunks, size.tokens), np.int32)
         start_B, count_B = np.zeros((2, size.chunks), np.int32)
         table = np.zeros((size.chunks, -(-self.context // self.page)), np.int32)
-        for i, chunk in enumerate(chunks):
-            token_BT[i, : len(chunk.tokens)] = chunk.tokens
-            table[i, : len(chunk.pages)] = chunk.pages
-            start_B[i], count_B[i] = chunk.start, len(chunk.tokens)
+        for slot, chunk in slots.items():
+            token_BT[slot, : len(chunk.tokens)] = chunk.tokens
+            table[slot, : len(chunk.pages)] = np.asarray(chunk.pages) % (self.pages // self.shards)
+            start_B[slot], count_B[slot] = chunk.start, len(chunk.tokens)
         wanted_N = np.zeros(size.wanted, np.int32)
         wanted_N[: len(wanted)] = wanted
         return Chunks(token_BT, start_B, count_B, table, wanted_N)
 
     def _program(self, size: Size) -> jax.stages.Compiled:
         if size not in self._programs:
-            with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+            with self._on_mesh():
                 if self._pool is None:
                     self._prepare()
-                arrays = self._pad([], [], size)
+                arrays = self._pad({}, [], size)
                 run = jax.jit(self._run, donate_argnums=1)
                 self._programs[size] = run.lower(self._weights, self._pool, arrays).compile()
         return self._programs[size]
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
 
     def _prepare(self) -> None:
         """Put the weights in order and make the pool."""
@@ -151,15 +178,35 @@ class Runner:
 
     def _list_sizes(self, most: int) -> tuple[int, ...]:
         """Sizes of programs: powers of 2 up to `most`, times the parts of a batch."""
-        parts = -(-most // self._ways)
+        parts = -(-most // self.shards)
         powers = (1 << i for i in range((parts - 1).bit_length()))
-        return tuple(self._ways * n for n in (*powers, parts))
+        return tuple(self.shards * n for n in (*powers, parts))
 
 
-def _list_wanted(chunks: Sequence[Chunk], tokens: int) -> list[int]:
+def _put_in_order(
+    logits: list[jax.Array], calls: Mapping[int, Mapping[int, tuple[int, Chunk]]]
+) -> jax.Array:
+    """Join the logits of several calls in the order of their chunks."""
+    rows: dict[int, range] = {}
+    first = 0
+    for call, y_NX in enumerate(logits):
+        at = first
+        for i, (_, chunk) in calls[call].items():
+            rows[i] = range(at, at + _count_wanted(chunk))
+            at = rows[i].stop
+        first += len(y_NX)
+    order = [row for i in sorted(rows) for row in rows[i]]
+    return jnp.concatenate([reshard(y_NX, None, None) for y_NX in logits])[np.array(order)]
+
+
+def _count_wanted(chunk: Chunk) -> int:
+    return {"none": 0, "last": 1, "all": len(chunk.tokens)}[chunk.want]
+
+
+def _list_wanted(slots: Mapping[int, Chunk], tokens: int) -> list[int]:
     """Numbers of the tokens of which logits are wanted."""
     wanted: list[int] = []
-    for i, chunk in enumerate(chunks):
-        last = i * tokens + len(chunk.tokens)
-        wanted += {"none": [], "last": [last - 1], "all": range(i * tokens, last)}[chunk.want]
+    for slot, chunk in slots.items():
+        last = slot * tokens + len(chunk.tokens)
+        wanted += {"none": [], "last": [last - 1], "all": range(slot * tokens, last)}[chunk.want]
     return wanted

@@ -5,12 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from k2jax.model.cross_entropy import cross_entropy
 from k2jax.model.projection import Policy, project, read_weight, sharded_einsum
 from k2jax.ops.collectives import gather_over
 from k2jax.ops.limits import LOGITS_BYTES
-from k2jax.sharding import meshless, storage_spec
+from k2jax.sharding import axes_of, meshless, reshard, storage_spec
 
 ROWS, WEIGHT = ("batch", "length"), ("embed", "vocab")
 
@@ -18,6 +19,28 @@ ROWS, WEIGHT = ("batch", "length"), ("embed", "vocab")
 def head(w: nnx.Variable, x_BTD: jax.Array, policy: Policy) -> jax.Array:
     """Next-token logits `y_BTX`: in the compute dtype, then cast to float32 [JLE 1616]."""
     return project("btd,dx->btx", x_BTD, w, (*ROWS, "vocab"), policy).astype(jnp.float32)
+
+
+def pick_tokens(x_BTD: jax.Array, token_N: jax.Array) -> jax.Array:
+    """Take some tokens' activations `x_N1D`, spread like a batch; `token_N` is b * T + t."""
+    rows, length, width = x_BTD.shape
+    if meshless():
+        return x_BTD.reshape(rows * length, 1, width)[token_N]
+
+    def on_device(x_BTD, token_N):
+        """Others' tokens are 0 here."""
+        x_MD, axes = x_BTD.reshape(-1, width), axes_of("batch")
+        at_N = token_N - jax.lax.axis_index(axes) * len(x_MD)
+        at_N = jnp.where(at_N < 0, len(x_MD), at_N)
+        return jax.lax.psum(x_MD.at[at_N].get(mode="fill", fill_value=0), axes)
+
+    x_ND = jax.shard_map(
+        on_device,
+        in_specs=(storage_spec((*ROWS, None)), P()),
+        out_specs=P(),
+        check_vma=False,
+    )(x_BTD, token_N)
+    return reshard(x_ND[:, None], *ROWS, None)
 
 
 def losses(w: nnx.Variable, x_BTD: jax.Array, target_BT: jax.Array, policy: Policy) -> jax.Array:

@@ -42,7 +42,7 @@ MODELS = {
         KIMI, dense_layers=3, moe_layers=1, groups=4, groups_per_token=2
     ),
 }
-PAGE, BLOCK = 4, 8
+PAGE, BLOCK, PAGES = 4, 8, 128
 LENGTHS, PROMPTS = (9, 1, 21, 32), (5, 1, 17, 16)
 
 
@@ -60,13 +60,20 @@ def sequences(cfg: ModelConfig) -> list[list[int]]:
 
 
 def make_runner(cfg: ModelConfig, params: dict[str, jax.Array]) -> Runner:
-    return Runner(Model(cfg, params), rows=4, pages=32, page=PAGE, block=BLOCK, chunks=8)
+    return Runner(Model(cfg, params), rows=16, pages=PAGES, page=PAGE, block=BLOCK, chunks=8)
 
 
-def page_tables() -> list[list[int]]:
-    """Pages of each sequence, scattered over the pool."""
-    free = np.random.default_rng(1).permutation(np.arange(1, 32)).tolist()
-    return [[free.pop() for _ in range(0, length, PAGE)] for length in LENGTHS]
+def page_tables(shards: int) -> list[list[int]]:
+    """Pages of each sequence, scattered over a part of the pool; all in the last two parts."""
+    part = PAGES // shards
+    free = [
+        np.random.default_rng(i).permutation(np.arange(i * part + 1, (i + 1) * part)).tolist()
+        for i in range(shards)
+    ]
+    return [
+        [free[-1 - i % min(shards, 2)].pop() for _ in range(0, length, PAGE)]
+        for i, length in enumerate(LENGTHS)
+    ]
 
 
 def cut(ids: list[int], pages: list[int], end: int, want: str = "all") -> list[Chunk]:
@@ -75,7 +82,7 @@ def cut(ids: list[int], pages: list[int], end: int, want: str = "all") -> list[C
 
 def run_chunked(runner: Runner, rows: list[list[int]]) -> list[np.ndarray]:
     """Logits of every token: prompts all at once, then token by token."""
-    tables = page_tables()
+    tables = page_tables(runner.shards)
     chunks = [
         chunk
         for ids, pages, end in zip(rows, tables, PROMPTS, strict=True)
