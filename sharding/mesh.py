@@ -118,12 +118,13 @@ def use_mesh_of(*arrays: Any) -> Iterator[None]:
 
     Weights that training returns stay on its mesh; what is computed from them needs it.
     """
+    leaves = jax.tree.leaves(arrays)
     if not jax.sharding.get_abstract_mesh().empty or any(
-        isinstance(array, jax.core.Tracer) for array in arrays
+        isinstance(array, jax.core.Tracer) for array in leaves
     ):
         yield
         return
-    layouts = [array.sharding for array in arrays if isinstance(array, jax.Array)]
+    layouts = [array.sharding for array in leaves if isinstance(array, jax.Array)]
     named = [layout.mesh for layout in layouts if isinstance(layout, jax.NamedSharding)]
     meshes = [mesh for mesh in named if isinstance(mesh, Mesh)]
     with jax.set_mesh(meshes[0]) if meshes else contextlib.nullcontext():

@@ -140,7 +140,7 @@ def main(args: argparse.Namespace) -> int:
         context = min(source.config.context, loading.LONGEST)
         check_request(source.config, args.rows, context, args.stride)
         scored = documents or heldout(args.data, source.tokenizer)
-        model = source.load(args.dtype)
+        model = source.load(args.dtype, args.weights)
         result = score(model, scored, args.rows, context, args.stride, args.dispatch)
         if group.number == 0:
             documents = documents or list(scored.texts(model.tokenizer))  # type: ignore[union-attr]

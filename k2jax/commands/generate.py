@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
         # Before the weights are read, which takes longest.
         rows = check_prompts(Model(source.config, {}, tokenizer), *request)
         group.require_equal("prompts", {"token ids": _digest(rows)})
-        model = source.load(args.dtype)
+        model = source.load(args.dtype, args.weights)
         began = time.perf_counter()
         new_ids = generate(model, *request, args.seed)
         seconds = time.perf_counter() - began

@@ -26,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights and the computation; default: as stored"
     )
+    parser.add_argument(
+        "--weights",
+        choices=("stored", "decoded"),
+        default="stored",
+        help="FP8 and INT4 weights stay in memory as they are, or are decoded; default: stored",
+    )
     for axis, knob, value in each_knob(MeshConfig()):
         parser.add_argument(
             f"--mesh.{axis}",

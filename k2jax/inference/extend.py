@@ -21,6 +21,8 @@ from k2jax.model.projection import Policy
 from k2jax.ops.moe.dispatch import Dispatch
 from k2jax.params.arrays import Params, bind
 from k2jax.params.kimi import Kimi, declare_kimi
+from k2jax.params.low_bit_parts import map_parts
+from k2jax.params.spec import ParamSpec
 from k2jax.sharding import (
     axes_of,
     inference_mesh,
@@ -144,12 +146,12 @@ def decoding(params: Params, cfg: ModelConfig) -> Iterator[Params]:
         return
     specs = declare_kimi(cfg)
     with jax.set_mesh(inference_mesh(mesh, specs)):
-        yield {name: _lay(leaf, storage_spec(specs[name].axes)) for name, leaf in params.items()}
+        yield {name: map_parts(a, specs[name], _lay) for name, a in params.items()}
 
 
-def _lay(leaf: jax.Array, spec: jax.P) -> jax.Array:
+def _lay(leaf: jax.Array, spec: ParamSpec) -> jax.Array:
     """Lay an array on the mesh in use; nothing is copied where each device has its part."""
-    layout = jax.NamedSharding(jax.sharding.get_mesh(), spec)
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), storage_spec(spec.axes))
     here = leaf.sharding.addressable_devices_indices_map(leaf.shape)
     if here != layout.addressable_devices_indices_map(leaf.shape):
         return jax.device_put(leaf, layout)

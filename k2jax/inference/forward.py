@@ -6,6 +6,7 @@ then every token attends to its sequence's pages, so that chunks of one sequence
 call, in any number.
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +50,7 @@ def split_weights(params: Params, cfg: ModelConfig) -> Weights:
         stacks.append(
             stack
             if depth > MAX_UNSTACKED_LAYERS
-            else tuple({name: a[i] for name, a in stack.items()} for i in range(depth))
+            else tuple(jax.tree.map(operator.itemgetter(i), stack) for i in range(depth))
         )
     return Weights(whole, tuple(stacks))
 

@@ -2,8 +2,8 @@
 
 Whatever the network does with a parameter begins with `read_weight`: projections, the router, the
 routed experts, the embedding table, the head, the gains of the norms, and decoding. How it reads
-them is an explicit `Policy`. A parameter that is more than a plain float array (packed integers
-with scales, a base with an adapter) is a further entry of `WEIGHT_FORMATS`.
+them is an explicit `Policy`. A parameter that is more than a plain float array (low-bit codes
+with scales, a base with an adapter) is a pytree, and its type an entry of `WEIGHT_FORMATS`.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from k2jax.ops.collectives import all_to_all, scatter_sum
+from k2jax.ops.lowbit import Fp8, Int4, LowBit, decode
 from k2jax.ops.moe import Dispatch
 from k2jax.params.spec import LAYER_AXES, ParamSpec
 from k2jax.sharding import compute_spec, meshless, reshard, spec
@@ -28,13 +29,23 @@ Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 PROJECTION = "projection"  # name of every product with a weight, for rematerialisation policies
 
 
-def _plain(stored: Any, _: ParamSpec) -> jax.Array:
-    """The values themselves."""
-    return stored
+def _decode(stored: LowBit, leaf: ParamSpec) -> jax.Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return decode(stored, leaf.contracted)
+    layout = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, stored)
+    codes = jax.tree.leaves(layout, is_leaf=lambda entry: isinstance(entry, P))[0]
+    return jax.shard_map(
+        lambda stored: decode(stored, leaf.contracted, codes),
+        in_specs=(layout,),
+        out_specs=codes,
+        check_vma=False,
+    )(stored)
 
 
-# From what is stored for a parameter, or a slice of its stack, to its values as a float array.
-WEIGHT_FORMATS: dict[str, Callable[[Any, ParamSpec], jax.Array]] = {"plain": _plain}
+# From what is stored for a parameter, or a slice of its stack, to its values as a float array; by
+# its type. Anything else is the values themselves.
+WEIGHT_FORMATS: dict[type, Callable[[Any, ParamSpec], jax.Array]] = {Fp8: _decode, Int4: _decode}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +57,12 @@ class Policy:
         grad_dtype: in which gradients of weights are communicated; None: the compute dtype.
         remat: what the backward pass recomputes: "none", or a key of `kimi.REMAT_POLICIES`.
         dispatch: how tokens reach their experts.
-        weight_format: key of `WEIGHT_FORMATS`.
     """
 
     compute_dtype: str
     grad_dtype: str | None = None
     remat: str = "none"
     dispatch: Dispatch = Dispatch()  # noqa: RUF009, a constant
-    weight_format: str = "plain"
 
 
 def read_weight(
@@ -70,8 +79,9 @@ def read_weight(
     stored = w.get_value()
     if index:
         stored = jax.tree.map(lambda a: a[index], stored)
-    values = WEIGHT_FORMATS[policy.weight_format](stored, w.get_metadata("spec"))
-    return values.astype(dtype or policy.compute_dtype)
+    if form := WEIGHT_FORMATS.get(type(stored)):
+        stored = form(stored, w.get_metadata("spec"))
+    return stored.astype(dtype or policy.compute_dtype)
 
 
 def gather_weight(w: "nnx.Variable", policy: Policy) -> jax.Array:

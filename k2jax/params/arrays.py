@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from k2jax.params import low_bit_parts
 from k2jax.params.spec import ParamSpec
 from k2jax.sharding import meshless, storage_spec
 
-Params = dict[str, jax.Array]
+# A plain parameter is an array, a low-bit one a pytree of `k2jax.ops.lowbit`.
+Params = dict[str, Any]
 Module = TypeVar("Module")
 
 
@@ -99,15 +101,23 @@ def _draw(name: str, leaf: ParamSpec, seed: int, std: float) -> jax.Array:
 
 
 def abstract(
-    specs: Mapping[str, ParamSpec], dtype: str = "float32"
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape, dtype and layout of every parameter on the mesh in use, real or pretended."""
-    if meshless():
-        return {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in specs.items()}
-    mesh = jax.sharding.get_abstract_mesh()
-    return {
-        name: jax.ShapeDtypeStruct(
-            leaf.shape, dtype, sharding=jax.NamedSharding(mesh, storage_spec(leaf.axes))
-        )
-        for name, leaf in specs.items()
-    }
+    specs: Mapping[str, ParamSpec], dtype: str = "float32", weights: str = "plain"
+) -> dict[str, Any]:
+    """Shape, dtype and layout of every parameter on the mesh in use, real or pretended.
+
+    Args:
+        specs: the parameters.
+        dtype: of plain ones.
+        weights: "plain", or "fp8" or "int4" as releases have them: those parameters are then
+            `k2jax.ops.lowbit` pytrees.
+    """
+    forms = low_bit_parts.forms_of(specs, weights)
+
+    def describe(part: str, leaf: ParamSpec) -> jax.ShapeDtypeStruct:
+        kind = jnp.dtype(leaf.dtype if part else dtype)
+        if meshless():
+            return jax.ShapeDtypeStruct(leaf.shape, kind)
+        layout = jax.NamedSharding(jax.sharding.get_abstract_mesh(), storage_spec(leaf.axes))
+        return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=layout)
+
+    return {name: low_bit_parts.build(leaf, forms[name], describe) for name, leaf in specs.items()}

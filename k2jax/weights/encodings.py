@@ -4,7 +4,6 @@
 iterate over, `shape`, `dtype`, `file` and `read(name, rows)` of each, all under published names.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from k2jax.config import ConfigError
+from k2jax.params.low_bit_parts import RELEASED
 from k2jax.weights import quant
 
 Kind = tuple[np.dtype, tuple[int, ...]]
@@ -21,13 +21,6 @@ PLAIN = (quant.BF16, np.dtype(np.float16), F32)
 FORMATS = ("keep", "bfloat16", "float32", "fp8", *quant.GRIDS)
 SCALE = "_scale_inv"
 INT4_PARTS = ("_packed", "_scale", "_shape")
-# What the FP8 releases quantise: every projection of attention and MLPs [JLE manifest], and INT4
-# ones: those of routed experts [K25DUMP]. eh_proj of an MTP layer stays bfloat16.
-_PROJECTION = r"(gate|up|down)_proj\.weight"
-FP8_WEIGHTS = re.compile(
-    rf".*\.(self_attn\.(q|q_a|q_b|kv_a|kv_b|o)_proj(_with_mqa)?\.weight|mlp\.(.+\.)?{_PROJECTION})"
-)
-INT4_WEIGHTS = re.compile(rf".*\.mlp\.experts\.\d+\.{_PROJECTION}")
 BIAS = "e_score_correction_bias"
 # Of wrong length in the FP8 releases, and not trained (trap 13).
 JUNK = "rotary_emb.inv_freq"
@@ -124,7 +117,7 @@ def decode(tensors: Tensors, weight: str, rows: slice = slice(None)) -> np.ndarr
     if how == "plain":
         return tensors.read(weight, rows)
     if how == "int4":
-        _check_int4_shape(tensors, weight)
+        check_int4_shape(tensors, weight)
         packed, scale = (tensors.read(weight + part, rows) for part in ("_packed", "_scale"))
         return quant.decode_int4(packed, scale)
     begin, end, _ = rows.indices(tensors.shape(weight)[0])
@@ -134,7 +127,12 @@ def decode(tensors: Tensors, weight: str, rows: slice = slice(None)) -> np.ndarr
     return quant.decode_fp8(q, scale)[begin - first * quant.BLOCK :]
 
 
-def _check_int4_shape(tensors: Tensors, weight: str) -> None:
+def check_int4_shape(tensors: Tensors, weight: str) -> None:
+    """Refuse an INT4 weight whose `weight_shape` is not that of its words.
+
+    Raises:
+        ConfigError: names the tensor and its file.
+    """
     name = f"{weight}_shape"
     rows, words = tensors.shape(f"{weight}_packed")
     told = tensors.read(name).tolist()
@@ -192,7 +190,7 @@ class ReencodedTensors:
         if weight.endswith(BIAS):
             return "plain", F32
         how = "int4" if self.form in quant.GRIDS else self.form
-        chosen = {"fp8": FP8_WEIGHTS, "int4": INT4_WEIGHTS}.get(how)
+        chosen = RELEASED.get(how)
         if chosen and chosen.fullmatch(weight):
             if how == "int4" and self._shape(weight, have)[-1] % quant.GROUP:
                 raise ConfigError(

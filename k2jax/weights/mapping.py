@@ -3,9 +3,10 @@
 Names: the releases' own index files [JLE].
 """
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.config import ConfigError
+from k2jax.ops.lowbit import GROUP
+from k2jax.params import low_bit_parts
+from k2jax.params.arrays import Params
 from k2jax.params.spec import LAYER_AXES, ParamSpec
 from k2jax.sharding import meshless, storage_spec
-from k2jax.weights.encodings import JUNK, Tensors, check_parts, decode, encoding, weight_of
+from k2jax.weights.encodings import (
+    JUNK,
+    SCALE,
+    Tensors,
+    check_int4_shape,
+    check_parts,
+    decode,
+    encoding,
+    weight_of,
+)
 from k2jax.weights.hf_config import published_fields
 from k2jax.weights.hf_folder import Folder
 from k2jax.weights.other_quantisations import refuse_other
@@ -25,6 +38,11 @@ from k2jax.weights.safetensors import near
 VISION = ("vision_tower.", "mm_projector.")
 # Only a multi-token-prediction layer has this tensor [DSV3 README_WEIGHTS].
 MTP = re.compile(r"model\.layers\.(\d+)\.eh_proj\.weight")
+
+WEIGHTS = ("stored", "decoded")  # whether low-bit weights stay so
+# The tensor of each part of a low-bit parameter.
+TENSORS = {"code": "", "word": "_packed"}
+SCALES = {"fp8": SCALE, "int4": "_scale"}
 
 StackIndex = tuple[int, ...]
 
@@ -47,18 +65,21 @@ def published_name(spec: ParamSpec, where: StackIndex) -> str:
 
 
 def load_published(
-    folder: str | Path, specs: Mapping[str, ParamSpec], dtype: str | None = "float32"
-) -> dict[str, jax.Array]:
+    folder: str | Path,
+    specs: Mapping[str, ParamSpec],
+    dtype: str | None = "float32",
+    weights: str = "decoded",
+) -> Params:
     """Weights of a published folder, on the mesh in use if there is one.
 
-    Every file is mapped, and each device gets its part straight from the mapped tensors; FP8 and
-    INT4 ones are decoded on the way.
+    Every file is mapped, and each device gets its part straight from the mapped tensors.
 
     Args:
         folder: holds `model.safetensors`, or an index and the files it names.
         specs: the model's parameters.
         dtype: of the weights; None: float32 where a file has that or float16, else bfloat16. The
             router bias is always float32 (trap 6).
+        weights: "stored": FP8 and INT4 ones stay as they are; "decoded": on the way.
 
     Raises:
         ConfigError: a missing, unknown or damaged tensor, or one of another shape or dtype; one
@@ -68,12 +89,12 @@ def load_published(
     config = Path(folder, "config.json")
     refuse_other(source, published_fields(config) if config.is_file() else {}, str(folder))
     check(source, specs, str(source.source))
-    return place(source, specs, dtype)
+    return place(source, specs, dtype, weights)
 
 
 def place(
-    source: Tensors, specs: Mapping[str, ParamSpec], dtype: str | None
-) -> dict[str, jax.Array]:
+    source: Tensors, specs: Mapping[str, ParamSpec], dtype: str | None, weights: str = "decoded"
+) -> Params:
     """The arrays of `load_published`, from any tensors that were checked."""
     if dtype is None:
         plain = (
@@ -86,9 +107,17 @@ def place(
         half = all(source.dtype(name) == jnp.bfloat16 for name in plain)
         dtype = "bfloat16" if half else "float32"
     return {
-        name: _place(source, leaf, "float32" if leaf.group == "bias" else dtype)
+        name: _place(source, leaf, "float32" if leaf.group == "bias" else dtype, weights)
         for name, leaf in specs.items()
     }
+
+
+def form_of(source: Tensors, leaf: ParamSpec) -> str:
+    """How a parameter can be resident as its tensors hold it: "fp8", "int4", else "plain"."""
+    forms = {encoding(source, name) for _, name in stack_slots(leaf)}
+    form = forms.pop()
+    stays = not forms and form in SCALES and low_bit_parts.can_stay(leaf, form)
+    return form if stays else "plain"
 
 
 def check(source: Tensors, specs: Mapping[str, ParamSpec], where: str) -> None:
@@ -127,14 +156,57 @@ def extra_mtp_prefixes(source: Tensors, specs: Mapping[str, ParamSpec]) -> tuple
     return tuple(f"model.layers.{layer}." for layer in found if layer >= layers)
 
 
-def _place(source: Tensors, leaf: ParamSpec, dtype: str) -> jax.Array:
+def _place(source: Tensors, leaf: ParamSpec, dtype: str, weights: str) -> Any:
+    form = form_of(source, leaf) if weights == "stored" else "plain"
+
+    def make(attribute: str, part: ParamSpec) -> jax.Array:
+        if not attribute:
+            return _fill(part, dtype, functools.partial(_part, source, part))
+        suffix = TENSORS.get(attribute, SCALES.get(form, ""))
+
+        def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+            if attribute == "word":
+                check_int4_shape(source, name)
+            return to_our_dims(part, source.read(name + suffix))[index]
+
+        _check_split(part, leaf)
+        return _fill(part, part.dtype, read)
+
+    return low_bit_parts.build(leaf, form, make)
+
+
+def _check_split(part: ParamSpec, leaf: ParamSpec) -> None:
+    """Refuse a mesh that does not divide a part of a low-bit parameter."""
+    if meshless():
+        return
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), storage_spec(part.axes))
+    try:
+        layout.shard_shape(part.shape)
+    except ValueError:
+        raise ConfigError(
+            f"the mesh splits {leaf.axes[-2]!r} inside of groups of {GROUP} inputs, which INT4"
+            " weights share scales in; another mesh, or weights='decoded' (--weights decoded)"
+        ) from None
+
+
+def _fill(
+    leaf: ParamSpec, dtype: str, read: Callable[[str, tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array on the mesh in use, made from the published tensors that fill its stack.
+
+    Args:
+        leaf: shape and layout.
+        dtype: of the array.
+        read: part of a tensor, with our dims.
+    """
+
     def part(index: Any) -> np.ndarray:
         ranges = [range(n)[cut] for n, cut in zip(leaf.stack, index, strict=False)]
         shape = tuple(len(range(n)[cut]) for n, cut in zip(leaf.shape, index, strict=True))
         out = np.empty(shape, jnp.dtype(dtype))
         for at in np.ndindex(*map(len, ranges)):
             where = tuple(r[i] for r, i in zip(ranges, at, strict=True))
-            out[at] = _part(source, leaf, published_name(leaf, where), index[leaf.stacked :])
+            out[at] = read(published_name(leaf, where), index[leaf.stacked :])
         return out
 
     if meshless():

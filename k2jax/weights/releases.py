@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from k2jax.params.low_bit_parts import RELEASED
 from k2jax.params.spec import LAYER_AXES, ParamSpec
 from k2jax.weights import quant
-from k2jax.weights.encodings import FP8_WEIGHTS, INT4_WEIGHTS, JUNK, Kind, parts
+from k2jax.weights.encodings import JUNK, Kind, parts
 from k2jax.weights.hf_folder import TEXT
 from k2jax.weights.mapping import stack_slots
 from k2jax.weights.safetensors import NAMES
 
-WEIGHTS = {"fp8": FP8_WEIGHTS, "int4": INT4_WEIGHTS}
 JUNK_LENGTH = 56
 
 
@@ -86,7 +86,7 @@ def published_tensors(specs: Mapping[str, ParamSpec], release: Release) -> dict[
 
 
 def _held(name: str, shape: tuple[int, ...], dtype: np.dtype, form: str) -> dict[str, Kind]:
-    pattern = WEIGHTS.get(form)
+    pattern = RELEASED.get(form)
     how = form if pattern and pattern.fullmatch(name) else "plain"
     return parts(name, shape, how, dtype)
 

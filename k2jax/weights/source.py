@@ -13,9 +13,9 @@ import jax
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.checkpoint.steps import CHECKPOINTS, is_step
-from k2jax.config import ConfigError, ModelConfig, RunConfig, from_json
+from k2jax.config import ConfigError, ModelConfig, RunConfig, from_json, nearest
 from k2jax.model import Kimi, Model
-from k2jax.params.arrays import abstract
+from k2jax.params.arrays import Params, abstract
 from k2jax.params.declare import specs
 from k2jax.params.spec import ParamSpec
 from k2jax.text.interface import TokenizerLike
@@ -25,7 +25,7 @@ from k2jax.weights.converted_write import check_files
 from k2jax.weights.encodings import Tensors
 from k2jax.weights.hf_config import from_published, published_fields
 from k2jax.weights.hf_folder import INDEX, SINGLE, Folder, Remote
-from k2jax.weights.mapping import check, extra_mtp_prefixes, load_published, place
+from k2jax.weights.mapping import WEIGHTS, check, extra_mtp_prefixes, load_published, place
 
 # Companions: what may stand beside weights and is no code of ours to write. Weights of other kinds
 # and what could be a pickle stay behind.
@@ -57,19 +57,21 @@ RUN = ("metrics.jsonl", "events.jsonl", "run.json", "loss.png", "report.html")
 LARGEST_COMPANION = 64 * 2**20  # bytes
 
 
-def load(path: str | Path, dtype: str | None = None) -> Model:
+def load(path: str | Path, dtype: str | None = None, weights: str = "stored") -> Model:
     """The model at `path`, on the mesh in use if there is one.
 
     Args:
         path: a run's folder (its newest checkpoint), one checkpoint, a converted folder, or a
             published one with `config.json` and safetensors (BF16, F16, F32, FP8 or INT4).
         dtype: "float32" or "bfloat16"; None: as saved, bfloat16 for FP8 and INT4. The router bias
-            is always float32.
+            is always float32. It is also what is computed in.
+        weights: "stored": FP8 and INT4 weights stay in memory as they are and are decoded where
+            they are used, whatever the dtype; "decoded": they become plain arrays now.
 
     Raises:
         ConfigError: there is nothing at `path` that can be loaded; the message says what is.
     """
-    return open_source(path).load(dtype)
+    return open_source(path).load(dtype, weights)
 
 
 def initial_params(path: str | Path, specs: Mapping[str, ParamSpec]) -> dict[str, jax.Array]:
@@ -172,23 +174,28 @@ class Source:
             )
         )
 
-    def load(self, dtype: str | None = None) -> Model:
-        """The model, on the mesh in use if there is one; `dtype` as for `k2jax.load`."""
-        params = self.params(specs(Kimi(self.config)), dtype)
+    def load(self, dtype: str | None = None, weights: str = "stored") -> Model:
+        """The model, on the mesh in use if there is one; arguments as for `k2jax.load`."""
+        if weights not in WEIGHTS:
+            raise ConfigError(f"weights is {weights!r}; {nearest(weights, WEIGHTS)}")
+        params = self.params(specs(Kimi(self.config)), dtype, weights)
         return Model(self.config, params, self.tokenizer)
 
-    def params(self, specs: Mapping[str, ParamSpec], dtype: str | None) -> dict[str, jax.Array]:
+    def params(
+        self, specs: Mapping[str, ParamSpec], dtype: str | None, weights: str = "decoded"
+    ) -> Params:
         """The weights alone. On a mesh every process reads what its own devices hold.
 
         Args:
             specs: the parameters of the model, which may be another one than the source's.
             dtype: as for `k2jax.load`.
+            weights: likewise.
 
         Raises:
             ConfigError: a missing, unknown or damaged tensor, or one of another shape.
         """
         if not self.is_checkpoint:
-            return load_published(self.folder, specs, dtype)
+            return load_published(self.folder, specs, dtype, weights)
         assert self.step is not None
         meta, checkpoints = self._meta, Checkpoints(self.folder)
         checkpoints.check(self.step, "params")
@@ -201,7 +208,7 @@ class Source:
         if meta.get("quantised") or beside:
             stored = ConvertedCheckpoint(self.path, meta, held if beside else specs)
             check(stored, specs, str(self.path))
-            return place(stored, specs, dtype)
+            return place(stored, specs, dtype, weights)
         wanted = abstract(specs, dtype or saved.get("head", ("", "float32"))[1])
         wanted |= abstract({name: leaf for name, leaf in specs.items() if leaf.group == "bias"})
         return checkpoints.restore_params(self.step, wanted)

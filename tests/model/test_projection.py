@@ -117,20 +117,34 @@ def draw(cfg):
     return params
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A parameter with factors along its last dim, for each matrix of its stack."""
+
+    array: jax.Array
+    factor: jax.Array
+
+
+def read_scaled(stored, _):
+    between = (1,) * (stored.array.ndim - stored.factor.ndim)
+    *stack, last = stored.factor.shape
+    return stored.array * stored.factor.reshape(*stack, *between, last)
+
+
 def scaled_reader(cfg, run, policy):
     """`run`, with factors along each weight's last dim that `read_weight` applies."""
-    names = {(leaf.axes[0], leaf.published): name for name, leaf in specs(Kimi(cfg)).items()}
-    policy = dataclasses.replace(policy, weight_format="scaled")
+    leaves = specs(Kimi(cfg))
 
     @jax.jit
     def reader(params, factors):
+        scaled = {}
+        for name, array in params.items():
+            factor = jnp.broadcast_to(factors[name], (*leaves[name].stack, array.shape[-1]))
+            scaled[name] = Scaled(array, factor)
         with pytest.MonkeyPatch.context() as patch:
-
-            def scale(stored, leaf):
-                return stored * factors[names[leaf.axes[0], leaf.published]]
-
-            patch.setitem(projection.WEIGHT_FORMATS, "scaled", scale)
-            return run(bind(Kimi(cfg), params), cfg, policy)
+            patch.setitem(projection.WEIGHT_FORMATS, Scaled, read_scaled)
+            return run(bind(Kimi(cfg), scaled), cfg, policy)
 
     return reader
 
