@@ -110,8 +110,8 @@ class Request:
         logprobs: n: log-probabilities of each new token and of the n likeliest, by the model alone:
             before penalties, bias, constraint and temperature. None: none.
         prompt_logprobs: the same of the prompt's tokens; the first has none.
-        prompt_logprobs_from: the first place in the prompt, 1 or later, that `prompt_logprobs`
-            cover. What lies before may come from the prefix cache.
+        prompt_logprobs_from: the first place in the prompt that `prompt_logprobs` cover; 0: all
+            of it, its first token with None. What lies before may come from the prefix cache.
         constraint: which tokens may come next. One object serves one request.
     """
 
@@ -122,7 +122,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    prompt_logprobs_from: int = 1
+    prompt_logprobs_from: int = 0
     constraint: Constraint | None = None
 
 
@@ -144,7 +144,7 @@ class Output:
             what may become a stop text are held back.
         logprobs: one for each of `ids`, if asked for.
         prompt_logprobs: of the prompt from `prompt_logprobs_from` on, with the first event; None
-            for the prompt's first token.
+            for the prompt's first token, which follows nothing.
         finish_reason: None, or "stop", "length", "abort" or "error".
         stopped_by: the id or the text of a "stop"; None where a constraint had nothing to add.
         error: one line, with the reason "error".
@@ -272,10 +272,10 @@ def check_request(request: Request, vocab: int, context: int, has_text: bool) ->
             f"the prompt has {len(prompt)} tokens and {new} new ones are asked for, the context is"
             f" {context}: {fits}"
         )
-    if not 1 <= request.prompt_logprobs_from <= len(prompt):
+    if not 0 <= request.prompt_logprobs_from <= len(prompt):
         raise ConfigError(
             f"prompt_logprobs_from is {request.prompt_logprobs_from}; it must be in"
-            f" 1..{len(prompt)}"
+            f" 0..{len(prompt)}"
         )
     for name in ("logprobs", "prompt_logprobs"):
         if not 0 <= (getattr(request, name) or 0) <= TOP_LOGPROBS:

@@ -90,17 +90,21 @@ def forbid(y_BX: jax.Array, mask_BW: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="top")
-def log_probabilities(y_BX: jax.Array, token_B: jax.Array, *, top: int) -> jax.Array:
+def log_probabilities(
+    y_BX: jax.Array, known_B: jax.Array, chosen_B: jax.Array, *, top: int
+) -> jax.Array:
     """Log-probabilities of a token and of the likeliest ones, float32 [batch, 1 + 2 top].
 
     Columns: the token's; of the `top` likeliest, likeliest first; their ids, exact below 2^24.
 
     Args:
         y_BX: logits, float32.
-        token_B: int32, 0..vocab-1.
+        known_B: int32, the token of each row; below 0: it is the one in `chosen_B`.
+        chosen_B: int32.
         top: how many.
     """
     y_BX = _gather_rows(y_BX)
+    token_B = jnp.where(known_B < 0, chosen_B, known_B)
     most_B1 = y_BX.max(axis=1, keepdims=True)
     total_B1 = jnp.log(_sum_by_tree(jnp.exp(y_BX - most_B1))[-1])
     own_B1 = jnp.take_along_axis(y_BX, jnp.maximum(token_B, 0)[:, None], axis=1)
@@ -323,8 +327,8 @@ class Sampler:
             lambda: draw(y_BX, knobs, allowed=self._allowed),
             lambda: adjust(y_BX, *self._adjustments((), size)),
             lambda: forbid(y_BX, self._mask_array((), {}, size)),
-            lambda: log_probabilities(y_BX, token_B, top=1),
-            lambda: log_probabilities(y_BX, token_B, top=TOP_LOGPROBS),
+            lambda: log_probabilities(y_BX, token_B, token_B, top=1),
+            lambda: log_probabilities(y_BX, token_B, token_B, top=TOP_LOGPROBS),
         ]
 
 

@@ -177,7 +177,7 @@ def test_penalties_are_those_of_the_formulas():
 def test_log_probabilities_are_those_of_the_softmax(top):
     y_BX = logits()
     token_B = np.arange(16, dtype=np.int32) * 3
-    found = np.asarray(log_probabilities(jnp.asarray(y_BX), token_B, top=top))
+    found = np.asarray(log_probabilities(jnp.asarray(y_BX), token_B, token_B, top=top))
     y64 = y_BX.astype(np.float64)
     expected = y64 - np.log(np.exp(y64).sum(axis=1, keepdims=True))
     np.testing.assert_allclose(found[:, 0], expected[np.arange(16), token_B], atol=1e-5)
@@ -186,7 +186,9 @@ def test_log_probabilities_are_those_of_the_softmax(top):
     np.testing.assert_allclose(
         found[:, 1 : 1 + top], np.take_along_axis(expected, best, axis=1), atol=1e-5
     )
-    alone = np.asarray(log_probabilities(jnp.asarray(y_BX[5:6]), token_B[5:6], top=top))
+    alone = np.asarray(
+        log_probabilities(jnp.asarray(y_BX[5:6]), token_B[5:6], token_B[5:6], top=top)
+    )
     np.testing.assert_array_equal(found[5:6], alone)
 
 

@@ -1,0 +1,172 @@
+"""What every process computes in a step: latents, logits, and the tokens that are chosen."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from k2jax.inference.request import TOP_LOGPROBS, Sampling
+from k2jax.inference.sampler import Sampler, log_probabilities
+from k2jax.inference.scheduler import Part
+from k2jax.sharding import use_mesh_of
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence."""
+
+    tokens: Sequence[int]  # 1..block
+    start: int  # position of the first; of a prompt's chunk a multiple of `block`
+    pages: Sequence[int]  # of its sequence so far, in order; cover start + len(tokens)
+    want: str  # "none", "last" or "all": of which tokens logits are wanted
+
+
+class RunnerLike(Protocol):
+    """What computes logits: `k2jax.inference.runner.Runner`, or a stand-in of a test."""
+
+    page: int
+    block: int
+    pages: int
+    shards: int
+    rows: int
+    sizes: tuple[int, ...]
+    row_sizes: tuple[int, ...]
+    wanted: int
+    context: int
+
+    def warm_up(self) -> None:
+        """Compile what can be."""
+
+    def forward(self, chunks: Sequence[Any], decode: bool = False) -> jax.Array:
+        """Read chunks; the logits of the wanted tokens, in order, then any rows."""
+
+
+class Begin(NamedTuple):
+    """A sequence that gets a row."""
+
+    row: int
+    sampling: Sampling
+    prompt: Sequence[int]
+    new: Sequence[int]  # tokens that it has already
+
+
+class Call(NamedTuple):
+    """One call of the runner, and what becomes of its logits."""
+
+    parts: Sequence[Part]
+    decode: bool
+    # Of each token with logits, in order: the one that follows, where it is known, else -1.
+    targets: Sequence[int]
+    picks: bool  # whether any token is to be chosen
+    top: int  # log-probabilities of so many likeliest tokens; 0: none
+
+
+class Plan(NamedTuple):
+    """All of one step."""
+
+    begun: Sequence[Begin]
+    calls: Sequence[Call]
+
+
+class Answer(NamedTuple):
+    """What a call gives, for each token with logits, in order."""
+
+    tokens: np.ndarray | None  # int32, chosen ones; below 0: see `sampler`
+    logprobs: np.ndarray | None  # see `log_probabilities`
+
+
+Masks = Mapping[int, np.ndarray]
+
+
+class Executor:
+    """A runner, the page tables of its rows, and how they choose tokens."""
+
+    def __init__(self, runner: RunnerLike, vocab: int, allowed: int):
+        """Take a runner over.
+
+        Args:
+            runner: nobody else may call it.
+            vocab: logits of a token.
+            allowed: ids below it may be chosen.
+        """
+        self.runner = runner
+        self._sampler = Sampler(runner.rows, vocab, allowed)
+        pages = -(-(runner.context + runner.block) // runner.page)
+        self._tables = np.zeros((runner.rows, pages), np.int32)
+
+    def warm_up(self) -> None:
+        """Compile all that any request may need, by running it on scratch."""
+        self.runner.warm_up()
+        block, page = self.runner.block, self.runner.page
+        sizes = self.runner.sizes
+        calls = [(n, 1, "last", True) for n in self.runner.row_sizes]
+        calls += [(n, block, "last", False) for n in sizes]
+        calls += [(n, block, "all", False) for n in sizes]
+        warm: set[int] = set()
+        for count, tokens, want, decode in calls:
+            chunk = Chunk([0] * tokens, 0, np.zeros(-(-tokens // page), np.int32), want)
+            y_BX = self.runner.forward([chunk] * count, decode)
+            if y_BX.shape[0] not in warm:
+                warm.add(y_BX.shape[0])
+                with use_mesh_of(y_BX):
+                    jax.block_until_ready([run() for run in self._sampler.programs(y_BX)])
+
+    def run(self, plan: Plan, mask: Callable[[], Masks]) -> list[Answer]:
+        """Compute a step.
+
+        Args:
+            plan: the same in every process.
+            mask: called once, while the device computes: allowed tokens by row.
+        """
+        for begin in plan.begun:
+            self._sampler.begin(*begin)
+        logits = [self._forward(call) for call in plan.calls]
+        masks = mask()
+        chosen = [self._choose(*pair, masks) for pair in zip(plan.calls, logits, strict=True)]
+        answers = [Answer(*pair) for pair in jax.device_get(chosen)]
+        if not any(call.targets for call in plan.calls):
+            jax.block_until_ready(logits)  # hosts do not run ahead of their devices
+        for call, answer in zip(plan.calls, answers, strict=True):
+            self._accept(call, answer)
+        return answers
+
+    def _forward(self, call: Call) -> jax.Array:
+        chunks = []
+        for part in call.parts:
+            table = self._tables[part.row]
+            if part.pages:
+                table[part.first_page : part.first_page + len(part.pages)] = part.pages
+            end = -(-(part.start + len(part.tokens)) // self.runner.page)
+            chunks.append(Chunk(part.tokens, part.start, table[:end], part.want))
+        return self.runner.forward(chunks, call.decode)
+
+    def _choose(self, call: Call, y_BX: jax.Array, masks: Masks) -> tuple[Any, Any]:
+        if not call.targets:
+            return None, None
+        with use_mesh_of(y_BX):
+            tokens = self._sampler.pick(y_BX, rows_of(call), masks) if call.picks else None
+            if not call.top:
+                return tokens, None
+            known = np.full(y_BX.shape[0], -1, np.int32)
+            known[: len(call.targets)] = call.targets
+            top = 1 if call.top == 1 else TOP_LOGPROBS
+            chosen = known if tokens is None else tokens
+            return tokens, log_probabilities(y_BX, known, chosen, top=top)
+
+    def _accept(self, call: Call, answer: Answer) -> None:
+        if answer.tokens is None:
+            return
+        for at, (row, target) in enumerate(zip(rows_of(call), call.targets, strict=True)):
+            if target < 0 <= answer.tokens[at]:
+                self._sampler.accept(row, int(answer.tokens[at]))
+
+
+def rows_of(call: Call) -> list[int]:
+    """Return the row of each token with logits, in order."""
+    rows = []
+    for part in call.parts:
+        if part.want == "last":
+            rows.append(part.row)
+        elif part.want == "all":
+            rows += [part.row] * len(part.tokens)
+    return rows
