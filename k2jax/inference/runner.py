@@ -90,14 +90,14 @@ class Runner:
             self.shards = batch_ways()
         if pages % self.shards:
             raise ConfigError(f"pages is {pages}; {self.shards} devices must divide it")
-        self._decode_sizes, self.sizes = self._list_sizes(rows), self._list_sizes(chunks)
-        self.rows, self.wanted = self._decode_sizes[-1], self.sizes[-1] * block
+        self.row_sizes, self.sizes = self._list_sizes(rows), self._list_sizes(chunks)
+        self.rows, self.wanted = self.row_sizes[-1], self.sizes[-1] * block
         self._programs: dict[Size, jax.stages.Compiled] = {}
         self._pool: Pool | None = None
 
     def warm_up(self) -> None:
         """Compile the programs that decode and those that read prompts."""
-        for tokens, sizes in ((1, self._decode_sizes), (self.block, self.sizes)):
+        for tokens, sizes in ((1, self.row_sizes), (self.block, self.sizes)):
             for count in sizes:
                 self._program(Size(count, tokens, count))
 
@@ -110,7 +110,7 @@ class Runner:
             decode: whether they have one new token each. Prompts are read by other products, and a
                 chunk of one token may be a prompt's last: numbers agree, but not to the last bit.
         """
-        tokens, sizes = (1, self._decode_sizes) if decode else (self.block, self.sizes)
+        tokens, sizes = (1, self.row_sizes) if decode else (self.block, self.sizes)
         # A part of the pool has at most its share of a call's chunks.
         share, seen = sizes[-1] // self.shards, Counter[int]()
         calls: dict[int, dict[int, tuple[int, Chunk]]] = {}

@@ -7,7 +7,6 @@ the oldest always ends.
 """
 
 from collections import deque
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from k2jax.inference.pages import ROOT, Pages
@@ -63,6 +62,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order in which they began
         self.preemptions = 0
+        self._reads_shortest = False
         rows = shape.rows // shape.parts
         self._rows = [
             list(range(part * rows, (part + 1) * rows))[::-1] for part in range(shape.parts)
@@ -130,14 +130,10 @@ class Scheduler:
 
     def _part(self, s: Sequence, count: int, want: str) -> Part:
         end = -(-(s.done + count) // self.shape.page)
-        part = Part(
-            s.row,
-            s.done,
-            s.tokens[s.done : s.done + count],
-            s.sent,
-            s.pages[s.sent : end],
-            want,
-        )
+        pages = s.pages[s.sent : end]
+        if s.part:  # numbers of the whole pool
+            pages = [page + s.part * self.parts[0].count for page in pages]
+        part = Part(s.row, s.done, s.tokens[s.done : s.done + count], s.sent, pages, want)
         s.sent = max(s.sent, end)
         return part
 
@@ -211,30 +207,26 @@ class Scheduler:
     # Prompts.
 
     def _prefill(self, chunks: int) -> list[tuple[Sequence, Part]]:
-        """Read at most so many chunks: one of the oldest prompt, then of the shortest rest.
+        """Read at most so many chunks of prompts.
 
-        A short prompt is not kept waiting by a long one, nor a long one by many short ones.
+        Every other one is of the oldest prompt, the rest of the one that needs least: a short
+        prompt is not kept waiting by a long one, nor a long one by many short ones.
         """
         reading = [s for s in self.running if s.done < s.target]
         planned: list[tuple[Sequence, Part]] = []
         wanted = self.shape.wanted
-        for turn, s in enumerate(self._order(reading)):
-            most = 1 if turn == 0 and len(reading) > 1 else chunks
-            while chunks and most and s.done < s.target:
-                if self._share(s):
-                    continue
+        while reading and len(planned) < chunks:
+            s = min(reading, key=_left) if self._reads_shortest else reading[0]
+            if not self._share(s):
                 part = self._chunk(s, wanted)
                 if part is None:
-                    return planned
+                    break
                 planned.append((s, part))
                 wanted -= {"none": 0, "last": 1, "all": len(part.tokens)}[part.want]
-                chunks, most = chunks - 1, most - 1
+                self._reads_shortest = not self._reads_shortest
+            if s.done == s.target:
+                reading.remove(s)
         return planned
-
-    @staticmethod
-    def _order(reading: list[Sequence]) -> Iterable[Sequence]:
-        yield from reading[:1]
-        yield from sorted(reading, key=_left)
 
     def _chunk(self, s: Sequence, wanted: int) -> Part | None:
         """The next chunk of a prompt; None: more logits are wanted than a call can have."""
