@@ -28,6 +28,7 @@ from k2jax.inference.stops import TextCutter
 from k2jax.model import Model
 from k2jax.text.interface import TokenizerLike
 
+PAGE = 16  # tokens
 LONGEST = 4_096  # tokens of a row that the cache has room for by default
 
 
@@ -61,7 +62,8 @@ class Engine:
             runner.page, runner.block, runner.pages, runner.rows, runner.shards, runner.wanted
         )
         self._scheduler = Scheduler(shape, settings.prefix_cache, settings.deterministic)
-        self._context = min(runner.context, model.config.context)
+        # Most tokens of a prompt and its answer: of the model, and of the cache.
+        self.context = min(runner.context, model.config.context, self._scheduler.room)
         self._stats = EngineStats(rows=runner.rows, pages_total=runner.pages - runner.shards)
         self._executor = Executor(runner, vocab, allowed)
         self._stepper = Stepper(self._executor, self._scheduler, settings, self._stats)
@@ -94,8 +96,7 @@ class Engine:
         return self._enter(request, on_output).number
 
     def _enter(self, request: Request, on_output: OnOutput | None) -> Sequence:
-        context = min(self._context, self._scheduler.room)
-        check_request(request, self._vocab, context, self._tokenizer is not None)
+        check_request(request, self._vocab, self.context, self._tokenizer is not None)
         if request.constraint is not None:
             request.constraint.start(request.max_new_tokens)
         cutter = TextCutter(self._tokenizer, request.stop) if self._tokenizer else None
@@ -255,9 +256,11 @@ def make_runner(model: Model, settings: EngineSettings) -> RunnerLike:
     """Return a runner of a model that holds what the settings ask for."""
     from k2jax.inference.runner import Runner
 
-    page = 16
     tokens = settings.cache_tokens or settings.rows * min(model.config.context, LONGEST)
-    return Runner(model, rows=settings.rows, pages=-(-tokens // page) + 1, page=page)
+    # Each device may have a part of the pool, with a scratch page of its own.
+    parts = model.params["head"].sharding.num_devices
+    pages = parts * (-(-tokens // (PAGE * parts)) + 1)
+    return Runner(model, rows=settings.rows, pages=pages, page=PAGE, block=PAGE)
 
 
 def each_choice(request: Request, count: int) -> Iterator[Request]:
