@@ -8,17 +8,9 @@ import numpy as np
 
 from k2jax.inference.request import TOP_LOGPROBS, Sampling
 from k2jax.inference.sampler import Sampler, log_probabilities
+from k2jax.inference.runner import Chunk
 from k2jax.inference.scheduler import Part
 from k2jax.sharding import use_mesh_of
-
-
-class Chunk(NamedTuple):
-    """Consecutive tokens of one sequence."""
-
-    tokens: Sequence[int]  # 1..block
-    start: int  # position of the first; of a prompt's chunk a multiple of `block`
-    pages: Sequence[int]  # of its sequence so far, in order; cover start + len(tokens)
-    want: str  # "none", "last" or "all": of which tokens logits are wanted
 
 
 class RunnerLike(Protocol):
@@ -37,7 +29,7 @@ class RunnerLike(Protocol):
     def warm_up(self) -> None:
         """Compile what can be."""
 
-    def forward(self, chunks: Sequence[Any], decode: bool = False) -> jax.Array:
+    def forward(self, chunks: Sequence[Chunk], decode: bool = False) -> jax.Array:
         """Read chunks; the logits of the wanted tokens, in order, then any rows."""
 
 
@@ -92,7 +84,7 @@ class Executor:
         self.runner = runner
         self._sampler = Sampler(runner.rows, vocab, allowed)
         pages = -(-(runner.context + runner.block) // runner.page)
-        self._tables = np.zeros((runner.rows, pages), np.int32)
+        self._tables: Any = np.zeros((runner.rows, pages), np.int32)
 
     def warm_up(self) -> None:
         """Compile all that any request may need, by running it on scratch."""
@@ -104,7 +96,7 @@ class Executor:
         calls += [(n, block, "all", False) for n in sizes]
         warm: set[int] = set()
         for count, tokens, want, decode in calls:
-            chunk = Chunk([0] * tokens, 0, np.zeros(-(-tokens // page), np.int32), want)
+            chunk = Chunk([0] * tokens, 0, [0] * -(-tokens // page), want)
             y_BX = self.runner.forward([chunk] * count, decode)
             if y_BX.shape[0] not in warm:
                 warm.add(y_BX.shape[0])
