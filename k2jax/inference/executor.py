@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from k2jax.inference.request import TOP_LOGPROBS, Sampling
-from k2jax.inference.sampler import Sampler, log_probabilities
 from k2jax.inference.runner import Chunk
+from k2jax.inference.sampler import Sampler, log_probabilities
 from k2jax.inference.scheduler import Part
 from k2jax.sharding import use_mesh_of
 
