@@ -23,7 +23,7 @@ from k2jax.inference.request import (
 )
 from k2jax.inference.scheduler import Scheduler, Shape
 from k2jax.inference.sequence import OnOutput, Sequence
-from k2jax.inference.steps import Stepper
+from k2jax.inference.stepper import Stepper
 from k2jax.inference.stops import TextCutter
 from k2jax.model import Model
 from k2jax.text.interface import TokenizerLike

@@ -17,7 +17,7 @@ from k2jax.inference.request import (
     Sampling,
     join_outputs,
 )
-from k2jax.inference.steps import POISONED
+from k2jax.inference.stepper import POISONED
 from k2jax.text.kimi_tokenizer import Tokenizer
 
 LETTERS = Tokenizer({bytes([i]): i for i in range(256)})
