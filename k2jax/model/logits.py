@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax.model.cross_entropy import cross_entropy
 from k2jax.model.projection import Policy, project, read_weight, sharded_einsum
-from k2jax.ops.collectives import gather_over
+from k2jax.ops.collectives import gather_over, sum_over
 from k2jax.ops.limits import LOGITS_BYTES
 from k2jax.sharding import axes_of, meshless, reshard, storage_spec
 
@@ -116,5 +116,5 @@ def _by_chunks(weight_DX, x_BTD, target_BT, *, chunks: int, policy: Policy | Non
     sum_BT = (sum_CBT * jnp.exp(top_CBT - top_BT)).sum(axis=0)
     target_BT = target_CBT.sum(axis=0)
     if mesh:
-        sum_BT, target_BT = jax.lax.psum((sum_BT, target_BT), "model")
+        sum_BT, target_BT = sum_over((sum_BT, target_BT), "model")
     return jnp.log(sum_BT) + top_BT - target_BT

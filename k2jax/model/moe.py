@@ -14,7 +14,7 @@ from k2jax.config import ModelConfig
 from k2jax.model.mlp import gated_mlp
 from k2jax.model.projection import Policy, gathered_spec_of, read_weight, sharded_einsum
 from k2jax.model.router import Routing, count_choices, route
-from k2jax.ops.collectives import gather_over
+from k2jax.ops.collectives import gather_over, sum_over
 from k2jax.ops.moe import (
     dispatch_allgather,
     dispatch_alltoall,
@@ -150,7 +150,7 @@ def moe_for_inference(
             return resident_mlp(x_MD, weight_M1, stacks, layer, size_E)
 
         y_ND = dispatch_to_resident(x_ND, expert_NK, routing.weight_NK, cfg.experts, run)
-        return jax.lax.psum(y_ND, "model").reshape(x_BTD.shape)
+        return sum_over(y_ND, "model").reshape(x_BTD.shape)
 
     stacks = tuple(read_weight(leaf, policy) for leaf in (experts.gate, experts.up, experts.down))
     rows, tokens = (storage_spec(("batch", "length", *more)) for more in ((), (None,)))
@@ -196,7 +196,7 @@ def _run_on_device(
         else:
             y_ND, dropped = dispatch_alltoall(*chosen, weights, policy.dispatch)
             dropped = jax.lax.pmean(dropped, axes_of("batch", "length"))
-        y_ND = jax.lax.psum(y_ND, "model")  # each device has a part of the hidden width
+        y_ND = sum_over(y_ND, "model")  # each device has a part of the hidden width
     return y_ND.reshape(x_BTD.shape), _router_stats(
         routing, segment_BT, dropped, cfg, policy is not None
     )
@@ -213,8 +213,7 @@ def _router_stats(
     valid_BT = segment_BT > 0
 
     def total(a: jax.Array, *logical: str) -> jax.Array:
-        axes = axes_of(*logical) if mesh else ()
-        return jax.lax.psum(a, axes) if axes else a
+        return sum_over(a, axes_of(*logical)) if mesh else a
 
     def by_row(a: jax.Array) -> jax.Array:
         return a.reshape(*segment_BT.shape, -1)

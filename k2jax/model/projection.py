@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from k2jax.ops.collectives import all_to_all, scatter_sum
+from k2jax.ops.collectives import all_gather, all_to_all, scatter_sum, sum_over
 from k2jax.ops.lowbit import Fp8, Int4, LowBit, decode
 from k2jax.ops.moe import Dispatch
 from k2jax.params.spec import LAYER_AXES, ParamSpec
@@ -231,7 +231,7 @@ def _sum_over(dw: jax.Array, axes: Iterable[Entry], stored_spec: P) -> jax.Array
     # An axis at a time: the sum of two is the same in any order, so on axes of two devices it does
     # not depend on how many processes they are in.
     for name in names:
-        dw = jax.lax.psum(dw, name)
+        dw = sum_over(dw, name)
     return dw
 
 
@@ -268,10 +268,10 @@ def _take_rows(grad_comm_dtype: str | None, token: jax.Array, table: jax.Array) 
         if columns is None:  # a mesh for inference
             x_BTD = table_VX.at[_local_rows(token_BT, table_VX)].get(mode="fill", fill_value=0)
         else:
-            row_EBT = _local_rows(jax.lax.all_gather(token_BT, columns), table_VX)
+            row_EBT = _local_rows(all_gather(token_BT[None], columns), table_VX)
             x_EBTX = table_VX.at[row_EBT].get(mode="fill", fill_value=0)
             x_BTD = all_to_all(x_EBTX, columns, 0, 3)[0]
-        return jax.lax.psum(x_BTD, "model")  # the axis of "vocab": others have zeros
+        return sum_over(x_BTD, "model")  # the axis of "vocab": others have zeros
 
     return jax.shard_map(
         on_device,
@@ -297,7 +297,7 @@ def _take_rows_backward(grad_comm_dtype: str | None, saved, dy: jax.Array):
     def on_device(token_BT: jax.Array, table_VX: jax.Array, dy_BTD: jax.Array) -> jax.Array:
         dy_EBTX = all_to_all(dy_BTD[None], axis, 3, 0).astype(jnp.float32)
         dtable_VX = jnp.zeros(table_VX.shape, jnp.float32)
-        row_EBT = _local_rows(jax.lax.all_gather(token_BT, axis), table_VX)
+        row_EBT = _local_rows(all_gather(token_BT[None], axis), table_VX)
         dtable_VX = dtable_VX.at[row_EBT].add(dy_EBTX, mode="drop")
         others = [name for entry in token_spec for name in _names(entry) if name != axis]
         dtable_VX = dtable_VX.astype(grad_comm_dtype or dy.dtype)

@@ -1,16 +1,18 @@
 """Collectives that the network needs: gathers, sums, and exchanges of slices of any size.
 
-Everything here runs on one device of a mesh axis (`shard_map`).
+Everything here runs on one device of a mesh axis (`shard_map`). Along axes of one device nothing
+is communicated: XLA's CPU backend would copy the array, in a layout of its choice.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 Axes = str | tuple[str, ...]
+Tree = TypeVar("Tree")
 
 
 class RowSlices(NamedTuple):
@@ -25,13 +27,31 @@ class RowSlices(NamedTuple):
     target: jax.Array  # first row, on the device of the expert
 
 
+def split_axes(axes: Axes) -> tuple[str, ...]:
+    """Those of the mesh axes that have more than one device."""
+    names = (axes,) if isinstance(axes, str) else axes
+    return tuple(name for name in names if jax.lax.axis_size(name) > 1)
+
+
+def sum_over(a: Tree, axes: Axes) -> Tree:
+    """Sum an array, or each of a tree, over the devices along mesh axes."""
+    names = split_axes(axes)
+    return jax.lax.psum(a, names) if names else a
+
+
+def all_gather(part: jax.Array, axes: Axes, dim: int = 0) -> jax.Array:
+    """Gather an array that mesh axes split along `dim`."""
+    names = split_axes(axes)
+    return jax.lax.all_gather(part, names, axis=dim, tiled=True) if names else part
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def gather_over(part: jax.Array, axes: Axes, dim: int, grad_comm_dtype: str | None) -> jax.Array:
     """Gather an array that mesh axes split along `dim`.
 
     Its gradient is `scatter_sum`, communicated in `grad_comm_dtype`; None: in its own dtype.
     """
-    return jax.lax.all_gather(part, axes, axis=dim, tiled=True)
+    return all_gather(part, axes, dim)
 
 
 def all_to_all(a: jax.Array, axis: str, split: int, join: int) -> jax.Array:
@@ -46,19 +66,22 @@ def scatter_sum(whole: jax.Array, axes: Axes, dim: int) -> jax.Array:
 
     The last dim is moved to the front, and the others are merged: TPUs would else all-reduce.
     """
+    names = split_axes(axes)
+    if not names:
+        return whole
     last = dim == whole.ndim - 1
     between_processes = jax.default_backend() == "cpu" and jax.process_count() > 1
     if not (last or between_processes):
-        return jax.lax.psum_scatter(whole, axes, scatter_dimension=dim, tiled=True)
+        return jax.lax.psum_scatter(whole, names, scatter_dimension=dim, tiled=True)
     before, length, after = whole.shape[:dim], whole.shape[dim], whole.shape[dim + 1 :]
-    part = (*before, length // jax.lax.axis_size(axes), *after)
+    part = (*before, length // jax.lax.axis_size(names), *after)
     rows = whole.reshape(math.prod(before), -1, math.prod(part[dim:]))
     parts = jnp.moveaxis(rows, 1, 0)
     if between_processes:
         # The reduce-scatter of gloo, the network of CPUs, sometimes adds what the other side
         # has overwritten: the end of the first device's part is wrong (jax issue 40830).
-        return jax.lax.all_to_all(parts, axes, 0, 0, tiled=True).sum(axis=0).reshape(part)
-    return jax.lax.psum_scatter(parts, axes, scatter_dimension=0).reshape(part)
+        return jax.lax.all_to_all(parts, names, 0, 0, tiled=True).sum(axis=0).reshape(part)
+    return jax.lax.psum_scatter(parts, names, scatter_dimension=0).reshape(part)
 
 
 gather_over.defvjp(

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from k2jax.ops.collectives import RowSlices, ragged_exchange, scatter_sum
+from k2jax.ops.collectives import RowSlices, all_gather, ragged_exchange, scatter_sum
 from k2jax.ops.moe.experts import expert_mlp, sorted_expert_mlp
 from k2jax.ops.moe.permute import (
     permute_rows,
@@ -57,9 +57,7 @@ def dispatch_allgather(
     x_ND: jax.Array, expert_NK: jax.Array, weight_NK: jax.Array, weights: Weights
 ) -> jax.Array:
     """Run this device's tokens through their experts. `weights` are those of its own experts."""
-    x_ND, expert_NK, weight_NK = (
-        jax.lax.all_gather(a, AXIS, tiled=True) for a in (x_ND, expert_NK, weight_NK)
-    )
+    x_ND, expert_NK, weight_NK = (all_gather(a, AXIS) for a in (x_ND, expert_NK, weight_NK))
     first = jax.lax.axis_index(AXIS) * weights[0].shape[0]
     y_ND = expert_mlp(x_ND, expert_NK - first, weight_NK, weights)
     return scatter_sum(y_ND, AXIS, 0)
