@@ -30,6 +30,14 @@ def meshless() -> bool:
     return jax.sharding.get_abstract_mesh().empty
 
 
+def is_for_cpu() -> bool:
+    """Whether what is traced will run on CPUs: on the mesh in use, else by default."""
+    if meshless():
+        return jax.default_backend() == "cpu"
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and device.platform == "cpu"
+
+
 def spec(*axes: str | None) -> P | None:
     """PartitionSpec of an activation with these logical axes; None where no mesh is set."""
     return None if meshless() else storage_spec(axes)

@@ -16,8 +16,10 @@ from k2jax.model.norm import rms_norm
 from k2jax.model.projection import PROJECTION, Policy, look_up
 from k2jax.model.rope import Rotation, rotation
 from k2jax.params.kimi import Kimi, Layer
+from k2jax.sharding import is_for_cpu
 
 LAYER_INPUT = "layer input"  # name of every layer's input, for rematerialisation policies
+MAX_UNROLLED_LAYERS = 8  # of a stack; the time to compile grows with them
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.save_only_these_names(PROJECTION),
@@ -64,8 +66,8 @@ def hidden(w: Kimi, batch: Batch, cfg: ModelConfig, policy: Policy) -> tuple[jax
 
     top_LH = jnp.zeros((0, cfg.heads), jnp.float32)
     if cfg.dense_layers:
-        x_BTD, top_LH = jax.lax.scan(wrap_remat(dense_layer, policy), x_BTD, w.dense)
-    x_BTD, (top, stats) = jax.lax.scan(wrap_remat(moe_layer, policy), x_BTD, w.layers)
+        x_BTD, top_LH = run_stack(dense_layer, x_BTD, w.dense, cfg.dense_layers, policy)
+    x_BTD, (top, stats) = run_stack(moe_layer, x_BTD, w.layers, cfg.moe_layers, policy)
     tops = jnp.concatenate([top_LH, top])
     aux = Aux(tops, stats.load_E, stats.aux.mean(), stats.dropped.mean(), {})
     return rms_norm(x_BTD, w.norm, cfg.norm_eps, policy), aux
@@ -93,6 +95,28 @@ def apply_moe_layer(
     u_BTD = rms_norm(x_BTD, layer.mlp_norm, cfg.norm_eps, policy)
     y_BTD, stats = moe_forward(layer.moe, u_BTD, segment_BT, cfg, policy)
     return x_BTD + y_BTD, (top_H, stats)
+
+
+def run_stack(
+    layer: Callable[..., Any], x_BTD: jax.Array, stack: Any, depth: int, policy: Policy
+) -> tuple[jax.Array, Any]:
+    """Apply the layers of a stack one after the other.
+
+    Args:
+        layer: from `x_BTD` and one layer's weights to `x_BTD` and the layer's statistics.
+        x_BTD: activations before the first layer.
+        stack: weights of all layers.
+        depth: number of layers.
+        policy: what is recomputed.
+
+    Returns:
+        `x_BTD` after the last layer, and the statistics, stacked.
+
+    The program has one layer in a loop. On CPUs a shallow stack is written out instead: what the
+    backward pass needs of a layer is then used where it is, not copied into a stack and back.
+    """
+    written_out = is_for_cpu() and depth <= MAX_UNROLLED_LAYERS and policy.remat == "none"
+    return jax.lax.scan(wrap_remat(layer, policy), x_BTD, stack, unroll=depth if written_out else 1)
 
 
 def wrap_remat(layer: Callable[..., Any], policy: Policy) -> Callable[..., Any]:

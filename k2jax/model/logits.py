@@ -32,7 +32,7 @@ def pick_tokens(x_BTD: jax.Array, token_N: jax.Array) -> jax.Array:
         x_MD, axes = x_BTD.reshape(-1, width), axes_of("batch")
         at_N = token_N - jax.lax.axis_index(axes) * len(x_MD)
         at_N = jnp.where(at_N < 0, len(x_MD), at_N)
-        return jax.lax.psum(x_MD.at[at_N].get(mode="fill", fill_value=0), axes)
+        return sum_over(x_MD.at[at_N].get(mode="fill", fill_value=0), axes)
 
     x_ND = jax.shard_map(
         on_device,
