@@ -17,7 +17,7 @@ LAYERS = [  # a room may import from lines above its own, never from its own lin
     {"sharding", "ops"},
     {"params", "text", "checkpoint", "cluster"},
     {"model", "optim", "data"},
-    {"weights", "inference"},
+    {"weights", "inference", "constrain"},
     {"configs", "conversion", "evals"},
     {"training"},
     {"planner", "report"},
