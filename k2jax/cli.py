@@ -19,6 +19,7 @@ VERBS = {
     "data": ("k2jax.commands.data", "tokenise a data set once, in parallel, for fast training"),
     "evaluate": ("k2jax.commands.evaluate", "score text: perplexity and bits per byte"),
     "generate": ("k2jax.commands.generate", "continue a prompt or answer a conversation"),
+    "serve": ("k2jax.commands.serve", "answer over HTTP, with a page to chat"),
     "convert": ("k2jax.commands.convert", "convert published weights to our format, and back"),
     "plan": (
         "k2jax.commands.plan",

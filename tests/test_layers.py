@@ -18,7 +18,7 @@ LAYERS = [  # a room may import from lines above its own, never from its own lin
     {"params", "text", "checkpoint", "cluster"},
     {"model", "optim", "data"},
     {"weights", "inference", "constrain"},
-    {"configs", "conversion", "evals"},
+    {"configs", "conversion", "evals", "serve"},
     {"training"},
     {"planner", "report"},
     {"commands"},

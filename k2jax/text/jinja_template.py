@@ -61,6 +61,11 @@ class FolderTemplate:
             ) from None
 
     @property
+    def source(self) -> str:
+        """Its text."""
+        return self._sources["default"]
+
+    @property
     def thinks(self) -> bool:
         """Whether it knows of thoughts."""
         return any(SPELLED_OUT[1] in source for source in self._sources.values())

@@ -1,0 +1,116 @@
+"""From the socket to the last answer: a first signal drains, a second one ends at once."""
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+
+from k2jax.config import ConfigError
+from k2jax.serve.app import make_app
+from k2jax.serve.service import Service
+
+BACKLOG = 2048
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which answers running requests before it ends."""
+
+    def __init__(self, service: Service, config: uvicorn.Config):
+        super().__init__(config)
+        self._service = service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Catch SIGTERM and SIGINT in the main thread; elsewhere nothing can be caught."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        caught = signal.SIGTERM, signal.SIGINT
+        before = {number: signal.signal(number, self.handle_exit) for number in caught}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take no more requests; end at once when this comes again."""
+        if self._service.draining:
+            os._exit(128 + sig)
+        self.drain()
+
+    def drain(self) -> None:
+        """Take no more requests, and end when the running ones are answered."""
+        self._service.draining = True
+        self._service.write_log("draining: running requests are answered, new ones refused")
+        self.should_exit = True
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at an address; clients are refused until the server listens at it.
+
+    Args:
+        host: a name or an address.
+        port: 0: any that is free.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"cannot serve at {host}:{port}: {why}") from None
+    return bound
+
+
+def make_server(service: Service) -> Server:
+    """A server that nothing was asked of yet."""
+    config = uvicorn.Config(
+        make_app(service),
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=BACKLOG,
+        timeout_keep_alive=30,
+        ws="none",
+        h11_max_incomplete_event_size=64 * 2**10,
+    )
+    return Server(service, config)
+
+
+def run(service: Service, bound: socket.socket) -> None:
+    """Serve until a signal, then answer what runs and return."""
+    with bound:
+        make_server(service).run(sockets=[bound])
+
+
+@contextlib.contextmanager
+def serve_in_thread(service: Service, host: str = "127.0.0.1") -> Iterator[str]:
+    """Serve from a thread, for notebooks and tests; the block has the server's URL."""
+    bound = bind(host, 0)
+    server = make_server(service)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
+    thread.start()
+    try:
+        _wait(lambda: server.started or not thread.is_alive())
+        yield f"http://{host}:{bound.getsockname()[1]}"
+    finally:
+        server.drain()
+        thread.join()
+        bound.close()
+
+
+def _wait(is_so: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    while not is_so():
+        pause.wait(0.01)
