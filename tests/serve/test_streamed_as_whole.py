@@ -1,0 +1,141 @@
+"""Fuzzed requests: what is streamed, joined, is what is not; nothing of the server is lost."""
+
+import asyncio
+import json
+import random
+
+import httpx
+import pytest
+from serving import BYTES, serving, tool
+
+CHAT = "/v1/chat/completions"
+PIECES = (
+    "a",
+    "\u6f22",
+    "\U0001f600",
+    " \n",
+    "STOP",
+    "ST",
+    "<think>",
+    "</think>",
+    "</thin",
+    "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_end|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    "functions.f:0",
+    '{"a": "\u00e9"} ',
+    "<|im_assistant|>",
+    "<|im_middle|>",
+    "<|im_end|>",
+)
+CALL = (
+    "<|tool_calls_section_begin|><|tool_call_begin|>functions.f:3<|tool_call_argument_begin|>"
+    ' {"b": [1, 2]}\n<|tool_call_end|><|tool_calls_section_end|>'
+)
+
+
+def script(request):
+    """Nonsense by the seed: texts, bytes of characters, marks in and out of place, calls."""
+    rng = random.Random(request.sampling.seed)
+    ids = []
+    for _ in range(rng.randint(1, 25)):
+        if rng.random() < 0.2:
+            ids.append(rng.randrange(256))
+        else:
+            text = CALL if rng.random() < 0.1 else rng.choice(PIECES)
+            ids += BYTES.encode(text, special=True)
+    return ids
+
+
+def draw(rng):
+    fields = {"messages": [{"role": "user", "content": "x"}], "seed": rng.getrandbits(32)}
+    fields |= {"tools": [tool("f")]} if rng.random() < 0.7 else {}
+    fields |= {"stop": rng.choice(["STOP", ["T", "aa"], "\u6f22"])} if rng.random() < 0.4 else {}
+    fields |= {"max_tokens": rng.randint(1, 60)} if rng.random() < 0.4 else {}
+    fields |= {"logprobs": True, "top_logprobs": 2} if rng.random() < 0.3 else {}
+    fields |= {"n": rng.randint(2, 3)} if rng.random() < 0.2 else {}
+    return fields | ({"parallel_tool_calls": False} if rng.random() < 0.2 else {})
+
+
+def join(events):
+    """As a client joins chunks; ours is written anew here."""
+    choices = {}
+    for chunk in events:
+        for piece in chunk["choices"]:
+            choice = choices.setdefault(piece["index"], {"content": "", "calls": {}, "scores": []})
+            delta = piece["delta"]
+            for name in ("content", "reasoning", "reasoning_content"):
+                choice[name] = choice.get(name, "") + (delta.get(name) or "")
+            for call in delta.get("tool_calls") or ():
+                known = choice["calls"].setdefault(call["index"], {"arguments": ""})
+                known |= (
+                    {"id": call["id"], "name": call["function"]["name"]} if "id" in call else {}
+                )
+                known["arguments"] += call["function"]["arguments"]
+            choice["scores"] += (piece["logprobs"] or {}).get("content", [])
+            choice["finish"] = piece["finish_reason"] or choice.get("finish")
+    return [choices[place] for place in sorted(choices)]
+
+
+def whole(answer):
+    out = []
+    for choice in answer["choices"]:
+        message = choice["message"]
+        calls = {
+            i: {"id": c["id"], **c["function"]} for i, c in enumerate(message.get("tool_calls", ()))
+        }
+        texts = {n: message.get(n) or "" for n in ("content", "reasoning", "reasoning_content")}
+        scores = (choice["logprobs"] or {}).get("content", [])
+        finish = choice["finish_reason"]
+        out.append({**texts, "calls": calls, "scores": scores, "finish": finish})
+    return out
+
+
+async def stream(client, fields, rng):
+    events = []
+    leaves = rng.random() < 0.1
+    async with client.stream("POST", CHAT, json={**fields, "stream": True}) as answer:
+        async for line in answer.aiter_lines():
+            if rng.random() < 0.02:
+                await asyncio.sleep(0.02)  # a slow reader
+            if line.startswith("data: {"):
+                events.append(json.loads(line[6:]))
+            if leaves and len(events) > 2:
+                return None
+    return join(events)
+
+
+async def compare(client, fields, rng, gate):
+    async with gate:
+        answer = await client.post(CHAT, json=fields)
+        assert answer.status_code == 200, answer.text
+        streamed = await stream(client, fields, rng)
+    return streamed is None or streamed == whole(answer.json())
+
+
+def run(count):
+    async def run_all(url):
+        gate, rng = asyncio.Semaphore(16), random.Random(count)
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            jobs = [compare(client, draw(rng), random.Random(i), gate) for i in range(count)]
+            return await asyncio.gather(*jobs)
+
+    with serving(script, engine={"rows": 16, "queue": 512, "seconds": 0.0005}) as server:
+        same = asyncio.run(run_all(server.url))
+        for _ in range(500):
+            if not server.engine.stats().running:
+                break
+            server.http.get("/health")
+        assert server.engine.stats().running == 0
+        return same
+
+
+def test_streams_say_what_whole_answers_say():
+    assert all(run(60))
+
+
+@pytest.mark.slow
+def test_a_thousand_streams_say_what_whole_answers_say():
+    assert all(run(1000))
