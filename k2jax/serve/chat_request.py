@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k2jax.config import ConfigError
-from k2jax.constrain import make_constraint
-from k2jax.inference.request import TOP_LOGPROBS, Request, derive_seed
+from k2jax.inference.request import TOP_LOGPROBS, Constraint, Request, derive_seed
 from k2jax.serve import sampling_fields as shared
 from k2jax.serve.ask import ChatAsk
 from k2jax.serve.body import Body
@@ -73,22 +72,10 @@ def read_chat(content: Mapping[str, Any], service: Service) -> ChatAsk:
     top, scored = _read_logprobs(body), shared.read_prompt_logprobs(body, streaming)
     first_call = sum(len(message.get("tool_calls") or ()) for message in messages)
     parallel = body.flag("parallel_tool_calls", True)
+    grammar = Grammar(tokenizer, prompt, thinks, declared, choice, form, parallel, first_call)
     requests = []
     for number in range(body.integer("n", 1, 1, shared.MOST_CHOICES)):
-        try:
-            constraint = make_constraint(
-                tokenizer,
-                tools=declared,
-                tool_choice=choice,
-                parallel=parallel,
-                response_format=form,
-                thinking=thinks,
-                prompt=prompt,
-                first_index=first_call,
-            )
-        except ConfigError as error:
-            param = "response_format" if form and not declared else "tools"
-            raise from_mistake(str(error), param) from None
+        constraint = grammar.make_constraint()
         if constraint is not None and body.flag("ignore_eos"):
             body.refuse("ignore_eos", "has no meaning with tools or a response_format")
         requests.append(
@@ -113,6 +100,44 @@ def read_chat(content: Mapping[str, Any], service: Service) -> ChatAsk:
         first_call=first_call,
         most_calls=1024 if parallel else 1,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Grammar:
+    """What an answer may be; see `k2jax.constrain`."""
+
+    tokenizer: TokenizerLike
+    prompt: tuple[int, ...]
+    thinks: bool
+    tools: Sequence[Tool]
+    tool_choice: str | dict[str, Any]
+    form: dict[str, Any] | None
+    parallel: bool
+    first_call: int
+
+    def make_constraint(self) -> Constraint | None:
+        """What one answer is held to; None: nothing.
+
+        Raises:
+            Refusal: a schema cannot be compiled.
+        """
+        if not self.tools and not self.form:
+            return None
+        from k2jax.constrain import make_constraint
+
+        try:
+            return make_constraint(
+                self.tokenizer,
+                tools=self.tools,
+                tool_choice=self.tool_choice,
+                parallel=self.parallel,
+                response_format=self.form,
+                thinking=self.thinks,
+                prompt=self.prompt,
+                first_index=self.first_call,
+            )
+        except ConfigError as error:
+            raise from_mistake(str(error), "tools" if self.tools else "response_format") from None
 
 
 def read_conversation(body: Body) -> tuple[list[Message], list[dict[str, Any]]]:
