@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2jax.commands import loading
-from k2jax.commands.generate import fold_context
 from k2jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -76,19 +75,18 @@ def main(args: argparse.Namespace) -> int:
     check_packages()
     keys = read_keys(args.api_key_file, os.environ.get(KEY, ""))
     check_options(args)
-    mesh = fold_context(loading.read_mesh(args))
+    mesh = loading.read_mesh(args)
     from k2jax.serve import lifecycle
 
     bound = lifecycle.bind(args.host, args.port) if args.process in (None, 0) else None
-    with loading.opened(args, mesh) as (group, source):
+    with loading.opened(args, mesh, inference=True) as (group, source):
         engine = make_engine(args, source)
         if group.number or bound is None:
             engine.follow()
             return 0
         with engine:
             service = make_service(args, source, engine, keys)
-            announce(args, service, bound)
-            lifecycle.run(service, bound)
+            lifecycle.run(service, bound, lambda: announce(args, service, bound))
             engine.drain()
     return 0
 

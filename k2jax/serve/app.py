@@ -126,8 +126,9 @@ class _Api:
 
     async def health(self, request: Request) -> Response:
         """200 while requests are taken, then 503."""
-        draining = self._service.draining
-        return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+        broken = self._service.engine.error
+        status = "failed" if broken else "draining" if self._service.draining else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
         """What the engine and the server count."""

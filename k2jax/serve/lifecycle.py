@@ -20,9 +20,17 @@ BACKLOG = 2048
 class Server(uvicorn.Server):
     """uvicorn's server, which answers running requests before it ends."""
 
-    def __init__(self, service: Service, config: uvicorn.Config):
+    def __init__(
+        self, service: Service, config: uvicorn.Config, on_start: Callable[[], None] | None
+    ):
         super().__init__(config)
-        self._service = service
+        self._service, self._on_start = service, on_start
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        if self._on_start is not None:
+            self._on_start()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -72,8 +80,8 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def make_server(service: Service) -> Server:
-    """A server that nothing was asked of yet."""
+def make_server(service: Service, on_start: Callable[[], None] | None = None) -> Server:
+    """A server that nothing was asked of yet; `on_start` is called once it listens."""
     config = uvicorn.Config(
         make_app(service),
         lifespan="off",
@@ -85,13 +93,19 @@ def make_server(service: Service) -> Server:
         ws="none",
         h11_max_incomplete_event_size=64 * 2**10,
     )
-    return Server(service, config)
+    return Server(service, config, on_start)
 
 
-def run(service: Service, bound: socket.socket) -> None:
-    """Serve until a signal, then answer what runs and return."""
+def run(service: Service, bound: socket.socket, on_start: Callable[[], None]) -> None:
+    """Serve until a signal, then answer what runs and return.
+
+    Args:
+        service: the model and its rules.
+        bound: from `bind`.
+        on_start: called once clients can connect.
+    """
     with bound:
-        make_server(service).run(sockets=[bound])
+        make_server(service, on_start).run(sockets=[bound])
 
 
 @contextlib.contextmanager

@@ -15,7 +15,13 @@ MEGABYTE = 2**20
 
 
 class EngineLike(Protocol):
-    """What a server needs of `k2jax.inference.engine.Engine`."""
+    """What a server needs of `k2jax.inference.engine.Engine`.
+
+    Attributes:
+        error: one line, when it can compute no more.
+    """
+
+    error: str
 
     def submit(self, request: Request, on_output: Callable[[Output], None]) -> int:
         """Queue a request; `on_output` is called for each event from the engine's thread."""

@@ -29,6 +29,7 @@ class ScriptedEngine:
     def __init__(self, tokenizer, script, rows=16, queue=64, seconds=0.0):
         self.tokenizer, self.script = tokenizer, script
         self.rows, self.queue, self.seconds = rows, queue, seconds
+        self.error = ""
         self.requests: list[Request] = []
         self.aborted: list[int] = []
         self.new_tokens = 0
