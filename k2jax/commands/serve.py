@@ -37,18 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slots", type=int, default=16, metavar="N", help="sequences at once; default: 16")
     add("--queue", type=int, default=256, metavar="N", help="that wait at most; default: 256")
     add(
-        "--context",
-        type=int,
-        default=0,
-        metavar="N",
-        help="most tokens of a sequence; default: the model's context, at most 4,096",
-    )
-    add(
         "--cache-tokens",
         type=int,
         default=0,
         metavar="N",
-        help="tokens whose latents are kept, all sequences together; default: slots times context",
+        help="tokens whose latents fit in memory, all sequences together; one may have them all;"
+        " default: slots times the model's context, at most 4,096 a slot",
     )
     add(
         "--api-key-file",
@@ -107,7 +101,7 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: names the first.
     """
-    least = {"slots": 1, "queue": 0, "context": 0, "cache_tokens": 0, "max_body": 1, "port": 0}
+    least = {"slots": 1, "queue": 1, "cache_tokens": 0, "max_body": 1, "port": 0}
     for name, bound in least.items():
         if (value := getattr(args, name)) < bound:
             option = name.replace("_", "-")
@@ -140,7 +134,7 @@ def make_engine(args: argparse.Namespace, source: "Source") -> "Engine":
     from k2jax.inference.request import EngineSettings
 
     settings = EngineSettings(rows=args.slots, queue=args.queue, cache_tokens=args.cache_tokens)
-    return Engine(source.load(args.dtype), settings)
+    return Engine(source.load(args.dtype, args.weights), settings)
 
 
 def make_service(
@@ -150,10 +144,13 @@ def make_service(
     from k2jax.serve.service import MEGABYTE, Limits, ModelCard, Service
 
     path = str(args.checkpoint).rstrip("/")
-    context = args.context or min(source.config.context, loading.LONGEST)
     names = (args.name or Path(path).resolve().name, path)
     card = ModelCard(
-        names, source.tokenizer, source.config.vocab, context, f"k2jax-{source.identity[:12]}"
+        names,
+        source.tokenizer,
+        source.config.vocab,
+        engine.context,
+        f"k2jax-{source.identity[:12]}",
     )
     return Service(
         engine,
