@@ -26,9 +26,7 @@ def main() -> int:
     """0 when the server answered, and ended with 0."""
     command = [ROOT / ".venv/bin/k2jax", "serve", "runs/tiny", "--port", "0"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    server = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         began = time.perf_counter()
         line = server.stdout.readline()

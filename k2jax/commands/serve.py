@@ -72,12 +72,11 @@ def main(args: argparse.Namespace) -> int:
     mesh = loading.read_mesh(args)
     from k2jax.serve import lifecycle
 
-    bound = lifecycle.bind(args.host, args.port) if args.process in (None, 0) else None
+    bound = lifecycle.bind(args.host, args.port)
     with loading.opened(args, mesh, inference=True) as (group, source):
+        if group.count > 1:
+            raise ConfigError("serve runs in one process so far; it may have all devices of a host")
         engine = make_engine(args, source)
-        if group.number or bound is None:
-            engine.follow()
-            return 0
         with engine:
             service = make_service(args, source, engine, keys)
             lifecycle.run(service, bound, lambda: announce(args, service, bound))

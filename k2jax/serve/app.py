@@ -19,12 +19,12 @@ from starlette.types import Message, Receive, Scope, Send
 from k2jax.config import ConfigError
 from k2jax.inference.request import QueueFull
 from k2jax.serve import guard, prometheus, tokens
-from k2jax.serve.answer import Answer, answer_chat, answer_completion
 from k2jax.serve.ask import Ask
 from k2jax.serve.body import parse_object
 from k2jax.serve.chat_request import read_chat
 from k2jax.serve.completion_request import read_completion
 from k2jax.serve.refusal import Refusal, from_mistake, internal_error, too_busy
+from k2jax.serve.response import Answer, answer_chat, answer_completion
 from k2jax.serve.running import Bridge, Running
 from k2jax.serve.service import Service
 
