@@ -14,7 +14,7 @@ import k2jax.model
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # a room may import from lines above its own, never from its own line or below
     {"config", "runtime"},
-    {"sharding", "ops"},
+    {"sharding", "ops", "sandbox"},
     {"params", "text", "checkpoint", "cluster"},
     {"model", "optim", "data"},
     {"weights", "inference", "constrain"},
