@@ -1,5 +1,8 @@
 """Namespaces, a file system of its own, a user without rights: what a process cannot undo.
 
+What all programs share, a root that nobody can write to and a network without devices, is made
+once (`make_root`); what they must not share, for each (`leave_processes`, `enter`).
+
 Run without the package (`zygote.py`): standard library only. Source: namespaces(7),
 user_namespaces(7), pivot_root(2), capabilities(7).
 """
@@ -24,41 +27,30 @@ FILES = ("/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 NEW_ROOT = "/tmp"  # only a place to mount on, in a mount namespace of its own
 libc = ctypes.CDLL(None, use_errno=True)
+FILTER = seccomp.make_filter()
 
 
-def enter_namespaces() -> None:
-    """Leave this process's namespaces; those it starts are in a process namespace of their own.
+def make_root(read_only: list[str]) -> None:
+    """Make this process's root a small one, without a network: the system and `read_only`.
 
-    Root needs no user namespace: it becomes a user that nobody is. Others are root in one of their
-    own while they mount, and an ordinary user after.
-    """
-    user, group = os.getuid(), os.getgid()
-    if _has_capability(CAP_SYS_ADMIN):
-        _call("unshare", CLONE_NEWPID)
-        return
-    _call("unshare", CLONE_NEWUSER | CLONE_NEWPID)
-    for file, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"1000 {user} 1"),
-        ("gid_map", f"1000 {group} 1"),
-    ):
-        with open(f"/proc/self/{file}", "w") as out:
-            out.write(text)
-
-
-def enter_file_system(read_only: list[str], disk: int) -> None:
-    """Make this process's root a small one: the system and `read_only`, /dev, /proc and /tmp.
+    Root needs no user namespace: its programs become users that nobody is. Others are root in one
+    of their own, and an ordinary user in each program.
 
     Args:
         read_only: folders or files that can be read at their own paths.
-        disk: bytes of everything that can be written.
     """
-    _call("unshare", CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
+    user, group = os.getuid(), os.getgid()
+    if not _has_capability(CAP_SYS_ADMIN):
+        _call("unshare", CLONE_NEWUSER)
+        _write("/proc/self/setgroups", "deny")
+        _write("/proc/self/uid_map", f"1000 {user} 1")
+        _write("/proc/self/gid_map", f"1000 {group} 1")
+    _call("unshare", CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWUTS)
     _mount("none", "/", "", MS_REC | MS_PRIVATE)
     # Every source is opened first: mounting the new root may cover it.
     sources = {path: os.open(path, os.O_PATH) for path in _list_sources(read_only)}
     links = {path: os.readlink(path) for path in SYSTEM if os.path.islink(path)}
-    _mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk},nr_inodes=8192,mode=755")
+    _mount("tmpfs", NEW_ROOT, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path, source in sources.items():
         _bind(f"/proc/self/fd/{source}", path)
         os.close(source)
@@ -67,17 +59,37 @@ def enter_file_system(read_only: list[str], disk: int) -> None:
             os.symlink(target, NEW_ROOT + path)
     for name, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
         os.symlink(f"/proc/self/{target}", f"{NEW_ROOT}/dev/{name}")
-    for name in ("dev/shm", "tmp"):
+    os.symlink("/tmp", f"{NEW_ROOT}/dev/shm")
+    _write(f"{NEW_ROOT}/etc/passwd", "nobody:x:1000:1000:nobody:/tmp:/bin/sh\n")
+    for name in ("tmp", "proc"):
         os.mkdir(f"{NEW_ROOT}/{name}")
-        os.chmod(f"{NEW_ROOT}/{name}", 0o1777)
-    with open(f"{NEW_ROOT}/etc/passwd", "w") as out:
-        out.write("nobody:x:1000:1000:nobody:/tmp:/bin/sh\n")
-    os.mkdir(f"{NEW_ROOT}/proc")
-    # Processes only: nothing of the machine, no /proc/sys.
-    _mount("proc", f"{NEW_ROOT}/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "subset=pid")
+    _mount("/proc", f"{NEW_ROOT}/proc", "", MS_BIND | MS_REC)  # covered in each program's view
     os.chdir(NEW_ROOT)
     _call("pivot_root", b".", b".")
     _call("umount2", b".", MNT_DETACH)
+    os.chdir("/")
+    for capability in range(64):  # what nothing that is started from here can get back
+        if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
+            break
+    _mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+
+
+def leave_processes() -> None:
+    """Let the processes that this one starts be in a process namespace of their own."""
+    _call("unshare", CLONE_NEWPID)
+
+
+def enter(disk: int) -> None:
+    """Give this process, number 1 of its namespace, a /proc and a /tmp of its own.
+
+    Args:
+        disk: bytes of everything that can be written.
+    """
+    _call("unshare", CLONE_NEWNS | CLONE_NEWIPC)
+    _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk},nr_inodes=8192,mode=1777")
+    _call("umount2", b"/proc", MNT_DETACH)
+    # Processes only: nothing of the machine, no /proc/sys.
+    _mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "subset=pid")
     os.chdir("/tmp")
 
 
@@ -93,18 +105,15 @@ def become_nobody(number: int) -> None:
         os.setresgid(user, user, user)
     else:
         user = os.getuid()
-    for capability in range(64):
-        if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
-            break
     os.setresuid(user, user, user)
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
     _call("capset", header, ctypes.create_string_buffer(24))
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
-def deny_system_calls(program: bytes) -> None:
+def deny_system_calls() -> None:
     """Install the filter of system calls; `become_nobody` comes before."""
-    seccomp.install(libc, program)
+    seccomp.install(libc, FILTER)
 
 
 def die_with_parent() -> None:
@@ -154,6 +163,11 @@ def _bind(source: str, path: str) -> None:
     is_device = path.startswith("/dev/")
     flags = MS_NOSUID if is_device else MS_NOSUID | MS_NODEV | MS_RDONLY
     _mount("none", target, "", MS_REMOUNT | MS_BIND | flags | kept)
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as out:
+        out.write(text)
 
 
 def _has_capability(number: int) -> bool:

@@ -108,25 +108,25 @@ class Sandbox:
         self._isolated = isolated
         prefix = Path(sys.base_prefix).resolve()
         needed = [] if prefix.is_relative_to("/usr") else [str(prefix)]
-        self._read_only = [*needed, *(str(Path(path).resolve()) for path in read_only)]
+        paths = [*needed, *(str(Path(path).resolve()) for path in read_only)]
+        options = json.dumps({"isolated": isolated, "read_only": paths})
         self._numbers = itertools.count(os.getpid() << 8)
         self._lock = threading.Lock()
         self._control, other = socket.socketpair()
         with other:
             self._zygote = subprocess.Popen(
-                [sys.executable, "-I", "-S", ZYGOTE, str(other.fileno())],
+                [sys.executable, "-I", "-S", ZYGOTE, str(other.fileno()), options],
                 pass_fds=(other.fileno(),),
                 env={},
                 stdin=subprocess.DEVNULL,
             )
-        try:
-            probe = self.run_python("")
-        except BaseException:
+        answer = self._control.recv(4096).decode()
+        if answer != "ready":
             self.close()
-            raise
-        if not probe.finished:
-            self.close()
-            raise SandboxError(f"a first program ended with {probe.status}: {probe.stderr!r}")
+            raise SandboxError(
+                f"programs cannot be isolated here: {answer or 'no answer'}; isolated=False runs"
+                " them with limits only"
+            )
 
     def run_python(self, program: str, stdin: str = "", limits: Limits = Limits()) -> Outcome:
         """Run Python source, with the standard library alone.
@@ -168,8 +168,6 @@ class Sandbox:
                 "main": "main.py",
                 "files": files | {"stdin": stdin},
                 "limits": dataclasses.asdict(limits),
-                "read_only": self._read_only,
-                "isolated": self._isolated,
                 "folder": folder,
                 "number": next(self._numbers),
                 "token": secrets.token_hex(),
@@ -246,7 +244,7 @@ class _Reader:
         report, full = bytearray(), False
         began = time.monotonic()
         with selectors.DefaultSelector() as selector:
-            for file in (*self._files, connection):
+            for file in (*self._files, connection.fileno()):
                 selector.register(file, selectors.EVENT_READ)
             while not full and connection.fileno() in selector.get_map():
                 left = began + seconds - time.monotonic()
@@ -256,13 +254,13 @@ class _Reader:
                     part = os.read(key.fd, 65_536)
                     if not part:
                         selector.unregister(key.fileobj)
-                    elif key.fileobj is connection:
+                    elif key.fd == connection.fileno():
                         report += part
                     else:
                         full |= self._keep(key.fd, part)
             for file in self._files:  # what was written before the end
                 full |= self._drain(file)
-        return self._outcome(report, full, time.monotonic() - began)
+        return self._outcome(bytes(report), full, time.monotonic() - began)
 
     def _keep(self, file: int, part: bytes) -> bool:
         output = self._output[file]
@@ -289,9 +287,6 @@ class _Reader:
             raise SandboxError("the process that watches a program has ended")
         end = json.loads(report)
         if end["status"] == "refused":
-            raise SandboxError(
-                f"programs cannot be isolated here: {end['why']}; isolated=False runs them"
-                " with limits only"
-            )
+            raise SandboxError(f"a program cannot be isolated: {end['why']}")
         finished = end.get("finished", False)
         return Outcome(end["status"], end.get("code"), finished, stdout, stderr, end["seconds"])

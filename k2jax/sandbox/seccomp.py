@@ -83,12 +83,12 @@ def is_supported() -> bool:
 def make_filter() -> bytes:
     """The filter as instructions of classic BPF."""
     column, arch = ARCHES[platform.machine()]
-    fail = [FAIL | number for number in (errno.EPERM, errno.ENOSYS, errno.EAFNOSUPPORT)]
+    fail = [FAIL | code for code in (errno.EPERM, errno.ENOSYS, errno.EAFNOSUPPORT)]
     program = [(LOAD, 0, 0, AT_ARCH), (JUMP_EQUAL, 1, 0, arch), (RETURN, 0, 0, fail[0])]
     program += [(LOAD, 0, 0, AT_NUMBER), (JUMP_AT_LEAST, 0, 1, X32), (RETURN, 0, 0, fail[1])]
     for numbers in DENIED.values():
-        if numbers[column] is not None:
-            program += [(JUMP_EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, fail[0])]
+        if (number := numbers[column]) is not None:
+            program += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, fail[0])]
     # clone3 has its flags in memory, which a filter cannot read: libc falls back to clone.
     program += [(JUMP_EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, fail[1])]
     program += [

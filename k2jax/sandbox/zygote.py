@@ -1,4 +1,4 @@
-"""The process that starts sandboxes: `python -I -S zygote.py FD`. Standard library only.
+"""The process that starts programs: `python -I -S zygote.py FD OPTIONS`. Standard library only.
 
 It forks itself for every program, which is faster than a new interpreter: what programs of
 benchmarks import is loaded already. Four processes take part:
@@ -9,6 +9,7 @@ benchmarks import is loaded already. Four processes take part:
     program   the untrusted code, without rights
 """
 
+import gc
 import json
 import os
 import select
@@ -20,12 +21,11 @@ import traceback
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import isolate
-import seccomp
 
 # What samples import most; forked with the zygote.
 for _name in (
-    *("bisect", "collections", "copy", "datetime", "fractions", "functools", "hashlib", "heapq"),
-    *("itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing"),
+    *("bisect", "collections", "copy", "functools", "heapq", "itertools", "math", "operator"),
+    *("random", "re", "string", "typing"),
 ):
     __import__(_name)
 
@@ -42,10 +42,18 @@ ENVIRONMENT = {
 }
 
 
-def serve(control: socket.socket) -> None:
-    """Fork a warden for every request until the other side closes."""
+def serve(control: socket.socket, isolated: bool, read_only: list[str]) -> None:
+    """Say whether programs can be isolated, then fork a warden for every request."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # wardens are not waited for
+    try:
+        if isolated:
+            isolate.make_root(read_only)
+    except OSError as error:
+        control.sendall(str(error).encode())
+        return
+    control.sendall(b"ready")
+    gc.freeze()  # forks share the pages of what is here now
     while True:
         message, files, _, _ = socket.recv_fds(control, 1, 3)
         if not message:
@@ -55,7 +63,7 @@ def serve(control: socket.socket) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             code = 1
             try:
-                watch(*files)
+                watch(*files, isolated)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -65,28 +73,26 @@ def serve(control: socket.socket) -> None:
             os.close(file)
 
 
-def watch(request_fd: int, stdout: int, stderr: int) -> None:
+def watch(request_fd: int, stdout: int, stderr: int, isolated: bool) -> None:
     """Run one program and report how it ended; nothing of it is left then."""
     isolate.die_with_parent()
     connection = socket.socket(fileno=request_fd)
     request = _receive(connection)
     limits, began = request["limits"], time.monotonic()
     status_in, status_out = os.pipe()
-    try:
-        if request["isolated"]:
-            isolate.enter_namespaces()
-        init = os.fork()
-    except OSError as error:
-        _send(connection, {"status": "refused", "why": str(error)})
-        return
+    if isolated:
+        isolate.leave_processes()
+    init = os.fork()
     if init == 0:
         os.close(status_in)
         connection.close()
-        _be_init(request, status_out, (stdout, stderr))
+        _be_init(request, isolated, status_out, (stdout, stderr))
     for file in (status_out, stdout, stderr):
         os.close(file)
     why = _wait(init, connection, limits, began)
-    _kill(init, request["isolated"])
+    if not isolated:
+        _kill_group(init)
+    _kill(init)
     report = json.loads(_read_all(status_in) or b"{}")
     report.update({"status": why} if why else {})
     report.setdefault("status", "killed")
@@ -131,9 +137,7 @@ def _measure(root: int) -> tuple[int, int]:
     return count, total
 
 
-def _kill(init: int, isolated: bool) -> None:
-    if not isolated:
-        _kill_group(init)
+def _kill(init: int) -> None:
     try:
         os.kill(init, signal.SIGKILL)
     except ProcessLookupError:
@@ -148,20 +152,20 @@ def _kill_group(init: int) -> None:
         pass
 
 
-def _be_init(request: dict, status: int, outputs: tuple[int, int]) -> None:
+def _be_init(request: dict, isolated: bool, status: int, outputs: tuple[int, int]) -> None:
     """Set up the sandbox, start the program in it, report how the program ended."""
     try:
         isolate.die_with_parent()
-        _set_up(request)
+        _set_up(request, isolated)
         finished_in, finished_out = os.pipe()
         program = os.fork()
     except BaseException as error:
-        report = {"status": "refused", "why": f"{type(error).__name__}: {error}"}
-        os.write(status, json.dumps(report).encode())
+        why = {"status": "refused", "why": f"{type(error).__name__}: {error}"}
+        os.write(status, json.dumps(why).encode())
         os._exit(SETUP_FAILED)
     if program == 0:
         os.close(status)
-        _be_program(request, finished_out, outputs)
+        _be_program(request, isolated, finished_out, outputs)
     for file in (finished_out, *outputs):
         os.close(file)
     while True:
@@ -169,7 +173,7 @@ def _be_init(request: dict, status: int, outputs: tuple[int, int]) -> None:
         if pid == program:
             break
     code = os.waitstatus_to_exitcode(ended)
-    report = {"status": "signal" if code < 0 else "exited", "code": abs(code)}
+    report: dict = {"status": "signal" if code < 0 else "exited", "code": abs(code)}
     os.set_blocking(finished_in, False)
     try:
         report["finished"] = os.read(finished_in, 1024) == request["token"].encode()
@@ -179,9 +183,9 @@ def _be_init(request: dict, status: int, outputs: tuple[int, int]) -> None:
     os._exit(0)
 
 
-def _set_up(request: dict) -> None:
-    if request["isolated"]:
-        isolate.enter_file_system(request["read_only"], request["limits"]["disk"])
+def _set_up(request: dict, isolated: bool) -> None:
+    if isolated:
+        isolate.enter(request["limits"]["disk"])
     else:
         os.setpgid(0, 0)
         os.chdir(request["folder"])
@@ -189,12 +193,12 @@ def _set_up(request: dict) -> None:
         with open(name, "wb") as out:
             out.write(text.encode("utf-8", "surrogateescape"))
         os.chmod(name, 0o644)
-    if request["isolated"]:
+    if isolated:
         isolate.become_nobody(request["number"])
         isolate.hide_memory()
 
 
-def _be_program(request: dict, finished: int, outputs: tuple[int, int]) -> None:
+def _be_program(request: dict, isolated: bool, finished: int, outputs: tuple[int, int]) -> None:
     """Become the untrusted program."""
     code = 1
     try:
@@ -203,9 +207,9 @@ def _be_program(request: dict, finished: int, outputs: tuple[int, int]) -> None:
         for target, file in enumerate((*outputs, finished), start=1):
             os.dup2(file, target)
         os.closerange(FINISHED + 1, 1024)
-        if request["isolated"]:
+        if isolated:
             os.setsid()
-            isolate.deny_system_calls(seccomp.make_filter())
+            isolate.deny_system_calls()
         isolate.set_limits(request["limits"])
         for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
@@ -281,4 +285,4 @@ def _read_all(file: int) -> bytes:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), **json.loads(sys.argv[2]))
