@@ -123,8 +123,11 @@ def grade_all(
     work: Sequence[tuple[Problem, str]], sandbox: Sandbox, limits: Limits, threads: int
 ) -> list[Verdict]:
     """Run many completions' tests, `threads` at a time; verdicts in order."""
+    problems, completions = zip(*work, strict=True) if work else ((), ())
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(lambda one: grade(*one, sandbox, limits), work))
+        return list(
+            pool.map(lambda one, text: grade(one, text, sandbox, limits), problems, completions)
+        )
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

@@ -63,7 +63,7 @@ def serve(control: socket.socket, isolated: bool, read_only: list[str]) -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             code = 1
             try:
-                watch(*files, isolated)
+                watch(files, isolated)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -73,8 +73,9 @@ def serve(control: socket.socket, isolated: bool, read_only: list[str]) -> None:
             os.close(file)
 
 
-def watch(request_fd: int, stdout: int, stderr: int, isolated: bool) -> None:
+def watch(files: list[int], isolated: bool) -> None:
     """Run one program and report how it ended; nothing of it is left then."""
+    request_fd, stdout, stderr = files
     isolate.die_with_parent()
     connection = socket.socket(fileno=request_fd)
     request = _receive(connection)
