@@ -1,7 +1,8 @@
 """The engine: requests come at any time, and get their tokens step by step beside each other.
 
 Everything but `submit`, `abort` and `stats` happens in one thread: the engine's own between `start`
-and `close`, else the one that calls `step` or `run`.
+and `close`, else the one that calls `step` or `run`. In several processes all make the same engine;
+process 0 gets the requests, the others `follow` (`run` does on its own).
 """
 
 import contextlib
@@ -11,7 +12,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from k2jax import cluster
 from k2jax.config import ConfigError, one_line
+from k2jax.inference.broadcast import TeamExecutor
 from k2jax.inference.executor import Executor, RunnerLike
 from k2jax.inference.request import (
     EngineSettings,
@@ -65,7 +68,10 @@ class Engine:
         # Most tokens of a prompt and its answer: of the model, and of the cache.
         self.context = min(runner.context, model.config.context, self._scheduler.room)
         self._stats = EngineStats(rows=runner.rows, pages_total=runner.pages - runner.shards)
-        self._executor = Executor(runner, vocab, allowed)
+        group = cluster.current()
+        self._team = TeamExecutor(group, runner, vocab, allowed) if group.count > 1 else None
+        self._follows = group.number > 0
+        self._executor = self._team or Executor(runner, vocab, allowed)
         self._stepper = Stepper(self._executor, self._scheduler, settings, self._stats)
         self._inbox: deque[Sequence | int] = deque()  # submitted ones, numbers of aborted ones
         self._open: dict[int, Sequence] = {}
@@ -159,9 +165,18 @@ class Engine:
         if self._thread:
             with self._news:
                 self._news.wait_for(lambda: all(s.result for s in sequences))
+        if self._follows:
+            return self.follow()
         while any(s.result is None for s in sequences):
             self.step()
-        return [s.result for s in sequences if s.result]
+        results = [s.result for s in sequences if s.result]
+        if self._team and not self._thread:
+            self._team.end(results)
+        return results
+
+    def follow(self) -> list[Result]:
+        """Compute what process 0 schedules, in any other one; return when it closes or has run."""
+        return self._team.follow() if self._team else []
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -223,6 +238,8 @@ class Engine:
         if self._thread:
             self._thread.join()
             self._thread = None
+            if self._team:
+                self._team.end([])
         if not self.error:
             for number in list(self._open):
                 self.abort(number)
@@ -260,7 +277,8 @@ def make_runner(model: Model, settings: EngineSettings) -> RunnerLike:
     # Each device may have a part of the pool, with a scratch page of its own.
     parts = model.params["head"].sharding.num_devices
     pages = parts * (-(-tokens // (PAGE * parts)) + 1)
-    return Runner(model, rows=settings.rows, pages=pages, page=PAGE, block=PAGE)
+    rows = -(-settings.rows // parts) * parts
+    return Runner(model, rows=rows, pages=pages, page=PAGE, block=PAGE)
 
 
 def each_choice(request: Request, count: int) -> Iterator[Request]:

@@ -58,6 +58,7 @@ class Plan(NamedTuple):
 
     begun: Sequence[Begin]
     calls: Sequence[Call]
+    constrained: bool = False  # whether a sequence that gets a token has a constraint
 
 
 class Answer(NamedTuple):

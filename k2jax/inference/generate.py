@@ -2,16 +2,20 @@
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from k2jax.config import ConfigError
-from k2jax.inference import extend as sample
+from k2jax.inference.engine import Engine
+from k2jax.inference.request import (
+    FLOAT32_MAX,
+    EngineSettings,
+    Request,
+    Result,
+    Sampling,
+    derive_seed,
+)
 from k2jax.model import Model
-from k2jax.ops.moe.dispatch import choose_dispatch
 from k2jax.sharding import use_mesh_of
 
-# Below it logits over the temperature may overflow float32; even near ties are decided far above.
-COLD = 1e-30
+MOST_ROWS = 256  # sequences at once; more prompts wait for a row
 BUCKET = 64  # tokens; lengths are rounded up to a multiple of it, or of more where they are long
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
@@ -39,18 +43,32 @@ def generate(
         temperature: 0 takes the most likely token, as does anything below 1e-30; else logits are
             divided by it.
         top_p: in (0, 1]; draw from the fewest tokens that together have this probability.
-        seed: of the draws. A row's draws depend on its place in `prompts`, not on other rows.
+        seed: of the draws. A row's draws depend on its place in `prompts`, not on other rows: they
+            are those of a `Request` with `derive_seed(seed, place)`.
         stop: ids that end a row; None: the tokenizer's `stops`, [EOS] and <|im_end|> with Kimi's;
             (): none.
 
     Raises:
         ConfigError: no or empty prompts, text without a tokenizer, an id or a setting out of
             range, or more tokens than the model's context.
+        RuntimeError: the model's logits are not finite.
     """
     rows = check_prompts(model, prompts, max_new_tokens, temperature, top_p)
-    ends = stop_ids(model, stop)
-    with use_mesh_of(*model.params.values()):
-        return _run(model, rows, ends, (max_new_tokens, temperature, top_p, seed))
+    ends = frozenset(stop_ids(model, stop))
+    requests = [
+        Request(
+            tuple(row),
+            max_new_tokens,
+            Sampling(temperature, top_p, seed=derive_seed(seed, number)),
+            ends,
+        )
+        for number, row in enumerate(rows)
+    ]
+    results = continue_all(model, requests)
+    for number, result in enumerate(results):
+        if result.error:
+            raise RuntimeError(f"prompt {number}: {result.error}")
+    return [list(r.ids[:-1] if r.finish_reason == "stop" else r.ids) for r in results]
 
 
 def check_prompts(
@@ -123,7 +141,7 @@ def check(model: Model, rows: list[list[int]], new: int, temperature: float, top
     """
     if new < 1:
         raise ConfigError(f"max_new_tokens is {new}; it must be at least 1")
-    if not 0 <= temperature <= float(np.finfo(np.float32).max):
+    if not 0 <= temperature <= FLOAT32_MAX:
         raise ConfigError(f"temperature is {temperature}; it must be 0 or more, and a float32")
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p is {top_p}; it must be above 0 and at most 1")
@@ -149,37 +167,16 @@ def bucket(length: int) -> int:
     return -(-length // unit) * unit
 
 
-def _run(
-    model: Model,
-    rows: list[list[int]],
-    ends: list[int],
-    settings: tuple[int, float, float, int],
-) -> list[list[int]]:
-    new, temperature, top_p, seed = settings
-    kind = sample.GREEDY if temperature < COLD else sample.PLAIN if top_p == 1 else sample.NUCLEUS
-    with sample.decoding(model.params, model.config) as params:
-        padded = [*rows, *[[0]] * (-len(rows) % sample.batch_ways())]
-        token_BT = np.zeros((len(padded), bucket(max(map(len, padded)))), np.int32)
-        for row, ids in zip(token_BT, padded, strict=True):
-            row[: len(ids)] = ids
-        request = sample.Request(
-            token_BT,
-            np.array([len(ids) for ids in padded], np.int32),
-            limit=new,
-            stop=np.array(ends or [sample.STOPPED], np.int32),
-            allowed=model.tokenizer.vocab if model.tokenizer else model.config.vocab,
-            temperature=temperature or 1.0,
-            top_p=top_p,
-            seed=np.uint32(seed % (1 << 32)),
-        )
-        found = sample.extend(
-            params,
-            request,
-            cfg=model.config,
-            dtype=model.dtype,
-            room=bucket(new),
-            kind=kind,
-            dispatch=choose_dispatch(),
-        )
-        found_BN = np.asarray(found)[: len(rows), :new]
-    return [ids[ids != sample.STOPPED].tolist() for ids in found_BN]
+def continue_all(model: Model, requests: Sequence[Request]) -> list[Result]:
+    """Compute requests of one call, in an engine that just holds them; results in their order.
+
+    Sizes are rounded up, so that calls of about the same sizes share their compiled programs.
+
+    Raises:
+        ConfigError: one of them cannot be computed.
+    """
+    rows = min(1 << (len(requests) - 1).bit_length(), MOST_ROWS)
+    longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    settings = EngineSettings(rows=rows, cache_tokens=rows * bucket(longest), prefill_share=1.0)
+    with use_mesh_of(*model.params.values()):
+        return Engine(model, settings).run(requests)

@@ -18,8 +18,8 @@ import numpy as np
 from k2jax.config import ConfigError
 from k2jax.inference import forward as network
 from k2jax.inference.cache import Pool, make_pool
-from k2jax.inference.extend import batch_ways, decoding
 from k2jax.inference.paged_attention import Chunks
+from k2jax.inference.placement import batch_ways, decoding
 from k2jax.model import Model
 from k2jax.model.projection import Policy
 from k2jax.sharding import meshless, reshard, use_mesh_of

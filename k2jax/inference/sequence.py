@@ -58,7 +58,7 @@ class Sequence:
     result: Output | None = None
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt)
+        self.tokens = [int(i) for i in self.request.prompt]
         self.target = len(self.tokens)
         self.scored = self.target
         if self.request.prompt_logprobs is not None:

@@ -52,6 +52,7 @@ class Stepper:
                 for s in work.started
             ],
             [_call(items, items is work.decode) for items in batches],
+            any(s.request.constraint for items in batches for s, _ in items),
         )
         began = time.perf_counter()
         answers = self._executor.run(plan, lambda: self._masks(batches))

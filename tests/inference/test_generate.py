@@ -6,15 +6,14 @@ import json
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from k2jax import sharding
 from k2jax.commands import generate as command
 from k2jax.config import ConfigError, MeshConfig, ModelConfig
-from k2jax.inference import extend as sample
 from k2jax.inference import generate as sampling
+from k2jax.inference import placement
 from k2jax.model import Kimi, Model, forward
 from k2jax.params.arrays import initial
 from k2jax.params.declare import specs
@@ -96,25 +95,6 @@ def test_draws_are_a_function_of_the_seed(model):
     assert draw(1) == draw(1) != draw(-2)
 
 
-def test_nucleus_keeps_the_fewest_tokens_that_reach_top_p():
-    p_BX = jnp.array([[0.2, 0.5, 0.3, 0.0], [0.05, 0.05, 0.1, 0.8]])
-    kept = np.isfinite(np.asarray(sample.nucleus(jnp.log(p_BX), 0.7)))
-    assert kept.tolist() == [[False, True, True, False], [False, False, False, True]]
-    kept = np.isfinite(np.asarray(sample.nucleus(jnp.log(p_BX), 1e-9)))
-    assert kept.sum(axis=1).tolist() == [1, 1]
-
-
-def test_draws_follow_the_tempered_probabilities():
-    p_X = np.array([0.1, 0.2, 0.3, 0.4])
-    request = sample.Request(
-        np.zeros((1, 1)), np.ones(1), 1, np.array([0]), allowed=3, temperature=0.5
-    )
-    y_BX = jnp.tile(jnp.log(jnp.array(p_X)), (20_000, 1))
-    draws = np.asarray(sample.pick(y_BX, jnp.int32(0), request, sample.PLAIN))
-    expected = p_X[:3] ** 2 / (p_X[:3] ** 2).sum()
-    np.testing.assert_allclose(np.bincount(draws, minlength=3) / 20_000, expected, atol=0.015)
-
-
 def test_lengths_share_few_programs_and_waste_at_most_a_quarter():
     lengths = [1, 64, 65, 128, 300, 511, 5_000, 131_072]
     found = [sampling.bucket(n) for n in lengths]
@@ -141,7 +121,7 @@ def test_weights_are_decoded_with_as_far_split_as_heads_allow(axes, decoding):
     data, expert, context = axes
     with jax.set_mesh(sharding.make_mesh(MeshConfig(data=data, expert=expert, context=context))):
         params = initial(specs(Kimi(CFG)), 0, 0.1)
-        with sample.decoding(params, CFG) as laid:
+        with placement.decoding(params, CFG) as laid:
             assert tuple(jax.sharding.get_mesh().shape.values()) == decoding
             shape = params[GATE].shape
             part = laid[GATE].sharding.shard_shape(shape)
@@ -183,7 +163,7 @@ def test_a_text_needs_a_tokenizer(model):
 def opened(model: Model) -> types.SimpleNamespace:
     """A source of this model."""
     return types.SimpleNamespace(
-        config=model.config, tokenizer=model.tokenizer, load=lambda dtype: model
+        config=model.config, tokenizer=model.tokenizer, load=lambda *_: model
     )
 
 
