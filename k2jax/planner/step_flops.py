@@ -3,7 +3,7 @@
 import dataclasses
 
 from k2jax.config import MeshConfig, ModelConfig, RunConfig
-from k2jax.ops.limits import ATTENTION_BLOCK, LOGITS_BYTES
+from k2jax.ops.limits import ATTENTION_BLOCK, LOGITS_BYTES, cut_into_query_blocks
 from k2jax.params.counts import count_parameters
 
 
@@ -104,6 +104,14 @@ def _recompute_flops(case: Case, layers: float) -> float:
     return layers - routed - shared - 2 * cfg.dense_layers * cfg.embed * cfg.ffw
 
 
+def _count_keys(context: int) -> float:
+    """Count the keys that a token's query is multiplied by, on average."""
+    if context > ATTENTION_BLOCK:
+        return ATTENTION_BLOCK * (-(-context // ATTENTION_BLOCK) + 1) / 2
+    blocks = cut_into_query_blocks(context)
+    return sum((block.stop - block.start) * block.stop for block in blocks) / context
+
+
 def step_flops(case: Case) -> float:
     """Operations of a device in a step, recomputation included, without the optimizer."""
     cfg, run = case.model, case.run
@@ -112,8 +120,7 @@ def step_flops(case: Case) -> float:
     layers = 2 * (counted["active_matmul_parameters"] + counted["mtp_active_matmul_parameters"])
     attention = 2 * case.layers * cfg.heads * (cfg.nope + cfg.rope + cfg.value)
     # Scores cost the hidden keys of a block too; backward makes the scores once more.
-    blocks = -(-run.data.context // ATTENTION_BLOCK)
-    seen = ATTENTION_BLOCK * (blocks + 1) / 2 if case.blocks else run.data.context
+    seen = _count_keys(run.data.context)
     scores = 2 * case.layers * cfg.heads * (cfg.nope + cfg.rope) * seen
     mixing = attention * seen * (3 if run.train.remat == "none" else 4) + scores
     heads = (4 if case.logits > LOGITS_BYTES else 3) * case.predictions * head

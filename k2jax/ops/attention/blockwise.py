@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax.ops.attention import gpu, tpu
-from k2jax.ops.limits import ATTENTION_BLOCK
+from k2jax.ops.limits import ATTENTION_BLOCK, cut_into_query_blocks
 
 NEG_INF = -1e30  # below every logit; finite, so that differences are
 
@@ -33,7 +33,7 @@ def causal_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def dense_attention(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale: float):
-    """`causal_attention` with all scores at once.
+    """`causal_attention` by the scores of a few blocks of queries, each with the keys up to it.
 
     The backward pass recomputes the scores from queries, keys and each row's log of the sum of
     exponentials: storing them would cost more.
@@ -42,46 +42,66 @@ def dense_attention(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale: float):
 
 
 def _dense_forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
-    bias_BTS = _mask_bias(segment_BT)
-    score_BHTS = _dot("bhtc,bhsc->bhts", q_BHTC, k_BHSC) * scale + bias_BTS[:, None]
-    top_BHT = score_BHTS.max(axis=-1)
-    weight_BHTS = jnp.exp(score_BHTS - top_BHT[..., None])
-    sum_BHT = weight_BHTS.sum(axis=-1)
-    y_BHTV = _dot("bhts,bhsv->bhtv", weight_BHTS.astype(v_BHSV.dtype), v_BHSV)
-    y_BHTV = (y_BHTV / sum_BHT[..., None]).astype(v_BHSV.dtype)
-    saved = (q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, top_BHT + jnp.log(sum_BHT))
-    return (y_BHTV, top_BHT), saved
+    def mix(block: slice) -> tuple[jax.Array, ...]:
+        """Mixed values of a block's queries, largest logits and logs of the sums."""
+        k_part, v_part = k_BHSC[:, :, : block.stop], v_BHSV[:, :, : block.stop]
+        bias_BTS = _mask_bias(segment_BT, block)
+        score_BHTS = _dot("bhtc,bhsc->bhts", q_BHTC[:, :, block], k_part) * scale
+        score_BHTS += bias_BTS[:, None]
+        top_BHT = score_BHTS.max(axis=-1)
+        weight_BHTS = jnp.exp(score_BHTS - top_BHT[..., None])
+        sum_BHT = weight_BHTS.sum(axis=-1)
+        y_BHTV = _dot("bhts,bhsv->bhtv", weight_BHTS.astype(v_part.dtype), v_part)
+        y_BHTV = (y_BHTV / sum_BHT[..., None]).astype(v_part.dtype)
+        return y_BHTV, top_BHT, top_BHT + jnp.log(sum_BHT)
+
+    parts = zip(*map(mix, cut_into_query_blocks(q_BHTC.shape[2])), strict=True)
+    y_BHTV, top_BHT, logsum_BHT = (jnp.concatenate(part, axis=2) for part in parts)
+    return (y_BHTV, top_BHT), (q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, logsum_BHT)
 
 
 def _dense_backward(scale, saved, grads):
     q_BHTC, k_BHSC, v_BHSV, segment_BT, y_BHTV, logsum_BHT = saved
     dy_BHTV, dtype = grads[0], q_BHTC.dtype
-    # Keys before queries: two of the three products below then need no transposed scores.
-    bias_BST = _mask_bias(segment_BT, keys_first=True)
-    score_BHST = _dot("bhsc,bhtc->bhst", k_BHSC, q_BHTC) * scale + bias_BST[:, None]
-    weight_BHST = jnp.exp(score_BHST - logsum_BHT[:, :, None])
-    dv_BHSV = _dot("bhst,bhtv->bhsv", weight_BHST.astype(dtype), dy_BHTV)
     mean_BHT = (dy_BHTV * y_BHTV).astype(jnp.float32).sum(axis=-1)
-    dweight_BHST = _dot("bhsv,bhtv->bhst", v_BHSV, dy_BHTV)
-    dscore_BHST = (weight_BHST * (dweight_BHST - mean_BHT[:, :, None]) * scale).astype(dtype)
-    dk_BHSC = _dot("bhst,bhtc->bhsc", dscore_BHST, q_BHTC)
-    dq_BHTC = _dot("bhst,bhsc->bhtc", dscore_BHST, k_BHSC)
+
+    def differentiate(block: slice) -> tuple[jax.Array, ...]:
+        """A block's gradients: of its queries, and of the keys and values up to them."""
+        q_part, dy_part = q_BHTC[:, :, block], dy_BHTV[:, :, block]
+        k_part, v_part = k_BHSC[:, :, : block.stop], v_BHSV[:, :, : block.stop]
+        # Keys before queries: two of the three products below then need no transposed scores.
+        bias_BST = _mask_bias(segment_BT, block).swapaxes(1, 2)
+        score_BHST = _dot("bhsc,bhtc->bhst", k_part, q_part) * scale + bias_BST[:, None]
+        weight_BHST = jnp.exp(score_BHST - logsum_BHT[:, :, None, block])
+        dv_BHSV = _dot("bhst,bhtv->bhsv", weight_BHST.astype(dtype), dy_part)
+        dweight_BHST = _dot("bhsv,bhtv->bhst", v_part, dy_part)
+        dscore_BHST = weight_BHST * (dweight_BHST - mean_BHT[:, :, None, block])
+        dscore_BHST = dscore_BHST.astype(dtype)
+        dk_BHSC = _dot("bhst,bhtc->bhsc", dscore_BHST, q_part) * scale
+        return _dot("bhst,bhsc->bhtc", dscore_BHST, k_part) * scale, dk_BHSC, dv_BHSV
+
+    *rest, last = map(differentiate, cut_into_query_blocks(q_BHTC.shape[2]))
+    _, dk_BHSC, dv_BHSV = last  # of all keys
+    for _, dk_part, dv_part in rest:
+        dk_BHSC = dk_BHSC.at[:, :, : dk_part.shape[2]].add(dk_part)
+        dv_BHSV = dv_BHSV.at[:, :, : dv_part.shape[2]].add(dv_part)
+    dq_BHTC = jnp.concatenate([part[0] for part in (*rest, last)], axis=2)
     return dq_BHTC.astype(dtype), dk_BHSC.astype(dtype), dv_BHSV.astype(dtype), None
 
 
 dense_attention.defvjp(_dense_forward, _dense_backward)
 
 
-def _mask_bias(segment_BT: jax.Array, keys_first: bool = False) -> jax.Array:
+def _mask_bias(segment_BT: jax.Array, block: slice) -> jax.Array:
     """Bias of the logits: 0 for keys of a query's own document up to itself, else -inf.
 
     Returns:
-        [batch, queries, keys]; with `keys_first` [batch, keys, queries].
+        [batch, queries of the block, keys up to its last].
     """
-    order_T = jnp.arange(segment_BT.shape[1])
-    same = segment_BT[:, :, None] == segment_BT[:, None]
-    before = order_T[:, None] <= order_T if keys_first else order_T[:, None] >= order_T
-    return jnp.where(same & before, 0.0, -jnp.inf)
+    # From 1: what counts from 0 XLA computes element by element, which CPUs do slower than exp.
+    order_S = np.arange(1, block.stop + 1, dtype=np.int32)
+    same_BTS = segment_BT[:, block, None] == segment_BT[:, None, : block.stop]
+    return jnp.where(same_BTS & (order_S[block, None] >= order_S), 0.0, -jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
