@@ -77,7 +77,7 @@ def adjust(
         repetition_B: float32, 1: none.
         seen_BW: bits of tokens, uint32 [batch, ceil(vocab / 32)].
     """
-    penalty_B1 = repetition_B[:, None]
+    y_BX, penalty_B1 = _gather_rows(y_BX), jnp.asarray(repetition_B)[:, None]
     penalised_BX = jnp.where(y_BX > 0, y_BX / penalty_B1, y_BX * penalty_B1)
     return jnp.where(_unpack(seen_BW, y_BX.shape[1]), penalised_BX, y_BX) + added_BX
 
@@ -85,6 +85,7 @@ def adjust(
 @jax.jit
 def forbid(y_BX: jax.Array, mask_BW: jax.Array) -> jax.Array:
     """Leave the logits of tokens whose bit is set; rows that are not finite stay so."""
+    y_BX = _gather_rows(y_BX)
     kept_BX = _unpack(mask_BW, y_BX.shape[1]) | ~_are_numbers(y_BX)[:, None]
     return jnp.where(kept_BX, y_BX, -jnp.inf)
 

@@ -55,6 +55,9 @@ def frequencies(y_X, sampling, draws=4_000, **kind) -> np.ndarray:
 P = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
 
 
+SAMPLED = Sampling(1.0, repetition_penalty=1.2, presence_penalty=0.5, seed=4)
+
+
 @pytest.mark.parametrize(
     ("sampling", "weights"),
     [
@@ -201,3 +204,13 @@ def test_a_warm_up_compiles_all_that_rows_are_put_through():
     ours.pick(y_BX, [0, 1], {1: bits([3])})
     ours.pick(y_BX, [1], {})
     assert [program._cache_size() for program in programs] == before
+
+
+def test_split_logits_give_the_same_tokens(mesh):
+    y_BX, settings = logits(8, 304), [Sampling(), Sampling(0.9, top_p=0.9), SAMPLED, SAMPLED] * 2
+    alone = pick(y_BX, settings, {0: bits([3, 9], 304)})
+    mesh(data=2, expert=2, model=2)
+    laid = jax.reshard(y_BX, jax.P(("data", "expert"), "model"))
+    ours = sampler(settings, 304)
+    assert np.asarray(ours.pick(laid, range(8), {0: bits([3, 9], 304)})).tolist() == alone
+    jax.block_until_ready([program() for program in ours.programs(laid)])
