@@ -5,8 +5,9 @@ that the engine asks for a mask before each token. Calls are written in Kimi's s
 is constrained by `llguidance` (extra `serve`), and both are closed before the tokens run out.
 
 Modules: `build` (a request's fields) | `answer` (thought, text, sections of calls) | `literal` (one
-of a few texts) | `json_value` (one JSON value, closed in time) | `shortest` (how a value can be
-closed) | `bounds` (how long that may take) | `json_schema` (schemas, compiled) | `vocabulary`.
+of a few texts) | `json_value` (a JSON value, closed in time) | `json_schema` (schemas, compiled) |
+`shortest` (how a value can be closed) | `position` (where in its text) | `bounds` (how long it may
+take) | `vocabulary` (the tokens).
 """
 
 from typing import TYPE_CHECKING, Any

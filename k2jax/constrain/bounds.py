@@ -19,7 +19,6 @@ TYPES = ("object", "array", "string", "number", "boolean", "null")
 NUMBER = 3  # tokens of a number without bounds, as "-0.": what it takes from anywhere inside
 BOUNDED_NUMBER = 40  # with bounds
 FORMAT = 48  # of a string with a format
-PIECE = 24  # of what was begun: the rest of a token's text, of a character, of an escape
 # Contents of strings by format, short ones.
 EXAMPLES = {
     "date": "0000-01-01",
@@ -39,7 +38,7 @@ class Bounds(NamedTuple):
     """What a schema asks for.
 
     Attributes:
-        level: most tokens that it takes to end one open value, whatever is in it.
+        level: most tokens that it takes to end one open value, from a token's border.
         determined: how a value begins says which branch of a union it is of.
         plain: moreover no string has a pattern or a format.
         hints: contents of strings that the schema may ask for.
@@ -61,6 +60,25 @@ def bound_schema(schema: Any, count: Callable[[bytes], int]) -> Bounds:
     return _Walk(schema, count).bounds()
 
 
+def drop_endless(schema: dict[str, Any], count: Callable[[bytes], int]) -> None:
+    """Take from a schema, in place, what no finite value has: members that must contain themselves.
+
+    Compilers accept such a member, and a text that begins one can never be ended.
+    """
+    walk = _Walk(schema, count)
+    for node in walk.nodes:
+        for key in ("properties", "patternProperties"):
+            for name, inner in node.get(key, {}).items():
+                node[key][name] = False if walk.is_endless(inner) else inner
+        for key in SINGLE:
+            if walk.is_endless(node.get(key)):
+                node[key] = False
+        for key in ("anyOf", "oneOf"):
+            if key in node:
+                ends = [branch for branch in node[key] if not walk.is_endless(branch)]
+                node[key] = ends or node[key]
+
+
 class _Walk:
     """One schema and the costs of its parts."""
 
@@ -76,9 +94,18 @@ class _Walk:
             if before == self._low:
                 break
 
+    @property
+    def nodes(self) -> list[dict[str, Any]]:
+        """The schema and all schemas in it."""
+        return self._nodes
+
+    def is_endless(self, schema: Any) -> bool:
+        """Whether it allows no finite value."""
+        return isinstance(schema, dict) and self._of(schema) == math.inf
+
     def bounds(self) -> Bounds:
         costs = [self._cost(node, least=False) for node in self._nodes]
-        level = max([c for c in costs if c < math.inf], default=1.0) + PIECE
+        level = max([c for c in costs if c < math.inf], default=1.0)
         determined = all(self._is_determined(node) for node in self._nodes)
         keys = {key for node in self._nodes for key in node}
         plain = determined and not keys & {"pattern", "format", "patternProperties"}
@@ -132,15 +159,14 @@ class _Walk:
             return 0
         types = node.get("type", _guess_types(node))
         types = [types] if isinstance(types, str) else types
-        costs = [self._typed(node, "number" if t == "integer" else t) for t in types]
+        costs = [self._typed(node, "number" if t == "integer" else t, least) for t in types]
         return (min if least else max)(costs) if costs else 1
 
-    def _typed(self, node: dict[str, Any], kind: str) -> float:
+    def _typed(self, node: dict[str, Any], kind: str, least: bool) -> float:
         if kind == "string":
-            return self._string(node)
+            return self._string(node, least)
         if kind == "number":
-            bounded = node.keys() & _NUMERIC
-            return BOUNDED_NUMBER if bounded else NUMBER
+            return _bound_number(node) if node.keys() & _NUMERIC else NUMBER
         if kind == "array":
             items = [*node.get("prefixItems", ())][: node.get("minItems", 0)]
             more = max(0, node.get("minItems", 0) - len(items))
@@ -150,12 +176,17 @@ class _Walk:
             return self._object(node)
         return 2
 
-    def _string(self, node: dict[str, Any]) -> float:
+    def _string(self, node: dict[str, Any], least: bool) -> float:
+        if least and node.get("format") in EXAMPLES and "pattern" not in node:
+            return 2 + self._count(EXAMPLES[node["format"]].encode()) + node.get("minLength", 0)
         cost = 2.0 + (self._count(b" " * n) if (n := node.get("minLength", 0)) else 0)
         if "format" in node:
             cost += FORMAT
         if "pattern" in node:
-            cost = cost + node.get("minLength", 0) + measure_pattern(node["pattern"])[1]
+            example, most = measure_pattern(node["pattern"])
+            if least and example and not n and "format" not in node:
+                return 2 + self._count(_dump(example)[1:-1])
+            cost += n + most
         return cost
 
     def _object(self, node: dict[str, Any]) -> float:
@@ -223,6 +254,15 @@ _ARRAY = {"items", "prefixItems", "minItems", "maxItems"}
 _STRING = {"minLength", "maxLength", "pattern", "format"}
 _CONSTRAINING = _NUMERIC | _OBJECT | _ARRAY | _STRING | {"type", "maxProperties"}
 _NOTES = {"title", "description", "default", "examples", "$comment", "deprecated"}
+
+
+def _bound_number(node: dict[str, Any]) -> float:
+    """Tokens of a number within bounds, from anywhere inside: a sign, the digits, a fraction."""
+    limits = [node.get(key, 0) for key in _NUMERIC]
+    if "multipleOf" in node or any(isinstance(limit, bool) for limit in limits):
+        return BOUNDED_NUMBER
+    digits = max(len(str(limit)) for limit in limits)
+    return min(BOUNDED_NUMBER, 3 + 2 * digits)
 
 
 def _guess_types(node: dict[str, Any]) -> list[str]:

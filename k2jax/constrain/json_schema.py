@@ -6,18 +6,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from k2jax.config import ConfigError
-from k2jax.constrain.bounds import Bounds, bound_schema
-from k2jax.constrain.shortest import Position, Shortest
+from k2jax.constrain.bounds import MAPS, Bounds, bound_schema, drop_endless
+from k2jax.constrain.position import Position
+from k2jax.constrain.shortest import Shortest
 from k2jax.constrain.vocabulary import Vocabulary, byte_tokenizer, import_llguidance
 
 # Nothing in a schema can change these. White space is bounded: endless white space would be valid.
+# No character is written by its number: an undeclared member could so get a declared one's name.
 OPTIONS = {
     "whitespace_pattern": r" |\n[ \t]{0,32}",
     "item_separator": ",",
     "key_separator": ":",
+    "json_allowed_escapes": '"\\bfnrt',
     "coerce_one_of": False,
     "lenient": False,
 }
+# Of strings; others only describe, as JSON Schema has it for all of them, and are left out.
+FORMATS = (
+    *("date", "time", "date-time", "duration", "email", "hostname"),
+    *("ipv4", "ipv6", "uri", "uuid"),
+)
 COMPOSED = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties")
 KEPT = 256  # compiled schemas a vocabulary keeps
 SHOWN = 200  # characters of a compiler's message
@@ -41,15 +49,23 @@ class Schema:
             ConfigError: it cannot be compiled, or no value was found.
         """
         ll = import_llguidance()
+        try:
+            drop_endless(schema, vocabulary.count)
+            self.bounds: Bounds = bound_schema(schema, vocabulary.count)
+        except (
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            IndexError,
+            RecursionError,
+        ) as error:
+            raise ConfigError(f"{name}: {_explain(ll, schema) or error}") from None
         grammar = ll.LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
         self.vocabulary = vocabulary
         self.byte_matcher = ll.LLMatcher(byte_tokenizer(), grammar, log_level=0)
         if self.byte_matcher.is_error():
             raise ConfigError(f"{name}: {_shorten(self.byte_matcher.get_error())}")
-        try:
-            self.bounds: Bounds = bound_schema(schema, vocabulary.count)
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            raise ConfigError(f"{name}: the schema is malformed: {error}") from None
         self.shortest = Shortest(vocabulary.fillers, self.bounds.hints)
         text = self.shortest.complete(self.byte_matcher, Position())
         if text is None:
@@ -78,7 +94,7 @@ def compile_schema(schema: Any, vocabulary: Vocabulary, name: str) -> Schema:
         raise ConfigError(f"{name}: the schema is not JSON: {error}") from None
     if not text.startswith("{"):
         raise ConfigError(f"{name}: the schema must be an object, not {text[:40]}")
-    return _compile(text, vocabulary, name)
+    return _compile(json.dumps(_drop_notes(json.loads(text))), vocabulary, name)
 
 
 @functools.lru_cache(KEPT)
@@ -99,6 +115,8 @@ def prepare_arguments(parameters: Any, name: str) -> dict[str, Any]:
     schema = dict(parameters)
     if not set(COMPOSED) & set(schema):
         schema.setdefault("type", "object")
+    if schema.get("type") and "object" in schema["type"]:
+        schema["type"] = "object"
     if schema.get("type", "object") != "object":
         raise ConfigError(f"{name}: parameters must be of type 'object', not {schema['type']!r}")
     return close_objects(schema)
@@ -128,6 +146,33 @@ def _close_inner(key: str, value: Any) -> Any:
     if key in ("items", "additionalProperties", "prefixItems", "anyOf", "oneOf"):
         return close_objects(value)
     return value
+
+
+def _drop_notes(schema: Any) -> Any:
+    """The schema without formats that say nothing here, and demands that forbid nothing."""
+    if isinstance(schema, list):
+        return [_drop_notes(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {key: _drop_inner(key, value) for key, value in schema.items()}
+    if isinstance(out.get("format"), str) and out["format"] not in FORMATS:
+        del out["format"]
+    if out.get("uniqueItems") is False or out.get("maxItems") in (0, 1):
+        out.pop("uniqueItems", None)
+    return out
+
+
+def _drop_inner(key: str, value: Any) -> Any:
+    if key in (*MAPS, "dependentSchemas") and isinstance(value, dict):
+        return {name: _drop_notes(inner) for name, inner in value.items()}
+    return value if key in ("enum", "const", "default", "examples") else _drop_notes(value)
+
+
+def _explain(ll: Any, schema: Any) -> str:
+    """What the compiler says of a schema that could not be read; "" if it has nothing to say."""
+    grammar = ll.LLMatcher.grammar_from_json_schema(schema, overrides=OPTIONS)
+    message = _shorten(ll.LLMatcher.validate_grammar(grammar, byte_tokenizer()))
+    return message or "the schema is malformed"
 
 
 def _shorten(message: str) -> str:

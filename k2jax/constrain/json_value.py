@@ -12,11 +12,14 @@ Three ways to choose a mask, by how many tokens are left:
 import numpy as np
 
 from k2jax.constrain.json_schema import Schema
-from k2jax.constrain.shortest import Position
+from k2jax.constrain.position import Position
 from k2jax.constrain.vocabulary import allow, forbid, list_ids
 
-TRIED = 128  # tokens that are tried near the end, of each kind
+PIECE = 24  # tokens of the rest of a token's text, a character or an escape that was begun
+TRIED = 64  # tokens that are tried near the end, of each kind
+LONGEST = 20_000  # bytes of closing texts that are tried at a token
 POOL = 6  # closing texts that are tried for each
+EFFORT = 4_000  # bytes that such a search tries
 SEARCHES = 16  # of them, how many by a search
 
 
@@ -34,6 +37,8 @@ class JsonValue:
         self._opened = 0  # most brackets that the pending tokens may have opened
         self._closing: list[int] | None = list(schema.first)  # tokens that end the value
         self._plans: dict[int, list[int]] = {}  # the same after each token that was tried
+        self._most = len(schema.first)  # tokens of a closing text, at most
+        self._filled: int | None = None  # see `_count_filling`
         self._searches = 0
 
     @property
@@ -47,28 +52,39 @@ class JsonValue:
         Args:
             room: tokens that the value may still have.
         """
-        words, bounds = self._words, self._schema.bounds
+        words = self._words
         mask = np.zeros(words.words, np.uint32)
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         for stop in words.stops:
             forbid(mask, stop)
-        self._plans = {}
-        level = bounds.level
-        few = (room - 1) // level - self._position.depth - self._opened - 2
+        self._plans, self._filled = {}, None
+        few = self._count_safe_brackets(room)
         if few >= words.most_opened:
             return mask
-        if self._pending:
-            self._catch_up()
-            few = (room - 1) // level - self._position.depth - 2
-        if few < words.most_opened and bounds.determined:
-            closing = self._find_closing()
-            if closing is not None:
-                few = max(few, (room - 1 - len(closing)) // level - 2)
-        if few >= words.most_opened:
+        closing = self._find_closing()
+        few = self._count_safe_brackets(room)
+        if few >= words.most_opened or closing is None:
             return mask
-        if few >= 1:
-            return mask & words.few_opened[few]
-        return self._mask_near_end(mask, room)
+        if few < 0:
+            return self._mask_near_end(mask, closing, room)
+        mask &= words.few_opened[few]
+        if closing and len(closing) <= room:
+            allow(mask, closing[0])
+        return mask
+
+    def _count_safe_brackets(self, room: int) -> int:
+        """How many brackets a token may open so that the value can be closed whatever it is.
+
+        Below 0: not even a token that opens none is safe. What is open, what the token opens and
+        what it begins then takes a level each; where the value's branch is determined, the closing
+        text that was known last takes what it has, and each token since a level.
+        """
+        bounds = self._schema.bounds
+        levels = (room - 1 - PIECE) // bounds.level - 1
+        few = levels - self._position.depth - self._opened
+        if bounds.determined and self._most < room:
+            few = max(few, (room - 1 - PIECE - self._most) // bounds.level - 1)
+        return few
 
     def accept(self, token: int) -> None:
         """Take a token.
@@ -79,17 +95,31 @@ class JsonValue:
         if not self._matcher.consume_token(token):
             raise ValueError(f"token {token} is not allowed here")
         self._pending.append(token)
-        self._opened += int(self._words.opened[token])
+        opened = int(self._words.opened[token])
+        self._opened += opened
         if token in self._plans:
             self._closing = self._plans[token]
+        elif self._filled is not None and self._closing:
+            self._closing = self._skip_filling(token, self._closing, self._filled)
         elif self._closing and self._closing[0] == token:
             self._closing = self._closing[1:]
         elif self._closing is not None and not self._ends_by(self._closing):
             self._closing = None
-        self._plans = {}
+        if self._closing is None:
+            self._most += self._schema.bounds.level * (1 + opened) + PIECE
+        else:
+            self._most = len(self._closing)
+        self._plans, self._filled = {}, None
+
+    def _skip_filling(self, token: int, closing: list[int], filling: int) -> list[int]:
+        """The closing text after content that stands for some of its filling."""
+        text = b"".join(self._words.tokens[i] for i in closing)
+        return self._words.split(text[min(len(self._words.tokens[token].decode()), filling) :])
 
     def _catch_up(self) -> None:
         """Bring the bytes and the position to where the tokens are."""
+        if not self._pending:
+            return
         text = b"".join(self._words.tokens[token] for token in self._pending)
         self._bytes.consume_tokens(list(text))
         self._position.feed(text)
@@ -98,20 +128,26 @@ class JsonValue:
     def _find_closing(self) -> list[int] | None:
         """Tokens that end the value from here."""
         if self._closing is None:
-            if self._pending:
-                self._catch_up()
+            self._catch_up()
             text = self._schema.shortest.complete(self._bytes, self._position)
             self._closing = None if text is None else self._words.split(text)
+            self._most = len(self._closing) if self._closing is not None else self._most
         return self._closing
 
-    def _mask_near_end(self, mask: np.ndarray, room: int) -> np.ndarray:
+    def _mask_near_end(self, mask: np.ndarray, closing: list[int], room: int) -> np.ndarray:
         """Only tokens after which a closing text of the rest of `room` is known."""
-        closing = self._find_closing()
-        if closing is None:
-            return mask
+        self._catch_up()
         near = np.zeros_like(mask)
+        text = b"".join(self._words.tokens[i] for i in closing)
+        self._filled = self._count_filling(text, mask)
+        if self._filled is not None:
+            costs = self._words.count_ends(text)
+            for length, content in self._words.content.items():
+                if costs[min(length, self._filled)] <= room - 1:
+                    near |= mask & content
+                mask = mask & ~content
         self._searches, closings = SEARCHES, [closing]
-        for token in self._list_candidates(mask):
+        for token in self._list_candidates(mask, len(text)):
             plan = self._plan(int(token), closings, room - 1)
             if plan is not None:
                 self._plans[int(token)] = plan
@@ -119,24 +155,36 @@ class JsonValue:
         if closing and len(closing) <= room:
             self._plans[closing[0]] = closing[1:]
             allow(near, closing[0])
-        if self._can_go_on_in_string(closing, room):
-            near |= mask & self._words.content
         return near
 
-    def _can_go_on_in_string(self, closing: list[int], room: int) -> bool:
-        """Whether any content of the string that is open leaves it as soon closed as before."""
-        in_string = self._position.inside == "string" and not self._position.escaped
-        whole = in_string and _is_whole(bytes(self._position.written))
-        closes = bool(closing) and self._words.tokens[closing[0]].startswith(b'"')
-        return whole and closes and self._schema.bounds.plain and len(closing) <= room - 1
+    def _count_filling(self, closing: bytes, mask: np.ndarray) -> int | None:
+        """Characters at the start of a closing text that only make a string long enough.
 
-    def _list_candidates(self, mask: np.ndarray) -> np.ndarray:
+        Any content of as many characters can stand for them. None where the end is not in a
+        string, or the string's content may matter: not every character is allowed, or patterns or
+        unions may ask for more.
+        """
+        single = self._words.content[1]
+        if not np.array_equal(mask & single, single):
+            return None
+        inside = self._position.inside == "string" and not self._position.escaped
+        if not inside or not self._schema.bounds.plain:
+            return None
+        if not _is_whole(bytes(self._position.written)):
+            return None
+        filling = len(closing) - len(closing.lstrip(closing[:1].replace(b'"', b"")))
+        filling = filling if closing[:1] != b'"' else 0
+        fits = closing[filling : filling + 1] == b'"' and closing[:filling].isascii()
+        return filling if fits and b"\\" not in closing[:filling] else None
+
+    def _list_candidates(self, mask: np.ndarray, length: int) -> np.ndarray:
         """The tokens to try: all, or the commonest where there are many, and those with quotes."""
+        tried = max(4, min(TRIED, LONGEST // (1 + length)))
         ids = list_ids(mask)
-        if len(ids) <= TRIED:
+        if len(ids) <= tried:
             return ids
-        closers = list_ids(mask & self._words.closers)[:TRIED]
-        return np.unique(np.concatenate([ids[:TRIED], closers]))
+        closers = list_ids(mask & self._words.closers)[:tried]
+        return np.unique(np.concatenate([ids[:tried], closers]))
 
     def _plan(self, token: int, closings: list[list[int]], room: int) -> list[int] | None:
         """Tokens that end the value after `token`, at most `room`; None where none are known.
@@ -171,7 +219,7 @@ class JsonValue:
         matcher, position = self._bytes.deep_copy(), self._position.copy()
         matcher.consume_tokens(list(text))
         position.feed(text)
-        end = self._schema.shortest.complete(matcher, position)
+        end = self._schema.shortest.complete(matcher, position, EFFORT)
         if end is None:
             return None
         tokens = self._words.split(end)

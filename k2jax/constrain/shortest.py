@@ -8,103 +8,35 @@ member is met again. The result is a text that the grammar accepts: it bounds th
 above, and in practice it is the shortest.
 """
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
 
+from k2jax.constrain.position import (
+    BACKSLASH,
+    CLOSE_LIST,
+    CLOSE_OBJECT,
+    COLON,
+    COMMA,
+    OPEN_LIST,
+    OPEN_OBJECT,
+    QUOTE,
+    SPACE,
+    Position,
+)
 from k2jax.constrain.vocabulary import EOS_BYTE
 
-QUOTE, BACKSLASH, COMMA, COLON = b'"\\,:'
-OPEN_OBJECT, CLOSE_OBJECT, OPEN_LIST, CLOSE_LIST = b"{}[]"
-SPACE = frozenset(b" \t\r\n")
 ENDS = frozenset(b",]}") | {EOS_BYTE}
 NARROW = 24  # bytes that are all tried
-BEAM = 6  # unfinished texts that are kept
+BEAM = 8  # unfinished texts that are kept
 MOST_NAMES = 256  # of members that are tried
-EFFORT = 30_000  # bytes tried before the search gives up
+EFFORT = 100_000  # bytes tried before the search gives up
 ESCAPE = re.compile(rb"(?<!\\)(\\\\)*\\(u[0-9a-fA-F]{0,3})?\Z")  # one that is not complete
 FEW = 4  # bytes of a scalar that no object or list is worth trying to beat
 
 
 class TooHard(Exception):
     """The search gave up."""
-
-
-@dataclasses.dataclass
-class Position:
-    """Where in a JSON text its end is.
-
-    Attributes:
-        opened: brackets that are open, outermost first.
-        names: of the last member of each, raw; b"" in lists.
-        inside: "" between tokens, "string", "name" or "scalar".
-        after_colon: a member's value comes next.
-        written: bytes of the string or scalar so far.
-    """
-
-    opened: bytearray = dataclasses.field(default_factory=bytearray)
-    names: list[bytes] = dataclasses.field(default_factory=list)
-    inside: str = ""
-    after_colon: bool = False
-    escaped: bool = False
-    written: bytearray = dataclasses.field(default_factory=bytearray)
-
-    def copy(self) -> "Position":
-        """An independent copy."""
-        return Position(
-            bytearray(self.opened),
-            list(self.names),
-            self.inside,
-            self.after_colon,
-            self.escaped,
-            bytearray(self.written),
-        )
-
-    def feed(self, text: bytes) -> None:
-        """Move over more of the text."""
-        for byte in text:
-            if self.inside in ("string", "name"):
-                self._in_string(byte)
-            else:
-                self._outside(byte)
-
-    def _in_string(self, byte: int) -> None:
-        if byte == QUOTE and not self.escaped:
-            if self.inside == "name":
-                self.names[-1] = bytes(self.written)
-            self.inside = ""
-            return
-        self.escaped = byte == BACKSLASH and not self.escaped
-        self.written.append(byte)
-
-    def _outside(self, byte: int) -> None:
-        if byte in SPACE or byte in (COMMA, CLOSE_OBJECT, CLOSE_LIST):
-            self.inside = ""
-            if byte in (CLOSE_OBJECT, CLOSE_LIST):
-                self.opened.pop()
-                self.names.pop()
-        elif byte == COLON:
-            self.after_colon = True
-        elif byte in (OPEN_OBJECT, OPEN_LIST):
-            self.opened.append(byte)
-            self.names.append(b"")
-            self.after_colon = False
-        elif byte == QUOTE:
-            in_object = bool(self.opened) and self.opened[-1] == OPEN_OBJECT
-            self.inside = "name" if in_object and not self.after_colon else "string"
-            self.written.clear()
-            self.after_colon = self.escaped = False
-        else:
-            if self.inside != "scalar":
-                self.written.clear()
-            self.inside, self.after_colon = "scalar", False
-            self.written.append(byte)
-
-    @property
-    def depth(self) -> int:
-        """Values that are open."""
-        return len(self.opened) + (self.inside != "")
 
 
 class Shortest:
@@ -122,16 +54,18 @@ class Shortest:
         self._ends = sorted(ends, key=len)  # of strings
         self._known: dict[tuple[bytes, ...], bytes] = {}
         self._allowed: dict[bytes, tuple[int, ...]] = {}
+        self._chosen: dict[tuple[int, ...], list[int]] = {}
         self._effort = 0
 
-    def complete(self, matcher: Any, position: Position) -> bytes | None:
+    def complete(self, matcher: Any, position: Position, effort: int = EFFORT) -> bytes | None:
         """A short text that ends the value; None where none was found.
 
         Args:
             matcher: over bytes, at the end of the text so far; it is not changed.
             position: of that end.
+            effort: bytes to try before giving up.
         """
-        self._effort = EFFORT
+        self._effort = effort
         try:
             return self._complete(matcher.deep_copy(), position)
         except (TooHard, RecursionError):
@@ -192,7 +126,7 @@ class Shortest:
             return b"", matcher
         frontier = [(b"", matcher, starts or self._choices(self._next(matcher)))]
         while frontier:
-            reached: dict[bytes, tuple[bytes, Any]] = {}
+            reached: dict[tuple[bytes, bool], tuple[bytes, Any]] = {}
             for text, here, choices in frontier:
                 before, many = here.compute_bitmask(), len(choices) > NARROW
                 for byte in choices:
@@ -201,7 +135,8 @@ class Shortest:
                     if not ends.isdisjoint(self._next(child)):
                         return text + bytes([byte]), child
                     mask = child.compute_bitmask()
-                    reached.setdefault(mask, (text + bytes([byte]), child))
+                    known = (mask, False) in reached  # the first and the last of each mask
+                    reached[mask, known] = text + bytes([byte]), child
                     if many and mask == before:
                         break  # anything may come, only more of it
             few = list(reached.values())[:BEAM]
@@ -216,11 +151,15 @@ class Shortest:
 
     def _choices(self, allowed: tuple[int, ...]) -> list[int]:
         """The bytes that are worth trying, best first."""
-        plain = [byte for byte in allowed if byte not in (QUOTE, BACKSLASH, EOS_BYTE)]
-        if len(plain) <= NARROW:
-            return sorted(plain, key=self._rank) or [b for b in allowed if b == BACKSLASH]
-        ascii_ = [byte for byte in plain if 0x20 <= byte < 0x7F]
-        return sorted(ascii_, key=self._rank) if ascii_ else plain[:4]
+        chosen = self._chosen.get(allowed)
+        if chosen is None:
+            plain = [byte for byte in allowed if byte not in (QUOTE, BACKSLASH, EOS_BYTE)]
+            readable = [byte for byte in plain if 0x20 <= byte < 0x7F]
+            if len(plain) > NARROW:
+                plain = readable or plain[:4]
+            chosen = sorted(plain, key=self._rank) or [b for b in allowed if b == BACKSLASH]
+            self._chosen[allowed] = chosen
+        return chosen
 
     def _rank(self, byte: int) -> int:
         at = self._fillers.find(byte)

@@ -11,6 +11,7 @@ from k2jax.config import ConfigError
 from k2jax.text.interface import TokenizerLike
 
 LONG = 24  # bytes; longer tokens are only looked for where one character is repeated
+CACHED = 2048  # texts whose tokens are kept
 STRUCTURAL = b"{["
 EOS_BYTE = 256  # the end of the text in the vocabulary of bytes
 # What a string may be filled with; those with the longest tokens come first.
@@ -64,8 +65,8 @@ class Vocabulary:
         stops: ids that end a reply.
         words: 32-bit words of a mask.
         text: mask of the tokens that are text.
-        content: mask of the tokens that can stand inside of a JSON string and leave it as it was:
-            whole characters, no quote, no backslash, no control character.
+        content: masks of the tokens that can stand inside of a JSON string and leave it as it was,
+            by their characters: whole ones, no quote, no backslash, no control character.
         closers: mask of the tokens with a quote in them.
         most_opened: most brackets that one token opens.
         fillers: characters by the length of their longest run in one token, longest first.
@@ -79,13 +80,16 @@ class Vocabulary:
         lengths = tokenizer.byte_lengths()
         self.tokens = [tokenizer.decode_bytes([i]) if n else b"" for i, n in enumerate(lengths)]
         self.id_of = {token: i for i, token in enumerate(self.tokens) if token}
-        self._longest = max(map(len, self.id_of), default=1)
         if missing := [byte for byte in range(256) if bytes([byte]) not in self.id_of]:
             raise ConfigError(
                 f"schemas need a tokenizer with all bytes; it lacks 0x{missing[0]:02x}"
             )
         self.text = self.pack(self.id_of.values())
-        self.content = self.pack(i for token, i in self.id_of.items() if _is_content(token))
+        contents: dict[int, list[int]] = {}
+        for token, i in self.id_of.items():
+            if _is_content(token):
+                contents.setdefault(len(token.decode()), []).append(i)
+        self.content = {length: self.pack(ids) for length, ids in contents.items()}
         self.closers = self.pack(i for token, i in self.id_of.items() if b'"' in token)
         self.opened = np.zeros(self.size, np.int32)
         for token, i in self.id_of.items():
@@ -94,10 +98,15 @@ class Vocabulary:
         self.few_opened = [
             self.pack(np.flatnonzero(self.opened <= most)) for most in range(self.most_opened)
         ]
-        ordered = sorted(FILLERS, key=self._longest_run, reverse=True)
+        lengths_of: dict[int, list[int]] = {}
+        for token in self.id_of:
+            if token.strip(token[:1]) == b"" and len(token) > LONG:
+                lengths_of.setdefault(token[0], []).append(len(token))
+        self._runs = {b: sorted(lengths) for b, lengths in lengths_of.items()}
+        ordered = sorted(FILLERS, key=lambda byte: max(self._runs.get(byte, [0])), reverse=True)
         self.fillers = bytes(ordered)
         self._passing: dict[bytes, dict[int, np.ndarray]] = {}
-        self.count = functools.lru_cache(4096)(self._count)
+        self._choose = functools.lru_cache(CACHED)(self._choose_tokens)
 
     def pack(self, ids: Iterable[int]) -> np.ndarray:
         """The mask of some ids, uint32 [words]."""
@@ -123,6 +132,19 @@ class Vocabulary:
 
     def split(self, text: bytes) -> list[int]:
         """The fewest tokens that spell `text`."""
+        chosen = self._choose(text)[1]
+        out, at = [], 0
+        while at < len(text):
+            out.append(chosen[at])
+            at += len(self.tokens[chosen[at]])
+        return out
+
+    def count_ends(self, text: bytes) -> list[int]:
+        """The fewest tokens that spell what follows each place of `text`."""
+        return self._choose(text)[0]
+
+    def _choose_tokens(self, text: bytes) -> tuple[list[int], list[int]]:
+        """From each place on: the fewest tokens, and the first of them."""
         fewest = [0] * (len(text) + 1)
         chosen = [0] * len(text)
         for start in range(len(text) - 1, -1, -1):
@@ -132,24 +154,19 @@ class Vocabulary:
                 if id_ is not None and fewest[start + length] < best:
                     best, chosen[start] = fewest[start + length], id_
             fewest[start] = best + 1
-        out, at = [], 0
-        while at < len(text):
-            out.append(chosen[at])
-            at += len(self.tokens[chosen[at]])
-        return out
+        return fewest, chosen
 
     def _lengths(self, text: bytes, start: int) -> Iterable[int]:
         """Lengths of tokens to try at `start`."""
-        end = min(self._longest, len(text) - start)
-        if end <= LONG or text[start : start + LONG].strip(text[start : start + 1]):
-            return range(1, min(end, LONG) + 1)
-        return range(1, end + 1)
+        left = len(text) - start
+        runs = self._runs.get(text[start], ())
+        if left <= LONG or not runs or text[start : start + LONG].strip(text[start : start + 1]):
+            return range(1, min(left, LONG) + 1)
+        return [*range(1, LONG + 1), *(length for length in runs if length <= left)]
 
-    def _count(self, text: bytes) -> int:
-        return len(self.split(text))
-
-    def _longest_run(self, byte: int) -> int:
-        return max(n for n in range(1, self._longest + 1) if bytes([byte]) * n in self.id_of)
+    def count(self, text: bytes) -> int:
+        """The fewest tokens that spell `text`."""
+        return self._choose(text)[0][0]
 
     def passing(self, mark: bytes, tail: bytes) -> np.ndarray:
         """Mask of the tokens that would end `mark`, begun at the end of `tail`, and go past it."""
@@ -191,7 +208,7 @@ def forbid(mask: np.ndarray, id_: int) -> None:
 
 def list_ids(mask: np.ndarray) -> np.ndarray:
     """The ids that a mask allows."""
-    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little").view(bool))
 
 
 def _is_content(token: bytes) -> bool:
