@@ -125,7 +125,7 @@ def check_divisible(
         for leaf in specs.values()
         for axis, size in zip(leaf.axes, leaf.shape, strict=True)
     } | {"length": context}
-    lengths["heads_of_row"] = lengths["heads"]
+    lengths["heads_of_row"] = lengths.get("heads", 0)
     for axis, size in lengths.items():
         over = split(axis, mesh)
         ways = math.prod(mesh[name] for name in over)

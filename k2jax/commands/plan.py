@@ -19,12 +19,11 @@ from k2jax.config import (
     override,
     validate,
 )
-from k2jax.planner import cost, targets, traffic
-from k2jax.planner import decoding as decode
+from k2jax.planner import cost, serving, targets, traffic
 from k2jax.planner import hbm as memory
+from k2jax.planner.decoding import WEIGHTS
 from k2jax.planner.estimate import Estimate
-from k2jax.planner.search import Search, indivisible_axis, meshes, reason, remedies, search
-from k2jax.planner.targets import Target
+from k2jax.planner.search import Search, reason, remedies, search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +41,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BATCHxCONTEXT",
         help="plan decoding of so many rows with so many tokens in the cache, instead of training",
     )
+    parser.add_argument(
+        "--weights",
+        choices=tuple(WEIGHTS),
+        help="with --decode: how weights are resident; default: bf16",
+    )
+    parser.add_argument(
+        "--prefill",
+        type=int,
+        metavar="N",
+        help="with --decode: also plan calls that read, or score, so many tokens of prompts",
+    )
+    parser.add_argument(
+        "--api-dollars",
+        metavar="IN,OUT",
+        help="with --decode: compare with an API's price of a million tokens in and out",
+    )
+    parser.add_argument(
+        "--in-per-out",
+        type=float,
+        default=3.0,
+        metavar="X",
+        help="tokens of prompts for each new token, in that comparison; default: 3",
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="share of the planned speed that is reached, in that comparison; default: 1",
+    )
+    parser.add_argument(
+        "--seat-dollars",
+        type=float,
+        default=200.0,
+        metavar="X",
+        help="a month of a subscription, in that comparison; default: 200",
+    )
     parser.add_argument("--tokens", type=float, metavar="N", help="of the run; default: its steps")
     parser.add_argument("--dollars-per-hour", type=float, metavar="X", help="of a chip")
     parser.add_argument("--watts", type=float, metavar="X", help="of a chip, host included")
@@ -49,12 +85,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
-def plan(
+def plan(  # noqa: PLR0913, the options of the command
     config: RunConfig | str,
     target: str,
     *,
     mesh: Mapping[str, int] | None = None,
     decode: str = "",
+    weights: str | None = None,
+    prefill: int | None = None,
+    api_dollars: str | None = None,
+    in_per_out: float = 3.0,
+    efficiency: float = 1.0,
+    seat_dollars: float = 200.0,
     tokens: float | None = None,
     dollars_per_hour: float | None = None,
     watts: float | None = None,
@@ -70,6 +112,12 @@ def plan(
         target: machines, such as "v5p:8x8x16" or "h200:16x8".
         mesh: sizes of mesh axes that are fixed; the others are searched.
         decode: "BATCHxCONTEXT": plan decoding of so many rows and tokens instead of training.
+        weights: with `decode`, "bf16" (the default), "fp8" or "int4", as they are resident.
+        prefill: with `decode`, also plan calls that read, or score, so many tokens of prompts.
+        api_dollars: with `decode`, "IN,OUT": an API's price of a million tokens, to compare with.
+        in_per_out: tokens of prompts for each new one, in that comparison.
+        efficiency: share of the planned speed that is reached, in that comparison.
+        seat_dollars: of a month of a subscription, in that comparison.
         tokens: of the whole run; default: those of its steps.
         dollars_per_hour: price of a chip; default: the table's.
         watts: power of a chip, its share of the host included; default: the table's.
@@ -87,6 +135,12 @@ def plan(
         target=target,
         mesh=",".join(f"{axis}={size}" for axis, size in (mesh or {}).items()),
         decode=decode,
+        weights=weights,
+        prefill=prefill,
+        api_dollars=api_dollars,
+        in_per_out=in_per_out,
+        efficiency=efficiency,
+        seat_dollars=seat_dollars,
         tokens=tokens,
         dollars_per_hour=dollars_per_hour,
         watts=watts,
@@ -109,22 +163,54 @@ def _make_plan(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any]
     target = targets.parse(args.target, args.dollars_per_hour, args.watts)
     fixed = _fixed(args.mesh)
     if args.decode:
-        decoded = _decoding(run, target, fixed, args.decode)
-        return decoded, _decode_text(decoded)
+        wanted = serving.Wanted(
+            args.decode,
+            args.weights or "bf16",
+            args.prefill,
+            args.compile,
+            _prices(args.api_dollars),
+            args.in_per_out,
+            args.efficiency,
+            args.seat_dollars,
+        )
+        decoded = serving.plan_serving(run.name, run.model, target, fixed, wanted)
+        return decoded, serving.describe_serving(decoded)
     keep = "train.accumulate" in args.settings
     return _training(run, search(run, target, fixed, keep), args)
 
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse numbers that make no sense, and options without effect."""
-    for option in ("tokens", "dollars-per-hour", "watts"):
+    for option in ("tokens", "dollars-per-hour", "watts", "in-per-out"):
         value = getattr(args, option.replace("-", "_"))
         if value is not None and not 0 <= value < math.inf:
             raise ConfigError(f"--{option} is {value:g}; it must be a number, 0 or more")
-    if args.decode and args.compile:
-        raise ConfigError("plan --compile compiles training steps; leave out --decode")
+    _check_serving(args)
     if args.decode and args.tokens is not None:
         raise ConfigError("--tokens is for training; --decode costs a million generated tokens")
+
+
+def _check_serving(args: argparse.Namespace) -> None:
+    for option in ("efficiency", "seat-dollars"):
+        if not 0 < getattr(args, option.replace("-", "_")) < math.inf:
+            raise ConfigError(f"--{option} must be above 0")
+    for option in ("weights", "prefill", "api-dollars"):
+        if getattr(args, option.replace("-", "_")) is not None and not args.decode:
+            raise ConfigError(f"--{option} is for inference; give --decode BATCHxCONTEXT too")
+    if args.weights is not None and args.weights not in WEIGHTS:
+        raise ConfigError(f"no weights {args.weights!r}; {nearest(args.weights, WEIGHTS)}")
+    if args.prefill is not None and args.prefill < 1:
+        raise ConfigError(f"--prefill is {args.prefill}; it must be at least 1")
+
+
+def _prices(text: str | None) -> tuple[float, float] | None:
+    """Dollars of `--api-dollars 0.15,2.50`."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+\.?\d*),(\d+\.?\d*)", text)
+    if not match or not float(match[2]):
+        raise ConfigError(f"--api-dollars takes IN,OUT, not {text!r}; for example 0.15,2.50")
+    return float(match[1]), float(match[2])
 
 
 def _fixed(text: str) -> dict[str, int]:
@@ -177,8 +263,8 @@ def _planned(run: RunConfig, best: Estimate) -> RunConfig:
     return dataclasses.replace(run, mesh=best.case.mesh, train=train)
 
 
-def _common(run: RunConfig, best: Estimate | decode.Decode) -> dict[str, Any]:
-    """What plans of training and of decoding both say."""
+def _common(run: RunConfig, best: Estimate) -> dict[str, Any]:
+    """Where the run would be, and what bounds it."""
     return {
         "config": run.name,
         "target": best.target.name,
@@ -224,28 +310,6 @@ def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
             "tokens": tokens,
             **cost.training(target, best.seconds, step_tokens, tokens),
         },
-    }
-
-
-def _decoding(run: RunConfig, target: Target, fixed: dict[str, int], size: str) -> dict[str, Any]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
-    if not match:
-        raise ConfigError(f"--decode takes BATCHxCONTEXT, not {size!r}; for example 256x8192")
-    batch, context = int(match[1]), int(match[2])
-    if context > run.model.context:
-        raise ConfigError(f"--decode {size}: the model's context is {run.model.context}")
-    divides = (m for m in meshes(target.devices, fixed) if not indivisible_axis(run.model, m, 1))
-    plans = decode.best(run.model, target, batch, context, divides)
-    if not plans:
-        raise ConfigError(f"no mesh of {target.devices} devices divides the model and {batch} rows")
-    best = plans[0]
-    return {
-        **_common(run, best),
-        "bytes_per_device": best.memory | {"peak": best.peak},
-        "flops_per_device": best.flops,
-        "token_seconds": best.seconds,
-        "tokens_per_second": batch / best.seconds,
-        "cost_per_million_tokens": cost.generating(target, best.seconds, batch),
     }
 
 
@@ -322,22 +386,3 @@ def _cost(plan: dict[str, float]) -> str:
         f"{plan['hours']:,.1f} hours, {plan['chip_hours']:,.1f} chip hours,"
         f" ${plan['dollars']:,.2f}, {plan['kwh']:,.1f} kWh"
     )
-
-
-def _decode_text(plan: dict[str, Any]) -> str:
-    sizes = " ".join(f"{axis}={n}" for axis, n in plan["mesh"].items() if n > 1)
-    held = plan["bytes_per_device"]
-    roofline = ", ".join(
-        f"{name} {1e3 * value:,.2f} ms" for name, value in plan["roofline_seconds"].items()
-    )
-    lines = [
-        f"{plan['config']} on {plan['target']}, decoding",
-        f"{'best mesh' if plan['fits'] else 'NOTHING FITS; nearest'}: {sizes or 'one device'}",
-        f"memory      {_gb(held['peak'])} of {_gb(plan['hbm_limit_bytes'])} a device: "
-        + ", ".join(f"{name} {_gb(size)}" for name, size in held.items() if name != "peak"),
-        f"speed       {plan['tokens_per_second']:,.0f} tokens/s,"
-        f" {1e3 * plan['token_seconds']:,.1f} ms a token",
-        f"bound by    {plan['bound']} ({roofline})",
-        f"cost        a million tokens: {_cost(plan['cost_per_million_tokens'])}",
-    ]
-    return "\n".join(lines) + "\n"

@@ -4,6 +4,10 @@ ATTENTION_BLOCK = 512  # queries, and keys, that meet at a time; longer rows go 
 LOGITS_BYTES = 2**29  # of float32 logits that a device may hold; more are made in parts
 LEAST_QUERIES = 64  # of a block of queries, in rows whose scores are whole
 
+# Low-bit weights: rows and columns that share a scale of FP8, inputs that share one of INT4, and
+# INT4 values in a word.
+BLOCK, GROUP, PER_WORD = 128, 32, 8
+
 
 def cut_into_query_blocks(length: int) -> list[slice]:
     """Cut a short row into four blocks of queries, which meet the keys up to their last.

@@ -13,9 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-BLOCK = 128  # rows and columns that share a scale of FP8
-GROUP = 32  # inputs that share a scale of INT4
-PER_WORD = 8  # values in a word
+from k2jax.ops.limits import BLOCK, GROUP, PER_WORD
 
 
 @jax.tree_util.register_dataclass

@@ -1,11 +1,11 @@
-"""Which parameters are published in few bits, and how their parts are laid out."""
+"""Which parameters are published in few bits, and how their parts are laid out. Needs no jax."""
 
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from k2jax.ops.lowbit import BLOCK, GROUP, PER_WORD, Fp8, Int4
+from k2jax.ops.limits import BLOCK, GROUP, PER_WORD
 from k2jax.params.spec import ParamSpec
 
 # What the FP8 releases quantise: every projection of attention and MLPs [JLE manifest], and INT4
@@ -19,7 +19,12 @@ RELEASED = {
     "int4": re.compile(rf".*\.mlp\.experts\.\d+\.{_PROJECTION}"),
 }
 
-KINDS: dict[str, type] = {"fp8": Fp8, "int4": Int4}
+
+def _kinds() -> dict[str, type]:
+    """The pytree of each form. Imported here: the planner needs the parts only, without jax."""
+    from k2jax.ops.lowbit import Fp8, Int4
+
+    return {"fp8": Fp8, "int4": Int4}
 
 
 def is_released_in(spec: ParamSpec, form: str) -> bool:
@@ -67,12 +72,12 @@ def build(spec: ParamSpec, form: str, make: Callable[[str, ParamSpec], Any]) -> 
     """
     if form == "plain":
         return make("", spec)
-    return KINDS[form](**{name: make(name, part) for name, part in parts_of(spec, form).items()})
+    return _kinds()[form](**{name: make(name, part) for name, part in parts_of(spec, form).items()})
 
 
 def map_parts(stored: Any, spec: ParamSpec, change: Callable[[Any, ParamSpec], Any]) -> Any:
     """A parameter, plain or low-bit, with every array of it changed."""
-    form = next((form for form, kind in KINDS.items() if isinstance(stored, kind)), "plain")
+    form = next((form for form, kind in _kinds().items() if isinstance(stored, kind)), "plain")
     return build(
         spec, form, lambda name, part: change(getattr(stored, name) if name else stored, part)
     )

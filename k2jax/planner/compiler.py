@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from k2jax.config import ConfigError, RunConfig, one_line
+from k2jax.config import ConfigError, MeshConfig, RunConfig, one_line
 from k2jax.planner.hlo import Account, account
 from k2jax.planner.targets import Target
 from k2jax.runtime import memory, versions
@@ -93,38 +93,68 @@ Place = Callable[[Any], Any]  # abstract arrays onto the devices that are compil
 
 
 def _compile(run: RunConfig, target: Target, trace: Callable[["Program", Place], Any]) -> Compiled:
+    def build_and_trace(mesh: Any) -> Any:
+        import jax
+        from jax.sharding import NamedSharding
+
+        from k2jax.training.step import build
+
+        def place(tree: Any) -> Any:
+            return jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(
+                    a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
+                ),
+                tree,
+            )
+
+        return trace(build(run), place)
+
+    # The rounds of an exchange: as many as balanced experts need.
+    rounds = max(1.0, 1 / run.train.buffer)
+    return compile_on(target, run.mesh, build_and_trace, open_trips=rounds)
+
+
+def compile_on(
+    target: Target,
+    config: MeshConfig,
+    trace: Callable[[Any], Any],
+    *,
+    open_trips: float = 1.0,
+    inference: bool = False,
+) -> Compiled:
+    """Compile for a target's devices.
+
+    Args:
+        target: the machines.
+        config: sizes of their mesh.
+        trace: from the mesh, which is set, to the traced program.
+        open_trips: how often a loop runs whose count only the data knows.
+        inference: the mesh is one for inference.
+
+    Raises:
+        ConfigError: the compiler is not installed, or knows no such topology.
+    """
     versions.warn_if_untested()
     memory.limit_malloc_arenas()  # before jax starts its threads
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
-    from jax.sharding import NamedSharding
 
     from k2jax import sharding
     from k2jax.runtime import backend as startup
-    from k2jax.training.step import build
 
     if target.chip.kind == "cpu":
         startup.prepare(target.devices)
-    mesh = sharding.mesh_over(devices_of(target)[: run.mesh.devices], run.mesh)
+    mesh = sharding.mesh_over(devices_of(target)[: config.devices], config)
+    mesh = sharding.inference_mesh(mesh, {}) if inference else mesh
     platform = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}[target.chip.kind]
-
-    def place(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
-            ),
-            tree,
-        )
-
     with jax.set_mesh(mesh):
-        lowered = trace(build(run), place).lower(lowering_platforms=(platform,))
+        lowered = trace(mesh).lower(lowering_platforms=(platform,))
         began = time.perf_counter()
         compiled = lowered.compile(GPU_OPTIONS if platform == "cuda" else None)
         seconds = time.perf_counter() - began
     return Compiled(
         memory=_memory(compiled.memory_analysis()),
-        # The rounds of an exchange: as many as balanced experts need.
-        account=account(compiled.as_text(), run.mesh.shape, max(1.0, 1 / run.train.buffer)),
+        account=account(compiled.as_text(), config.shape, open_trips),
         seconds=seconds,
         host_peak=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         limit=target.hbm,

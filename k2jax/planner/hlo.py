@@ -76,7 +76,7 @@ class Account:
 
     flops: float = 0.0
     wire: Wire = dataclasses.field(default_factory=dict)
-    largest: float = 0.0  # bytes of the largest array that a collective takes from a device
+    largest: float = 0.0  # bytes of the largest array that a collective takes, or gathers
     # Kernels that tell nothing of their work, and loops whose count only the data knows.
     kernels: Counter[str] = dataclasses.field(default_factory=Counter)
     open_loops: int = 0
@@ -275,7 +275,6 @@ def _collective(
     ways = len(members)
     axes = _axes(members, mesh)
     size = sum(_size(shape) for name in line.operands for shape in shapes.get(name, [])[:1])
-    counted.largest = max(counted.largest, size if ways > 1 else 0.0)
     if kind == "all-reduce" and scattered:
         kind = "reduce-scatter"
     if kind == "all-gather":
@@ -283,6 +282,7 @@ def _collective(
     if kind == "ragged-all-to-all":
         # What is sent, and what it is written into: a start's own shape is a tuple of both.
         size = min(_size(shapes[name][0]) for name in line.operands[:2])
+    counted.largest = max(counted.largest, size if ways > 1 else 0.0)
     share = 1.0 if kind == "collective-permute" else (ways - 1) / ways
     sent = size * share * (2 if kind == "all-reduce" else 1)
     if sent:

@@ -67,9 +67,20 @@ def test_decoding_has_a_price_a_million_tokens(capsys):
     words = ("kimi_k2", "--target", "h200:4x8", "--decode", "256x8192", "--json")
     found = json.loads(plan(capsys, *words)[1])
     assert found["fits"]
-    # bf16 weights and 70,272 bytes of cache a token and row.
-    assert found["bytes_per_device"]["cache"] == 256 / 32 * 8192 * 70_272
+    # bf16 weights and 70,272 bytes of cache a token and row, and a page of scratch.
+    assert found["bytes_per_device"]["cache"] == (256 / 32 * 8192 + 64) * 70_272
     assert found["cost_per_million_tokens"]["dollars"] > 0
+
+
+def test_fewer_bits_fit_fewer_devices_and_prompts_have_a_price_too(capsys):
+    words = ("kimi_k2", "--target", "h200:1x8", "--decode", "64x8192", "--json")
+    assert not json.loads(plan(capsys, *words, "--weights", "fp8")[1])["fits"]
+    found = json.loads(plan(capsys, *words, "--weights", "int4", "--prefill", "8192")[1])
+    assert found["fits"] and found["mesh"]["data"] == found["mesh"]["context"] == 1
+    tokens_in, tokens_out = (
+        part["cost_per_million_tokens"]["dollars"] for part in (found["prefill"], found)
+    )
+    assert 0 < tokens_in < tokens_out
 
 
 REFUSED = [
@@ -83,6 +94,11 @@ REFUSED = [
     (["kimi_k2", "--target", "v5p:2x2x2", "--mesh", "context=8", "--data.context", "4"], "length"),
     (["kimi_k2", "--target", "2*v5p:4x4x4", "--mesh", "replica=1"], "there are 2 slices and only"),
     (["kimi_k2", "--target", "v5p:2x2x2", "--decode", "8"], "--decode takes BATCHxCONTEXT"),
+    (["kimi_k2", "--target", "v5p:2x2x2", "--weights", "fp8"], "give --decode BATCHxCONTEXT too"),
+    (
+        ["kimi_k2", "--target", "h200:1x8", "--decode", "8x64", "--prefill", "9"],
+        "a multiple of the 8 devices, at most 512",
+    ),
     (["kimi_k2", "--target", "v5p:2x2x2", "--tokens", "-3"], "--tokens is -3; it must be"),
     (["kimi_k2", "--target", "v5p:2x2x2", "--watts", "nan"], "--watts is nan; it must be"),
     (["tiny", "--target", "v5p:2x2x2", "--decode", "8x8", "--tokens", "9"], "is for training"),
