@@ -32,7 +32,7 @@ def draw(count: int, seed: int, weights: str = "") -> list[tuple[str, Decode]]:
     while len(cases) < count:
         name = dice.choice(sorted(TARGETS))
         cfg, target = configs.load(name).model, targets.parse(dice.choice(TARGETS[name]))
-        mesh = dice.choice([m for m in meshes(target.devices, {}) if divides(cfg, m)])
+        mesh = dice.choice([m for m in meshes(target.devices, {}) if divides(cfg, m, target)])
         rows, context = dice.choice((1, 2, 8, 16)), dice.choice((2048, 4096, 8192))
         form = WEIGHTS[weights or dice.choice(sorted(WEIGHTS))]
         call = Call(cfg, mesh, target, rows * target.devices, 1, context, form)

@@ -201,8 +201,9 @@ def _temporaries(call: Call) -> float:
     """Bytes of the largest moment: experts, attention or logits."""
     cfg, model = call.model, call.mesh.model
     latent, own = cfg.kv_rank + cfg.rope, call.rows / model
-    experts = BF16 * call.buffer_rows * (2 * cfg.embed + 3 * cfg.expert_ffw / model)
-    experts += BF16 * 2 * call.rows * cfg.experts_per_token * cfg.embed
+    experts = BF16 * call.buffer_rows * (cfg.embed + 3 * cfg.expert_ffw / model)
+    if call.mesh.expert > 1:  # results too, and both where the tokens are
+        experts += BF16 * (call.buffer_rows + 2 * call.rows * cfg.experts_per_token) * cfg.embed
     heads = own * cfg.heads
     attention = heads * (2 * BF16 * latent + 8 * cfg.kv_rank + 10 * KEY_BLOCK)
     logits = 6 * call.wanted_here * cfg.vocab / model
@@ -226,6 +227,8 @@ def _wire(call: Call) -> tuple[Wire, int]:
     add("all-gather", ["expert"], 4 * cfg.experts * mesh.expert, cfg.moe_layers)  # their counts
     # Sums of float32 accumulators: attention, and experts with the shared ones.
     add("all-reduce", ["model"], 4 * rows * cfg.embed, 2 * cfg.layers)
+    if call.target.chip.kind != "tpu":  # TPUs add routed and shared experts before they sum
+        add("all-reduce", ["model"], BF16 * rows * cfg.embed, cfg.moe_layers)
     add("all-reduce", ["model"], BF16 * rows * cfg.embed, 1)  # rows of the table
     heads = BF16 * rows * cfg.heads / mesh.model
     add("all-to-all", ["model"], heads * (cfg.kv_rank + cfg.rope), cfg.layers)
@@ -252,9 +255,13 @@ def best(calls: Iterable[Call], prefill: int = 0) -> list[Decode]:
     return [plan for *_, plan in sorted(plans, key=operator.itemgetter(0, 1))]
 
 
-def divides(cfg: ModelConfig, mesh: MeshConfig) -> bool:
-    """Whether the mesh is one for inference and divides the model."""
-    if mesh.data > 1 or mesh.context > 1:
+def divides(cfg: ModelConfig, mesh: MeshConfig, target: Target) -> bool:
+    """Whether the mesh is one for inference and divides the model.
+
+    TPUs would copy all experts whose hidden width is not in whole lanes.
+    """
+    width = cfg.expert_ffw // mesh.model
+    if mesh.data > 1 or mesh.context > 1 or width != _lanes(width, target):
         return False
     sizes = {axis: mesh.sizes[axis] for axis in INFERENCE_AXES}
     logical = [axis for axis in INFERENCE_LAYOUT if axis not in ("batch", "cache")]
@@ -275,7 +282,7 @@ def decode_calls(
 ) -> Iterator[Call]:
     """Calls that decode, one for each mesh that divides the model and the batch."""
     for mesh in meshes:
-        if divides(cfg, mesh) and batch % mesh.devices == 0:
+        if divides(cfg, mesh, target) and batch % mesh.devices == 0:
             yield Call(cfg, mesh, target, batch, 1, context, form)
 
 
