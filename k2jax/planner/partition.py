@@ -37,7 +37,7 @@ def indivisible_axis(cfg: ModelConfig, mesh: MeshConfig, context: int) -> str:
     """Find the logical axis that the mesh does not divide; empty where it divides all."""
     sizes = mesh.sizes
     for axis in LAYOUT:
-        if axis == "batch" or (axis == "ffw" and not cfg.dense_layers):
+        if axis in ("batch", "cache") or (axis == "ffw" and not cfg.dense_layers):
             continue
         size = context if axis == "length" else cfg.size(axis)
         if size % math.prod(sizes[name] for name in split(axis, sizes)):
