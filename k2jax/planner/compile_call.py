@@ -49,11 +49,16 @@ def _trace(call: Call, mesh: Any) -> Any:
     weights = jax.tree.map(place, jax.eval_shape(split, params))
     depths = network.list_depths(cfg)
     pool = tuple(pages(n) if n > 0 else tuple(pages() for _ in range(-n)) for n in depths)
-    table = -(-call.context // PAGE)
-    shapes = ((call.chunks, call.tokens), (call.chunks,), (call.chunks,))
+
+    def whole(*shape: int) -> Any:
+        return make(shape, "int32", jax.P())
+
     chunks = Chunks(
-        *(make(shape, "int32", jax.P()) for shape in (*shapes, (call.chunks, table))),
-        make((call.wanted,), "int32", jax.P()),
+        whole(call.chunks, call.tokens),
+        whole(call.chunks),
+        whole(call.chunks),
+        whole(call.chunks, -(-call.context // PAGE)),
+        whole(call.wanted),
     )
 
     def run(weights: Any, pool: Any, chunks: Any) -> Any:
