@@ -13,7 +13,10 @@ from k2jax.ops.moe.tiles import cut_into_tiles
 from k2jax.params.kimi import Moe
 from k2jax.sharding import meshless
 
-BLOCK_ROWS = 8  # rows of one expert that are multiplied at a time
+# Rows of one expert that are multiplied at a time: few rows leave most of a block empty, and many
+# would read an expert's weights too often.
+FEW_ROWS, MANY_ROWS = 4, 32
+SMALL_BATCH_TOKENS = 16
 
 
 def run_experts(
@@ -52,9 +55,10 @@ def _run_blocks(x_ND, expert_NK, weight_NK, experts, layer, cfg, policy) -> jax.
     overwrites, and what comes after the last one is never read.
     """
     order_M, place_M, size_E, weight_NK = sort_by_expert(expert_NK, weight_NK, cfg.experts)
-    most = order_M.size // BLOCK_ROWS + min(cfg.experts, order_M.size)
-    expert_I, first_I, _ = cut_into_tiles(size_E, BLOCK_ROWS, most)
-    token_M = jnp.pad(order_M, (0, BLOCK_ROWS)) // cfg.experts_per_token
+    rows = FEW_ROWS if len(x_ND) <= SMALL_BATCH_TOKENS else MANY_ROWS
+    most = order_M.size // rows + min(cfg.experts, order_M.size)
+    expert_I, first_I, _ = cut_into_tiles(size_E, rows, most)
+    token_M = jnp.pad(order_M, (0, rows)) // cfg.experts_per_token
 
     def run_block(i: jax.Array, y_MD: jax.Array) -> jax.Array:
         first = first_I[i]
@@ -62,12 +66,12 @@ def _run_blocks(x_ND, expert_NK, weight_NK, experts, layer, cfg, policy) -> jax.
             read_weight(leaf, policy, index=(layer, expert_I[i]))
             for leaf in (experts.gate, experts.up, experts.down)
         )
-        x_GD = x_ND[jax.lax.dynamic_slice_in_dim(token_M, first, BLOCK_ROWS)]
+        x_GD = x_ND[jax.lax.dynamic_slice_in_dim(token_M, first, rows)]
         y_GD = (jax.nn.silu(x_GD @ gate_DF) * (x_GD @ up_DF)) @ down_FD
         return jax.lax.dynamic_update_slice_in_dim(y_MD, y_GD, first, axis=0)
 
     y_MD = jnp.zeros((token_M.size, x_ND.shape[1]), x_ND.dtype)
-    y_MD = jax.lax.fori_loop(0, (-(-size_E // BLOCK_ROWS)).sum(), run_block, y_MD)
+    y_MD = jax.lax.fori_loop(0, (-(-size_E // rows)).sum(), run_block, y_MD)
     # Rows of padding have weight 0, and what they chose was never computed.
     y_NKD = y_MD[place_M].reshape(*weight_NK.shape, -1).astype(jnp.float32)
     # Combined in float32, then cast, as the published code does.

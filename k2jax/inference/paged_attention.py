@@ -20,7 +20,8 @@ from k2jax.ops.collectives import all_to_all
 from k2jax.params.kimi import Attention
 from k2jax.sharding import meshless, reshard, spec, storage_spec
 
-KEY_BLOCK = 128  # keys that queries meet at a time
+KEY_BLOCK = 64  # keys that queries meet at a time
+CHUNKS_AT_ONCE = 4  # chunks of several tokens that go through the same blocks of keys
 NEG_INF = -1e30  # below every logit; finite, so that differences are
 HEADS = ("batch", "heads", "length", None)
 
@@ -112,44 +113,80 @@ def _mix_latents(
     count_B: jax.Array,
     cfg: ModelConfig,
 ) -> jax.Array:
-    """Mix the latents that each token of one device sees: `mixed_BHTR`."""
-    page, rank, dtype = latents.shape[-2], cfg.kv_rank, q_BHTM.dtype
+    """Mix the latents that each token of one device sees: `mixed_BHTR`.
+
+    Chunks of several tokens go through it a few at a time, each time by as many blocks of keys as
+    those need: the first chunks of a prompt see little.
+    """
+    chunks, _, tokens, _ = q_BHTM.shape
+    few = CHUNKS_AT_ONCE if tokens > 1 and chunks % CHUNKS_AT_ONCE == 0 else chunks
+
+    def mix_few(args: tuple[jax.Array, ...]) -> jax.Array:
+        return _mix_by_blocks(args[0], latents, index, *args[1:], cfg)
+
+    whole = (q_BHTM, table, start_B, count_B)
+    if few == chunks:
+        return mix_few(whole)
+    parts = jax.tree.map(lambda a: a.reshape(chunks // few, few, *a.shape[1:]), whole)
+    return jax.lax.map(mix_few, parts).reshape(*q_BHTM.shape[:3], -1)
+
+
+def _mix_by_blocks(
+    q_BHTM: jax.Array,
+    latents: jax.Array,
+    index: jax.Array | None,
+    table: jax.Array,
+    start_B: jax.Array,
+    count_B: jax.Array,
+    cfg: ModelConfig,
+) -> jax.Array:
+    """Compute `_mix_latents` by an online softmax over blocks of keys."""
+    page, dtype, (chunks, heads, tokens, width) = latents.shape[-2], q_BHTM.dtype, q_BHTM.shape
     pages = max(KEY_BLOCK // page, 1)
+    keys = pages * page
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages)))
-    position_BT = start_B[:, None] + jnp.arange(q_BHTM.shape[2])
+    q_BNM = q_BHTM.reshape(
+        chunks, heads * tokens, width
+    )  # heads and tokens are one dim of products
+    position_BN = jnp.tile(start_B[:, None] + jnp.arange(tokens), (1, heads))
     end_B = start_B + count_B
 
-    def add_block(state):
-        i, top_BHT, sum_BHT, mixed_BHTR = state
+    def add_block(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        i, top_BN, sum_BN, mixed_BNM = state
         block = jax.lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)
-        place_S = i * pages * page + jnp.arange(pages * page)
-        # What was never written is selected away: it may be anything, and 0 x NaN is NaN.
+        place_S = i * keys + jnp.arange(keys)
+        # What was never written is selected away: it may be anything, and 0 x NaN is NaN. The
+        # barrier keeps the gathered block one array: both products would else gather it.
         written_BS1 = (place_S < end_B[:, None])[..., None]
         latent_BSM = jnp.where(written_BS1, read_pages(latents, block, index), 0)
-        logit_BHTS = jnp.einsum(
-            "bhtm,bsm->bhts", q_BHTM, latent_BSM, preferred_element_type=jnp.float32
+        latent_BSM = jax.lax.optimization_barrier(latent_BSM)
+        # The latents are the first factor: a CPU then reads their rows in order of memory. Their
+        # rotary part is mixed too and dropped at the end, which is cheaper than to cut it off here.
+        logit_BSN = jnp.einsum(
+            "bsm,bnm->bsn", latent_BSM, q_BNM, preferred_element_type=jnp.float32
         )
-        seen_BTS = place_S <= position_BT[..., None]
-        logit_BHTS = jnp.where(seen_BTS[:, None], logit_BHTS * cfg.softmax_scale, NEG_INF)
-        old_BHT, top_BHT = top_BHT, jnp.maximum(top_BHT, logit_BHTS.max(axis=-1))
-        weight_BHTS = jnp.exp(logit_BHTS - top_BHT[..., None])
-        factor_BHT = jnp.exp(old_BHT - top_BHT)
-        more_BHTR = jnp.einsum(
-            "bhts,bsr->bhtr",
-            weight_BHTS.astype(dtype),
-            latent_BSM[..., :rank],
+        logit_BNS = logit_BSN.transpose(0, 2, 1) * cfg.softmax_scale
+        logit_BNS = jnp.where(place_S <= position_BN[..., None], logit_BNS, NEG_INF)
+        old_BN, top_BN = top_BN, jnp.maximum(top_BN, logit_BNS.max(axis=-1))
+        weight_BNS = jnp.exp(logit_BNS - top_BN[..., None])
+        factor_BN = jnp.exp(old_BN - top_BN)
+        more_BNM = jnp.einsum(
+            "bns,bsm->bnm",
+            weight_BNS.astype(dtype),
+            latent_BSM,
             preferred_element_type=jnp.float32,
         )
-        sum_BHT = sum_BHT * factor_BHT + weight_BHTS.sum(axis=-1)
-        return i + 1, top_BHT, sum_BHT, mixed_BHTR * factor_BHT[..., None] + more_BHTR
+        sum_BN = sum_BN * factor_BN + weight_BNS.sum(axis=-1)
+        return i + 1, top_BN, sum_BN, mixed_BNM * factor_BN[..., None] + more_BNM
 
-    shape = q_BHTM.shape[:3]
+    rows = (chunks, heads * tokens)
     start = (
         jnp.int32(0),
-        jnp.full(shape, NEG_INF, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros((*shape, rank), jnp.float32),
+        jnp.full(rows, NEG_INF, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, width), jnp.float32),
     )
-    last = (end_B.max() - 1) // (pages * page)
-    _, _, sum_BHT, mixed_BHTR = jax.lax.while_loop(lambda s: s[0] <= last, add_block, start)
-    return (mixed_BHTR / sum_BHT[..., None]).astype(dtype)
+    last = (end_B.max() - 1) // keys
+    _, _, sum_BN, mixed_BNM = jax.lax.while_loop(lambda s: s[0] <= last, add_block, start)
+    mixed_BNR = (mixed_BNM[..., : cfg.kv_rank] / sum_BN[..., None]).astype(dtype)
+    return mixed_BNR.reshape(chunks, heads, tokens, -1)
