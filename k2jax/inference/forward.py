@@ -68,7 +68,12 @@ def _list_stacks(cfg: ModelConfig) -> list[tuple[str, int]]:
 
 
 def forward(
-    weights: Weights, pool: Pool, chunks: Chunks, cfg: ModelConfig, policy: Policy
+    weights: Weights,
+    pool: Pool,
+    chunks: Chunks,
+    cfg: ModelConfig,
+    policy: Policy,
+    head_rows: int = 0,
 ) -> tuple[jax.Array, Pool]:
     """Read the chunks: float32 logits of the wanted tokens, and the pool with their latents.
 
@@ -78,6 +83,7 @@ def forward(
         chunks: what to read.
         cfg: sizes.
         policy: dtypes, and how weights are read.
+        head_rows: most tokens whose logits are computed at a time; 0: all.
     """
     declared = Kimi(cfg)
     order_T = jnp.arange(chunks.token_BT.shape[1])
@@ -129,7 +135,16 @@ def forward(
             (x_BTD, latents), _ = jax.lax.scan(apply_next, (x_BTD, old), (depth, stack))
             written.append(latents)
     x_N1D = pick_tokens(x_BTD, chunks.wanted_N)
-    return head(w.head, rms_norm(x_N1D, w.norm, cfg.norm_eps, policy), policy)[:, 0], tuple(written)
+
+    def read_head(x_N1D: jax.Array) -> jax.Array:
+        return head(w.head, rms_norm(x_N1D, w.norm, cfg.norm_eps, policy), policy)[:, 0]
+
+    if not head_rows or len(x_N1D) <= head_rows:
+        return read_head(x_N1D), tuple(written)
+    parts = -(-len(x_N1D) // head_rows)
+    x_N1D = jnp.pad(x_N1D, ((0, parts * head_rows - len(x_N1D)), (0, 0), (0, 0)))
+    y_INX = jax.lax.map(read_head, x_N1D.reshape(parts, head_rows, 1, -1))
+    return y_INX.reshape(parts * head_rows, -1), tuple(written)
 
 
 class Ends:

@@ -1,8 +1,20 @@
 """Run chunks of sequences through compiled programs of a few fixed sizes.
 
 The runner holds the weights and the pool of latents on the device; the engine decides which
-sequences have which pages. Calls are padded to the next
-program's size.
+sequences have which pages. Calls are padded to the next program's size.
+
+A token's numbers depend on its own sequence alone. On CPUs in float32 they do so to the last bit,
+whatever else is in the call, and whatever program it takes. Rows of a product do not see each
+other, but how XLA adds up a row depends on their number (jax 0.10.2, products by YNN, depths of 64
+to 704): the result has the same bits at 2..16 rows, other ones for one row (a loop of LLVM's, from
+256 columns or so), and again other ones, the same for all numbers, at 64 rows and more; in between
+they change with the depth. The place of a row never matters. So programs that decode have 2 to 16
+rows, more are several calls, and programs that read prompts have 64 rows or more. Experts always
+run on blocks of one size, attention goes by blocks of keys from the first one on, and sums along a
+row, which YNN would take over from 4,096 numbers on, stay with XLA. That costs little: a second row
+is free (16 MB of weights: 0.53 ms for two rows, 0.73 ms for one), a prompt of up to 48 tokens pays
+for 64 in all products but those of its experts. A prompt's numbers differ from those of a token
+that is decoded, in the last bits: pages of the one must not stand in for the other's.
 """
 
 import contextlib
@@ -15,14 +27,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, ModelConfig
 from k2jax.inference import forward as network
 from k2jax.inference.cache import Pool, make_pool
 from k2jax.inference.paged_attention import Chunks
 from k2jax.inference.placement import batch_ways, decoding
 from k2jax.model import Model
 from k2jax.model.projection import Policy
+from k2jax.runtime.versions import row_exact_flags
 from k2jax.sharding import meshless, reshard, use_mesh_of
+
+# Rows of programs that decode, at least and at most, and least rows of those that read prompts, on
+# a device. Accelerators promise no bits.
+CPU_DECODE_ROWS, CPU_PREFILL_ROWS = (2, 16), 64
 
 
 class Chunk(NamedTuple):
@@ -42,6 +59,16 @@ class Size(NamedTuple):
     wanted: int  # tokens with logits
 
 
+class Network(NamedTuple):
+    """What programs compute, but for the shapes."""
+
+    cfg: ModelConfig
+    policy: Policy
+    tree: jax.tree_util.PyTreeDef  # of the weights
+    head_rows: int
+    row_exact: bool  # a row's bits do not depend on the number of rows
+
+
 class Runner:
     """A model, a pool of latents, and the programs that read and extend it.
 
@@ -52,6 +79,7 @@ class Runner:
         shards: equal parts of the pool, one a device, each with a scratch page first; a sequence
             has its pages in one of them.
         rows: most sequences of a call that decodes.
+        row_sizes: sequences of the programs that decode, ascending; calls are padded to the next.
         sizes: chunks of calls that read prompts, ascending; calls are padded to the next.
         wanted: most tokens of which a call can give logits.
         context: most tokens of a sequence.
@@ -90,8 +118,12 @@ class Runner:
             self.shards = batch_ways()
         if pages % self.shards:
             raise ConfigError(f"pages is {pages}; {self.shards} devices must divide it")
-        self.row_sizes, self.sizes = self._list_sizes(rows), self._list_sizes(chunks)
-        self.rows, self.wanted = self.row_sizes[-1], self.sizes[-1] * block
+        self._cpu = jax.default_backend() == "cpu"
+        least, most = CPU_DECODE_ROWS if self._cpu else (1, rows)
+        self.row_sizes = self._list_sizes(least, min(most, -(-rows // self.shards)))
+        least = -(-CPU_PREFILL_ROWS // block) if self._cpu else 1
+        self.sizes = self._list_sizes(least, -(-chunks // self.shards))
+        self.rows, self.wanted = rows, self.sizes[-1] * block
         self._programs: dict[Size, jax.stages.Compiled] = {}
         self._pool: Pool | None = None
 
@@ -157,9 +189,12 @@ class Runner:
             with self._on_mesh():
                 if self._pool is None:
                     self._prepare()
-                arrays = self._pad({}, [], size)
-                run = jax.jit(self._run, donate_argnums=1)
-                self._programs[size] = run.lower(self._weights, self._pool, arrays).compile()
+                arrays = (self._weights, self._pool, self._pad({}, [], size))
+                described, layout = jax.tree.flatten(jax.tree.map(_describe, arrays))
+                # As few rows at a time as where a prompt's last token alone is wanted.
+                rows = self.row_sizes[-1] if self._cpu and self._mesh is None else 0
+                net = Network(self._cfg, self._policy, self._tree, rows, self._cpu)
+                self._programs[size] = _compile(net, layout, tuple(described), self._mesh)
         return self._programs[size]
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
@@ -169,18 +204,40 @@ class Runner:
         """Put the weights in order and make the pool."""
         cfg, dtype = self._cfg, self._policy.compute_dtype
         self._pool = make_pool(cfg, network.list_depths(cfg), self.pages, self.page, dtype)
-        split = jax.jit(functools.partial(network.split_weights, cfg=cfg))
-        self._weights, self._tree = jax.tree.flatten(split(self._params))
+        self._weights, self._tree = jax.tree.flatten(_split_weights(self._params, cfg))
 
-    def _run(self, weights: list[jax.Array], pool: Pool, chunks: Chunks) -> tuple[jax.Array, Pool]:
-        split = jax.tree.unflatten(self._tree, weights)
-        return network.forward(split, pool, chunks, self._cfg, self._policy)
+    def _list_sizes(self, least: int, most: int) -> tuple[int, ...]:
+        """Sizes of programs: powers of 2 times `least` up to `most`, of each part of the pool."""
+        sizes = [least]
+        while sizes[-1] < most:
+            sizes.append(min(2 * sizes[-1], most))
+        return tuple(self.shards * n for n in sizes)
 
-    def _list_sizes(self, most: int) -> tuple[int, ...]:
-        """Sizes of programs: powers of 2 up to `most`, times the parts of a batch."""
-        parts = -(-most // self.shards)
-        powers = (1 << i for i in range((parts - 1).bit_length()))
-        return tuple(self.shards * n for n in (*powers, parts))
+
+_split_weights = jax.jit(network.split_weights, static_argnums=1)
+
+
+def _describe(a: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
+    placed = isinstance(a, jax.Array) and isinstance(a.sharding, jax.NamedSharding)
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if placed else None)
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(
+    net: Network,
+    layout: jax.tree_util.PyTreeDef,
+    described: tuple[jax.ShapeDtypeStruct, ...],
+    mesh: jax.sharding.Mesh | None,
+) -> jax.stages.Compiled:
+    """Compile one program; runners of like sizes share it."""
+
+    def run(weights: list[jax.Array], pool: Pool, chunks: Chunks) -> tuple[jax.Array, Pool]:
+        split = jax.tree.unflatten(net.tree, weights)
+        return network.forward(split, pool, chunks, net.cfg, net.policy, net.head_rows)
+
+    arrays = jax.tree.unflatten(layout, described)
+    lowered = jax.jit(run, donate_argnums=1).lower(*arrays)
+    return lowered.compile(row_exact_flags() if net.row_exact else None)
 
 
 def _put_in_order(
@@ -196,7 +253,12 @@ def _put_in_order(
             at = rows[i].stop
         first += len(y_NX)
     order = [row for i in sorted(rows) for row in rows[i]]
-    return jnp.concatenate([reshard(y_NX, None, None) for y_NX in logits])[np.array(order)]
+    return _join(logits, np.pad(np.array(order, np.int32), (0, first - len(order))))
+
+
+@jax.jit
+def _join(logits: list[jax.Array], order: jax.Array) -> jax.Array:
+    return jnp.concatenate([reshard(y_NX, None, None) for y_NX in logits])[order]
 
 
 def _count_wanted(chunk: Chunk) -> int:
