@@ -122,7 +122,8 @@ def _mix_latents(
     few = CHUNKS_AT_ONCE if tokens > 1 and chunks % CHUNKS_AT_ONCE == 0 else chunks
 
     def mix_few(args: tuple[jax.Array, ...]) -> jax.Array:
-        return _mix_by_blocks(args[0], latents, index, *args[1:], cfg)
+        q_BHTM, table, start_B, count_B = args
+        return _mix_by_blocks(q_BHTM, latents, index, table, start_B, count_B, cfg)
 
     whole = (q_BHTM, table, start_B, count_B)
     if few == chunks:
@@ -145,13 +146,11 @@ def _mix_by_blocks(
     pages = max(KEY_BLOCK // page, 1)
     keys = pages * page
     table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % pages)))
-    q_BNM = q_BHTM.reshape(
-        chunks, heads * tokens, width
-    )  # heads and tokens are one dim of products
+    q_BNM = q_BHTM.reshape(chunks, heads * tokens, width)  # one dim of products
     position_BN = jnp.tile(start_B[:, None] + jnp.arange(tokens), (1, heads))
     end_B = start_B + count_B
 
-    def add_block(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def add_block(state):
         i, top_BN, sum_BN, mixed_BNM = state
         block = jax.lax.dynamic_slice_in_dim(table, i * pages, pages, axis=1)
         place_S = i * keys + jnp.arange(keys)

@@ -217,9 +217,10 @@ class Runner:
 _split_weights = jax.jit(network.split_weights, static_argnums=1)
 
 
-def _describe(a: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
-    placed = isinstance(a, jax.Array) and isinstance(a.sharding, jax.NamedSharding)
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if placed else None)
+def _describe(a: Any) -> jax.ShapeDtypeStruct:
+    layout = getattr(a, "sharding", None)  # NumPy's arrays have none
+    placed = layout if isinstance(layout, jax.NamedSharding) else None
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed)
 
 
 @functools.lru_cache(maxsize=64)

@@ -71,7 +71,7 @@ def fast_compile_flags() -> dict[str, str | bool]:
     return flags
 
 
-def row_exact_flags() -> dict[str, str]:
+def row_exact_flags() -> dict[str, str | bool]:
     """XLA's, for CPUs: products by YNN, but sums by XLA, whose order no other row decides."""
     if _numbers(importlib.metadata.version("jax")) < (0, 11):
         return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
