@@ -12,15 +12,24 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax.config import ModelConfig
 from k2jax.model.mlp import gated_mlp
-from k2jax.model.projection import Policy, gathered_spec_of, read_weight, sharded_einsum
+from k2jax.model.projection import (
+    Policy,
+    gathered_spec_of,
+    read_stack,
+    read_weight,
+    sharded_einsum,
+    specs_of,
+)
 from k2jax.model.router import Routing, count_choices, route
 from k2jax.ops.collectives import gather_over, sum_over
+from k2jax.ops.lowbit import LowBit
 from k2jax.ops.moe import (
     dispatch_allgather,
     dispatch_alltoall,
     dispatch_to_resident,
     expert_mlp,
     fuse_gate_up,
+    gather_low_bit,
     resident_mlp,
 )
 from k2jax.params.kimi import Experts, Moe
@@ -54,7 +63,7 @@ def moe_forward(
     """
     choice = (router_logits(w, x_BTD, policy), read_weight(w.bias, policy, "float32"))
     leaves = (w.experts.gate, w.experts.up, w.experts.down)
-    weights = tuple(read_weight(leaf, policy) for leaf in leaves)
+    weights = tuple(read_stack(leaf, policy) for leaf in leaves)
     if meshless():
         y_BTD, stats = _run_on_device(x_BTD, segment_BT, *choice, *weights, cfg=cfg)
     else:
@@ -66,7 +75,7 @@ def moe_forward(
                 token_spec,
                 token_spec,
                 P(),
-                *(jax.typeof(a).sharding.spec for a in weights),
+                *specs_of(weights),
             ),
             out_specs=(token_spec, P()),
             check_vma=False,  # loops and custom gradients inside; tests compare with one device
@@ -147,16 +156,16 @@ def moe_for_inference(
         expert_NK = jnp.where(valid_BT.reshape(-1, 1), routing.expert_NK, cfg.experts)
 
         def run(x_MD, weight_M1, size_E):
-            return resident_mlp(x_MD, weight_M1, stacks, layer, size_E)
+            return resident_mlp(x_MD, weight_M1, stacks, layer, size_E, axes_of("expert_ffw"))
 
         y_ND = dispatch_to_resident(x_ND, expert_NK, routing.weight_NK, cfg.experts, run)
         return sum_over(y_ND, "model").reshape(x_BTD.shape)
 
-    stacks = tuple(read_weight(leaf, policy) for leaf in (experts.gate, experts.up, experts.down))
+    stacks = tuple(read_stack(leaf, policy) for leaf in (experts.gate, experts.up, experts.down))
     rows, tokens = (storage_spec(("batch", "length", *more)) for more in ((), (None,)))
     y_BTD = jax.shard_map(
         on_device,
-        in_specs=(tokens, rows, tokens, P(), P(), *(jax.typeof(a).sharding.spec for a in stacks)),
+        in_specs=(tokens, rows, tokens, P(), P(), *specs_of(stacks)),
         out_specs=tokens,
         check_vma=False,  # loops whose length differs between devices
     )(
@@ -179,8 +188,13 @@ def _run_on_device(
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
     routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
-    chosen, weights = (x_ND, routing.expert_NK, routing.weight_NK), fuse_gate_up(*weights)
-    dropped = jnp.zeros(())
+    chosen, dropped = (x_ND, routing.expert_NK, routing.weight_NK), jnp.zeros(())
+    if isinstance(weights[0], LowBit):
+        y_ND = _run_low_bit(*chosen, weights, cfg, policy is not None)
+        return y_ND.reshape(x_BTD.shape), _router_stats(
+            routing, segment_BT, dropped, cfg, policy is not None
+        )
+    weights = fuse_gate_up(*weights)
     if policy is None:
         y_ND = expert_mlp(*chosen, weights)
     else:
@@ -200,6 +214,22 @@ def _run_on_device(
     return y_ND.reshape(x_BTD.shape), _router_stats(
         routing, segment_BT, dropped, cfg, policy is not None
     )
+
+
+def _run_low_bit(x_ND, expert_NK, weight_NK, weights, cfg: ModelConfig, mesh: bool) -> jax.Array:
+    """Run one device's share of low-bit experts; it has no gradient."""
+    hidden = axes_of("expert_ffw") if mesh else ()
+    if mesh and (axes := storage_spec(("expert_embed",))[0]):
+        weights = tuple(
+            gather_low_bit(w, axes, dim) for w, dim in zip(weights, (1, 1, 2), strict=True)
+        )
+    stacks = jax.tree.map(lambda a: a[None], weights)
+
+    def run(x_MD, weight_M1, size_E):
+        return resident_mlp(x_MD, weight_M1, stacks, 0, size_E, hidden)
+
+    y_ND = dispatch_to_resident(x_ND, expert_NK, weight_NK, cfg.experts, run)
+    return sum_over(y_ND, hidden) if mesh else y_ND
 
 
 def _router_stats(

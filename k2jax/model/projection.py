@@ -33,7 +33,7 @@ def _decode(stored: LowBit, leaf: ParamSpec) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return decode(stored, leaf.contracted)
-    layout = jax.tree.map(lambda part: jax.typeof(part).sharding.spec, stored)
+    layout = specs_of(stored)
     codes = jax.tree.leaves(layout, is_leaf=lambda entry: isinstance(entry, P))[0]
     return jax.shard_map(
         lambda stored: decode(stored, leaf.contracted, codes),
@@ -82,6 +82,17 @@ def read_weight(
     if form := WEIGHT_FORMATS.get(type(stored)):
         stored = form(stored, w.get_metadata("spec"))
     return stored.astype(dtype or policy.compute_dtype)
+
+
+def read_stack(w: "nnx.Variable", policy: Policy) -> Any:
+    """A parameter for `ops.moe`, which decodes low-bit ones itself, a tile at a time."""
+    stored = w.get_value()
+    return stored if isinstance(stored, LowBit) else read_weight(w, policy)
+
+
+def specs_of(tree: Any) -> Any:
+    """Layouts of arrays on a mesh."""
+    return jax.tree.map(lambda a: jax.typeof(a).sharding.spec, tree)
 
 
 def gather_weight(w: "nnx.Variable", policy: Policy) -> jax.Array:

@@ -72,6 +72,24 @@ def decode_int4(stored: Int4) -> jax.Array:
     return round_to_bfloat16(value).reshape(*stack, -1, out)
 
 
+def group_inputs(x_MK: jax.Array) -> jax.Array:
+    """Rows as words have their inputs, [M, 8, K / 8]: the first inputs of all words first."""
+    rows, width = x_MK.shape
+    return x_MK.reshape(rows, width // PER_WORD, PER_WORD).swapaxes(1, 2)
+
+
+def multiply_int4(x_MK: jax.Array, w: Int4) -> jax.Array:
+    """Multiply rows by one matrix, float32. No product needs the values in the inputs' order."""
+    x_PMJ = group_inputs(x_MK).swapaxes(0, 1)
+    scale_JN = jnp.repeat(w.scale, GROUP // PER_WORD, axis=0).astype(jnp.float32)
+    y_MN = jnp.zeros((x_MK.shape[0], w.word.shape[-1]), jnp.float32)
+    for n in range(PER_WORD):
+        value_JN = (((w.word >> (4 * n)) & 15) - 8).astype(jnp.float32) * scale_JN
+        value_JN = round_to_bfloat16(value_JN).astype(x_MK.dtype)
+        y_MN += jnp.dot(x_PMJ[n], value_JN, preferred_element_type=jnp.float32)
+    return y_MN
+
+
 def decode_fp8(stored: Fp8, contracted: int, spec: P) -> jax.Array:
     """Values of FP8 on one device, which `spec` gives a part of the codes.
 
@@ -85,7 +103,7 @@ def decode_fp8(stored: Fp8, contracted: int, spec: P) -> jax.Array:
     for axis, dims in ((-2, slice(stacked, middle)), (-1, slice(middle, None))):
         entries = spec[dims]
         assert not any(entries[1:]), "low-bit weights are split along the first dim only"
-        scale = _repeat_scale(scale, axis, math.prod(shape[dims]), _names(entries[0]))
+        scale = _repeat_scale(scale, axis, math.prod(shape[dims]), split_names(entries[0]))
     value = stored.code.astype(jnp.float32) * scale.reshape(shape)
     return round_to_bfloat16(value)
 
@@ -99,7 +117,7 @@ def _repeat_scale(scale: jax.Array, axis: int, size: int, names: Sequence[str]) 
     return jax.lax.dynamic_slice_in_dim(scale, first, size, axis=axis)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def split_names(entry: Any) -> tuple[str, ...]:
     """Mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import k2jax
-from k2jax.config import ConfigError, MeshConfig, ModelConfig
+from k2jax.config import ConfigError, ModelConfig
 from k2jax.ops.lowbit import Fp8, Int4
 from k2jax.params.arrays import abstract, initial
 from k2jax.params.kimi import declare_kimi
@@ -40,7 +40,6 @@ CFG = ModelConfig(
 )
 SPECS = declare_kimi(CFG)
 TOKEN = np.random.default_rng(0).integers(0, CFG.vocab, (8, 12))
-MESH = MeshConfig(data=2, expert=2, model=2)
 
 
 def quantise(form):

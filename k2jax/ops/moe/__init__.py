@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from k2jax.ops.moe.experts import expert_mlp, reference_expert_mlp, sorted_expert_mlp
     from k2jax.ops.moe.grouped import grouped_matmul
+    from k2jax.ops.moe.low_bit import gather_low_bit
     from k2jax.ops.moe.resident import resident_mlp
     from k2jax.ops.moe.weights import Weights, fuse_gate_up, split_gate_up
 
@@ -35,6 +36,7 @@ _HOMES = {
     "dispatch_to_resident": "dispatch",
     "expert_mlp": "experts",
     "fuse_gate_up": "weights",
+    "gather_low_bit": "low_bit",
     "grouped_matmul": "grouped",
     "reference_expert_mlp": "experts",
     "resident_mlp": "resident",
@@ -52,6 +54,7 @@ __all__ = [
     "dispatch_to_resident",
     "expert_mlp",
     "fuse_gate_up",
+    "gather_low_bit",
     "grouped_matmul",
     "reference_expert_mlp",
     "resident_mlp",
