@@ -19,6 +19,7 @@ TYPES = ("object", "array", "string", "number", "boolean", "null")
 NUMBER = 3  # tokens of a number without bounds, as "-0.": what it takes from anywhere inside
 BOUNDED_NUMBER = 40  # with bounds
 FORMAT = 48  # of a string with a format
+FEW_HINTS, MOST_HINTS = 4, 64  # contents of strings that are kept, of a node and of a schema
 # Contents of strings by format, short ones.
 EXAMPLES = {
     "date": "0000-01-01",
@@ -41,13 +42,15 @@ class Bounds(NamedTuple):
         level: most tokens that it takes to end one open value, from a token's border.
         determined: how a value begins says which branch of a union it is of.
         plain: moreover no string has a pattern or a format.
-        hints: contents of strings that the schema may ask for.
+        hints: contents of strings that the schema may ask for, as JSON writes them.
+        required: names of the members that some object requires, as JSON writes them.
     """
 
     level: int
     determined: bool
     plain: bool
     hints: tuple[bytes, ...]
+    required: tuple[bytes, ...]
 
 
 def bound_schema(schema: Any, count: Callable[[bytes], int]) -> Bounds:
@@ -109,7 +112,11 @@ class _Walk:
         determined = all(self._is_determined(node) for node in self._nodes)
         keys = {key for node in self._nodes for key in node}
         plain = determined and not keys & {"pattern", "format", "patternProperties"}
-        return Bounds(int(level), determined, plain, tuple(self._hints()))
+        names = {
+            name: _dump(name)[1:-1] for node in self._nodes for name in node.get("required", ())
+        }
+        hints = tuple(dict.fromkeys(self._hints()))[:MOST_HINTS]
+        return Bounds(int(level), determined, plain, hints, tuple(names.values()))
 
     def _of(self, schema: Any) -> float:
         """The least cost of a value."""
@@ -131,9 +138,7 @@ class _Walk:
         if depth > 20:
             return math.inf
         if "const" in node or "enum" in node:
-            values = [node["const"]] if "const" in node else node["enum"]
-            costs = [self._count(_dump(value)) + 2.0 for value in values] or [math.inf]
-            return min(costs) if least else max(costs)
+            return self._listed([node["const"]] if "const" in node else node["enum"], least)
 
         def part(schema: Any) -> float:
             if least or not isinstance(schema, dict):
@@ -152,6 +157,14 @@ class _Walk:
                 parts.append(min(finite) if alone else max(finite))
         total = own + sum(parts)
         return max(total, self._patterns(node)) if total else (1 if least else 5)
+
+    def _listed(self, values: list[Any], least: bool) -> float:
+        """The cost of one of a list of values."""
+        texts = sorted(map(_dump, values), key=len)
+        if least or len(texts) <= MOST_HINTS:
+            costs = [self._count(text) + 2.0 for text in texts[:MOST_HINTS]] or [math.inf]
+            return min(costs) if least else max(costs)
+        return len(texts[-1]) + 2.0
 
     def _own(self, node: dict[str, Any], least: bool) -> float:
         """The cost of what stands in the node itself; 0 where nothing does."""
@@ -240,7 +253,8 @@ class _Walk:
     def _hints(self) -> Iterator[bytes]:
         for node in self._nodes:
             values = [node["const"]] if "const" in node else node.get("enum", ())
-            yield from (_dump(value)[1:-1] for value in values if isinstance(value, str))
+            texts = [_dump(value)[1:-1] for value in values if isinstance(value, str)]
+            yield from sorted(texts, key=len)[:FEW_HINTS]
             if node.get("format") in EXAMPLES:
                 yield EXAMPLES[node["format"]].encode()
             if "pattern" in node:

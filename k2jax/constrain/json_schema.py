@@ -27,6 +27,7 @@ FORMATS = (
     *("ipv4", "ipv6", "uri", "uuid"),
 )
 COMPOSED = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties")
+DEEPEST = 160  # levels of lists and objects in a schema
 KEPT = 256  # compiled schemas a vocabulary keeps
 SHOWN = 200  # characters of a compiler's message
 
@@ -66,7 +67,7 @@ class Schema:
         self.byte_matcher = ll.LLMatcher(byte_tokenizer(), grammar, log_level=0)
         if self.byte_matcher.is_error():
             raise ConfigError(f"{name}: {_shorten(self.byte_matcher.get_error())}")
-        self.shortest = Shortest(vocabulary.fillers, self.bounds.hints)
+        self.shortest = Shortest(vocabulary.fillers, self.bounds.hints, self.bounds.required)
         text = self.shortest.complete(self.byte_matcher, Position())
         if text is None:
             raise ConfigError(f"{name}: no value of the schema was found")
@@ -88,6 +89,8 @@ def compile_schema(schema: Any, vocabulary: Vocabulary, name: str) -> Schema:
     Raises:
         ConfigError: it is no JSON, or cannot be compiled; one line says whose it is and why.
     """
+    if _measure_depth(schema) > DEEPEST:
+        raise ConfigError(f"{name}: the schema is nested more than {DEEPEST} levels deep")
     try:
         text = json.dumps({} if schema is True else schema, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -108,6 +111,8 @@ def prepare_arguments(parameters: Any, name: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is no schema of an object.
     """
+    if _measure_depth(parameters) > DEEPEST:
+        raise ConfigError(f"{name}: the schema is nested more than {DEEPEST} levels deep")
     if parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(parameters, Mapping):
@@ -146,6 +151,16 @@ def _close_inner(key: str, value: Any) -> Any:
     if key in ("items", "additionalProperties", "prefixItems", "anyOf", "oneOf"):
         return close_objects(value)
     return value
+
+
+def _measure_depth(schema: Any) -> int:
+    """Levels of nesting, counted up to one more than may be."""
+    level, depth = [schema], 0
+    while level and depth <= DEEPEST:
+        inner = [list(s.values()) if isinstance(s, Mapping) else s for s in level]
+        level = [part for parts in inner if isinstance(parts, list) for part in parts]
+        depth += 1
+    return depth
 
 
 def _drop_notes(schema: Any) -> Any:

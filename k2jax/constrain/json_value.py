@@ -17,7 +17,7 @@ from k2jax.constrain.vocabulary import allow, forbid, list_ids
 
 PIECE = 24  # tokens of the rest of a token's text, a character or an escape that was begun
 TRIED = 64  # tokens that are tried near the end, of each kind
-LONGEST = 20_000  # bytes of closing texts that are tried at a token
+LONGEST = 8_000  # bytes of closing texts that are tried at a token, of each kind
 POOL = 6  # closing texts that are tried for each
 EFFORT = 4_000  # bytes that such a search tries
 SEARCHES = 16  # of them, how many by a search
@@ -141,12 +141,14 @@ class JsonValue:
         text = b"".join(self._words.tokens[i] for i in closing)
         self._filled = self._count_filling(text, mask)
         if self._filled is not None:
-            costs = self._words.count_ends(text)
-            for length, content in self._words.content.items():
-                if costs[min(length, self._filled)] <= room - 1:
+            places = [min(length, self._filled) for length in self._words.content]
+            costs = self._words.count_ends(text, places)
+            for cost, content in zip(costs, self._words.content.values(), strict=True):
+                if cost <= room - 1:
                     near |= mask & content
                 mask = mask & ~content
-        self._searches, closings = SEARCHES, [closing]
+        self._searches = max(1, min(SEARCHES, LONGEST // (1 + len(text))))
+        closings = [closing]
         for token in self._list_candidates(mask, len(text)):
             plan = self._plan(int(token), closings, room - 1)
             if plan is not None:

@@ -42,16 +42,20 @@ class TooHard(Exception):
 class Shortest:
     """Ends JSON values of one grammar."""
 
-    def __init__(self, fillers: bytes, hints: tuple[bytes, ...] = ()):
+    def __init__(
+        self, fillers: bytes, hints: tuple[bytes, ...] = (), required: tuple[bytes, ...] = ()
+    ):
         """Know no way yet.
 
         Args:
             fillers: characters for strings that must be long, best first.
             hints: contents of strings that the grammar may ask for.
+            required: names of members that it may ask for.
         """
         self._fillers = fillers
         ends = {hint[at:] + b'"' for hint in hints for at in range(len(hint))}
         self._ends = sorted(ends, key=len)  # of strings
+        self._required = required
         self._known: dict[tuple[bytes, ...], bytes] = {}
         self._allowed: dict[bytes, tuple[int, ...]] = {}
         self._chosen: dict[tuple[int, ...], list[int]] = {}
@@ -255,24 +259,31 @@ class Shortest:
         return text + b"]", matcher
 
     def _close_object(self, matcher: Any, path: tuple[bytes, ...], limit: int) -> tuple[bytes, Any]:
-        allowed = self._next(matcher)
-        if CLOSE_OBJECT in allowed:
-            self._take(matcher, CLOSE_OBJECT)
-            return b"}", matcher
         text = b""
-        if COMMA in allowed:
-            self._take(matcher, COMMA)
-            text = b","
-        self._take(matcher, QUOTE)
-        rest, matcher = self._members(matcher, path, b"", limit - len(text) - 1)
-        return text + b'"' + rest, matcher
+        while CLOSE_OBJECT not in (allowed := self._next(matcher)):
+            if COMMA in allowed:
+                self._take(matcher, COMMA)
+                text += b","
+            self._take(matcher, QUOTE)
+            text += b'"'
+            names = self._names(matcher)
+            if len(names) != 1:
+                rest, matcher = self._members(names, path, b"", limit - len(text))
+                return text + rest, matcher
+            name, matcher = names[0]
+            self._take(matcher, COLON)
+            path = (*path[:-1], name)
+            value, matcher = self._value(matcher, path, limit - len(text) - len(name) - 2)
+            text += name + b'":' + value
+        self._take(matcher, CLOSE_OBJECT)
+        return text + b"}", matcher
 
     def _members(
-        self, matcher: Any, path: tuple[bytes, ...], begun: bytes, limit: int
+        self, names: list[tuple[bytes, Any]], path: tuple[bytes, ...], begun: bytes, limit: int
     ) -> tuple[bytes, Any]:
-        """The shortest rest of an object from inside of a member's name."""
+        """The shortest rest of an object from inside of a member's name, one of `names`."""
         best: tuple[bytes, Any] | None = None
-        for name, behind in self._names(matcher, begun):
+        for name, behind in names:
             where = (*path[:-1], begun + name)
             most = min(limit, len(best[0]) if best else limit) - len(name) - 2
             try:
@@ -315,7 +326,22 @@ class Shortest:
         return best[1], best[2]
 
     def _names(self, matcher: Any, begun: bytes = b"") -> list[tuple[bytes, Any]]:
-        """Rests of names that may be written here, and matchers behind their quotes."""
+        """Rests of names to try here, and matchers behind their quotes.
+
+        What some object requires comes sooner to the end than what none does.
+        """
+        out = []
+        for name in self._required:
+            rest = name[len(begun) :] + b'"'
+            if name.startswith(begun) and self._accepts(matcher, rest + b":"):
+                behind = matcher.deep_copy()
+                behind.consume_tokens(list(rest))
+                self._effort -= len(rest)
+                out.append((rest[:-1], behind))
+        return out or self._list_names(matcher, begun)
+
+    def _list_names(self, matcher: Any, begun: bytes) -> list[tuple[bytes, Any]]:
+        """Rests of all names that may be written here, and matchers behind their quotes."""
         out: list[tuple[bytes, Any]] = []
         waiting = [(b"", matcher)]
         while waiting and len(out) < MOST_NAMES:

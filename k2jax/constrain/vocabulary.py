@@ -131,17 +131,34 @@ class Vocabulary:
         return ll.LLTokenizer(wrapped, n_vocab=self.size, slices=slices)
 
     def split(self, text: bytes) -> list[int]:
-        """The fewest tokens that spell `text`."""
+        """The fewest tokens that spell `text`; of a very long run in front, nearly the fewest."""
+        run, text = self._cut_run(text)
         chosen = self._choose(text)[1]
-        out, at = [], 0
+        out, at = list(run), 0
         while at < len(text):
             out.append(chosen[at])
             at += len(self.tokens[chosen[at]])
         return out
 
-    def count_ends(self, text: bytes) -> list[int]:
-        """The fewest tokens that spell what follows each place of `text`."""
-        return self._choose(text)[0]
+    def count(self, text: bytes) -> int:
+        """How many tokens `split` takes."""
+        run, text = self._cut_run(text)
+        return len(run) + self._choose(text)[0][0]
+
+    def count_ends(self, text: bytes, places: Iterable[int]) -> list[int]:
+        """How many tokens `split` takes for what follows each of some places near the start."""
+        run, rest = self._cut_run(text)
+        fewest = self._choose(rest)[0]
+        return [len(run) + fewest[place] for place in places]
+
+    def _cut_run(self, text: bytes) -> tuple[list[int], bytes]:
+        """Take most of a very long run of one character from the front, as its longest tokens."""
+        longest = max(self._runs.get(text[0], [0])) if text else 0
+        length = len(text) - len(text.lstrip(text[:1]))
+        many = length // longest - 2 if longest else 0
+        if many <= 1:
+            return [], text
+        return [self.id_of[text[:longest]]] * many, text[many * longest :]
 
     def _choose_tokens(self, text: bytes) -> tuple[list[int], list[int]]:
         """From each place on: the fewest tokens, and the first of them."""
@@ -163,10 +180,6 @@ class Vocabulary:
         if left <= LONG or not runs or text[start : start + LONG].strip(text[start : start + 1]):
             return range(1, min(left, LONG) + 1)
         return [*range(1, LONG + 1), *(length for length in runs if length <= left)]
-
-    def count(self, text: bytes) -> int:
-        """The fewest tokens that spell `text`."""
-        return self._choose(text)[0][0]
 
     def passing(self, mark: bytes, tail: bytes) -> np.ndarray:
         """Mask of the tokens that would end `mark`, begun at the end of `tail`, and go past it."""
