@@ -29,6 +29,7 @@ from k2jax.constrain.vocabulary import EOS_BYTE
 ENDS = frozenset(b",]}") | {EOS_BYTE}
 NARROW = 24  # bytes that are all tried
 BEAM = 8  # unfinished texts that are kept
+REPEATED = 2_000  # items of a list that are written at once
 MOST_NAMES = 256  # of members that are tried
 EFFORT = 100_000  # bytes tried before the search gives up
 ESCAPE = re.compile(rb"(?<!\\)(\\\\)*\\(u[0-9a-fA-F]{0,3})?\Z")  # one that is not complete
@@ -255,8 +256,25 @@ class Shortest:
                 text += b","
             value, matcher = self._value(matcher, path, limit - len(text))
             text += value
+            again = self._repeat(matcher, b"," + value)
+            matcher.consume_tokens(list(again))
+            text += again
         self._take(matcher, CLOSE_LIST)
         return text + b"]", matcher
+
+    def _repeat(self, matcher: Any, item: bytes) -> bytes:
+        """The fewest repetitions of `item` after which a list may end; b"" if none are enough."""
+        most = matcher.validate_tokens(list(item * FEW)) // len(item)
+        if most == FEW:
+            most = matcher.validate_tokens(list(item * REPEATED)) // len(item)
+        low, high = 1, most
+        while low < high:
+            middle = (low + high) // 2
+            if self._accepts(matcher, item * middle + b"]"):
+                high = middle
+            else:
+                low = middle + 1
+        return item * low if most and self._accepts(matcher, item * low + b"]") else b""
 
     def _close_object(self, matcher: Any, path: tuple[bytes, ...], limit: int) -> tuple[bytes, Any]:
         text = b""
