@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k2jax import cluster
 from k2jax.commands import loading
 from k2jax.config import ConfigError
 
@@ -72,11 +73,15 @@ def main(args: argparse.Namespace) -> int:
     mesh = loading.read_mesh(args)
     from k2jax.serve import lifecycle
 
-    bound = lifecycle.bind(args.host, args.port)
-    with loading.opened(args, mesh, inference=True) as (group, source):
-        if group.count > 1:
-            raise ConfigError("serve runs in one process so far; it may have all devices of a host")
+    place = cluster.find(args.coordinator, args.processes, args.process)
+    # Before the weights are read, which takes longest. Process 0 answers, the others compute.
+    bound = lifecycle.bind(args.host, args.port) if place is None or not place.process else None
+    with loading.opened(args, mesh, inference=True) as (_, source):
         engine = make_engine(args, source)
+        if bound is None:
+            engine.warm_up()
+            engine.follow()
+            return 0
         with engine:
             service = make_service(args, source, engine, keys)
             lifecycle.run(service, bound, lambda: announce(args, service, bound))
