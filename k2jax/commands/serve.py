@@ -4,6 +4,7 @@ JAX is imported when there is something to compute, so that help and mistakes an
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -145,8 +146,12 @@ def make_service(
     args: argparse.Namespace, source: "Source", engine: "Engine", keys: tuple[str, ...]
 ) -> "Service":
     """What is served, and how."""
+    from k2jax.constrain.vocabulary import open_vocabulary
     from k2jax.serve.service import MEGABYTE, Limits, ModelCard, Service
 
+    if source.tokenizer is not None:
+        with contextlib.suppress(ConfigError):  # a tokenizer without Kimi's marks has no calls
+            _ = open_vocabulary(source.tokenizer).ll_tokenizer  # takes seconds, once
     path = str(args.checkpoint).rstrip("/")
     names = (args.name or Path(path).resolve().name, path)
     card = ModelCard(
