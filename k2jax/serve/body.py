@@ -56,8 +56,9 @@ class Body:
         for name, value in self._content.items():
             if name in neutral and value not in neutral[name]:
                 raise Refusal(f"{name} is not supported", name, code="unsupported_parameter")
-            near = difflib.get_close_matches(name, known, 1, CLOSE)
-            if name not in known and name not in neutral and near:
+            if name in known or name in neutral:
+                continue
+            if near := difflib.get_close_matches(name, known, 1, CLOSE):
                 message = f"there is no {name!r}; did you mean {near[0]!r}?"
                 raise Refusal(message, name, code="unknown_parameter")
 
