@@ -1,7 +1,8 @@
 """About the nearest orthogonal matrix, by products alone."""
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ POLYNOMIALS: dict[str, tuple[Polynomial, ...]] = {
 }
 RESTARTS = (3,)  # the best single one of the five steps; published: (2,)
 HUGE = 2.0**48  # values whose squares, 2^30 of them, still have a sum in float32
-BLOCKED = 256  # smaller side from which half of a symmetric product is worth leaving out
+BLOCKED = 128  # least rows of a block of a symmetric product
 
 
 def schedule(polynomial: str | Sequence[Polynomial], steps: int) -> list[Polynomial]:
@@ -69,8 +70,9 @@ def newton_schulz(
     result is that of the same matrix at a usual size.
 
     With `gram` the steps are taken by the small matrix x xT: for sides a < b, 8 a^2 b + 28 a^3
-    operations instead of 20 a^2 b + 10 a^3 (five steps, one restart), less a quarter of each
-    symmetric product. Its rounding errors grow until x xT is made anew: a restart.
+    operations instead of 20 a^2 b + 10 a^3 (five steps, one restart). The 28 a^3 and half of the
+    8 a^2 b are symmetric products, of which up to 3/8 are left out. Its rounding errors grow until
+    x xT is made anew: a restart.
 
     Args:
         x: any float dtype. On an explicit mesh only the stack dims may be split.
@@ -158,20 +160,26 @@ def _by_gram(x: jax.Array, coefficients: list[Polynomial], restarts: tuple[int, 
     x = jax.lax.optimization_barrier(x)
     cuts = [0, *sorted(at for at in set(restarts) if 0 < at < len(coefficients)), len(coefficients)]
 
+    size = min(x.shape[-2:])
+
     def wide(y: jax.Array) -> jax.Array:
         return y.astype(jnp.float32)
 
+    def symmetric_times(left: jax.Array, right: jax.Array) -> jax.Array:
+        return _symmetric(lambda i, j: _times(left[..., i, :], right[..., j]), size)
+
     for first, last in itertools.pairwise(cuts):
-        r = _gram(x, tall).astype(dtype)
+        r = _symmetric(functools.partial(_gram, x, tall), size).astype(dtype)
         q, e = 1.0, None
         for step in range(first, last):
             a, b, c = coefficients[step]
-            z = (b * wide(r) + c * _symmetric(r, r)).astype(dtype)
-            e = z if e is None else (q * wide(z) + a * wide(e) + _symmetric(e, z)).astype(dtype)
+            z = (b * wide(r) + c * symmetric_times(r, r)).astype(dtype)
+            e = z if e is None else q * wide(z) + a * wide(e) + symmetric_times(e, z)
+            e = e.astype(dtype)
             q *= a
             if step + 1 < last:  # the last Gram matrix of a stretch is not needed
-                half = (a * wide(r) + _symmetric(r, z)).astype(dtype)
-                r = (a * wide(half) + _symmetric(z, half)).astype(dtype)
+                half = (a * wide(r) + symmetric_times(r, z)).astype(dtype)
+                r = (a * wide(half) + symmetric_times(z, half)).astype(dtype)
         assert e is not None
         x = (q * wide(x) + (_times(x, e) if tall else _times(e, x))).astype(dtype)
     return x
@@ -185,22 +193,28 @@ def _times(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.matmul(left, right, preferred_element_type=jnp.float32)
 
 
-def _gram(x: jax.Array, tall: bool) -> jax.Array:
-    """The product x xT, or xT x of a tall x: over the longer side, nothing transposed."""
-    return jnp.einsum(
-        "...mi,...mj->...ij" if tall else "...im,...jm->...ij",
-        x,
-        x,
-        preferred_element_type=jnp.float32,
-    )
+def _gram(
+    x: jax.Array, tall: bool, rows: slice = slice(None), columns: slice = slice(None)
+) -> jax.Array:
+    """A part of x xT, or of xT x of a tall x: over the longer side, nothing transposed."""
+    left, right = (x[..., part] if tall else x[..., part, :] for part in (rows, columns))
+    einsum = "...mi,...mj->...ij" if tall else "...im,...jm->...ij"
+    return jnp.einsum(einsum, left, right, preferred_element_type=jnp.float32)
 
 
-def _symmetric(left: jax.Array, right: jax.Array) -> jax.Array:
-    """A product that is known to be symmetric: three of its four quarters are computed."""
-    half = left.shape[-2] // 2
-    if left.shape[-2] < BLOCKED:
-        return _times(left, right)
-    top = _times(left[..., :half, :], right)
-    low = _times(left[..., half:, :], right[..., half:])
-    corner = jnp.swapaxes(top[..., half:], -1, -2)
-    return jnp.concatenate([top, jnp.concatenate([corner, low], axis=-1)], axis=-2)
+def _symmetric(product: Callable[[slice, slice], jax.Array], size: int) -> jax.Array:
+    """A product that is known to be symmetric: blocks below its diagonal are not computed.
+
+    Args:
+        product: some rows and some columns of it.
+        size: its rows.
+    """
+    block = max(BLOCKED, -(-size // 4))
+    cuts = range(0, size, block)
+    upper = [product(slice(at, at + block), slice(at, size)) for at in cuts]
+    rows = [
+        [jnp.swapaxes(upper[j][..., at - cuts[j] :][..., :block], -1, -2) for j in range(i)]
+        + [upper[i]]
+        for i, at in enumerate(cuts)
+    ]
+    return jnp.concatenate([jnp.concatenate(row, axis=-1) for row in rows], axis=-2)
