@@ -6,8 +6,9 @@ then every token attends to its sequence's pages, so that chunks of one sequence
 call, in any number.
 """
 
+import functools
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,14 @@ from k2jax.model.norm import rms_norm
 from k2jax.model.projection import Policy, look_up
 from k2jax.model.rope import rotation
 from k2jax.params.arrays import Params, bind
-from k2jax.params.kimi import Kimi, Layer
+from k2jax.params.kimi import Kimi
 from k2jax.sharding import reshard
 
 # Stacks of at most this many layers are split into layers before anything is computed, experts
 # excepted; XLA would otherwise copy each layer's weights out of the stack in every call. Deeper
 # stacks would compile too long, and layers that are split off are in memory twice.
 MAX_UNSTACKED_LAYERS = 16
-EXPERTS = "moe.experts."
+EXPERTS, MOE = "moe.experts.", "moe.router"
 
 
 class Weights(NamedTuple):
@@ -92,8 +93,10 @@ def forward(
     valid_BT = reshard(valid_BT, "batch", "length")
 
     def apply_layer(
-        x_BTD: jax.Array, w: Layer, latents: jax.Array, index: Any, at: jax.Array | None
+        x_BTD: jax.Array, params: Params, latents: jax.Array, index: jax.Array, stacked: bool
     ) -> tuple[jax.Array, jax.Array]:
+        at = index if stacked else None
+        w = bind(declared.layers if MOE in params else declared.dense, params)
         u_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, policy)
         new_BTM = jnp.concatenate(project_latents(w.attention, u_BTD, turn, cfg, policy), axis=-1)
         q_BHTM, up_RHW = absorb_queries(w.attention, u_BTD, turn, cfg, policy)
@@ -101,15 +104,16 @@ def forward(
         x_BTD += project_values(w.attention, mixed_BHTR, up_RHW, cfg, policy)
         u_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, policy)
         if hasattr(w, "moe"):
-            y_BTD = run_experts(w.moe, jnp.asarray(index), u_BTD, valid_BT, cfg, policy)
+            y_BTD = run_experts(w.moe, index, u_BTD, valid_BT, cfg, policy)
         else:
             y_BTD = gated_mlp(w.mlp, u_BTD, policy)
         return x_BTD + y_BTD, latents
 
+    # Traced once for all layers of a kind that were taken apart.
+    apply_one = jax.jit(functools.partial(apply_layer, stacked=False))
     w = bind(Ends(declared), weights.whole)
     x_BTD, written = look_up(w.embed, chunks.token_BT, policy), []
     for (prefix, _), stack, old in zip(_list_stacks(cfg), weights.stacks, pool, strict=True):
-        layer = getattr(declared, prefix.removesuffix("."))
         experts = {
             name.removeprefix(prefix): a
             for name, a in weights.whole.items()
@@ -118,33 +122,37 @@ def forward(
         if isinstance(stack, tuple):
             new = []
             for i, (params, latents) in enumerate(zip(stack, old, strict=True)):
-                one = bind(layer, params | experts)
-                x_BTD, after = apply_layer(x_BTD, one, latents, i, None)
+                x_BTD, after = apply_one(x_BTD, params | experts, latents, jnp.int32(i))
                 new.append(after)
             written.append(tuple(new))
         else:
 
-            def apply_next(carry, at, layer=layer, experts=experts):
+            def apply_next(carry, at, experts=experts):
                 index, params = at
-                return apply_layer(
-                    carry[0], bind(layer, params | experts), carry[1], index, index
-                ), None
+                return apply_layer(carry[0], params | experts, carry[1], index, True), None
 
             assert not isinstance(old, tuple)
             depth = jnp.arange(old.shape[0])
             (x_BTD, latents), _ = jax.lax.scan(apply_next, (x_BTD, old), (depth, stack))
             written.append(latents)
-    x_N1D = pick_tokens(x_BTD, chunks.wanted_N)
+    return _read_head(w, pick_tokens(x_BTD, chunks.wanted_N), cfg, policy, head_rows), tuple(
+        written
+    )
 
-    def read_head(x_N1D: jax.Array) -> jax.Array:
+
+def _read_head(
+    w: "Ends", x_N1D: jax.Array, cfg: ModelConfig, policy: Policy, rows: int
+) -> jax.Array:
+    """Compute the logits of tokens, at least these, at most `rows` at a time; 0: all at once."""
+
+    def read(x_N1D: jax.Array) -> jax.Array:
         return head(w.head, rms_norm(x_N1D, w.norm, cfg.norm_eps, policy), policy)[:, 0]
 
-    if not head_rows or len(x_N1D) <= head_rows:
-        return read_head(x_N1D), tuple(written)
-    parts = -(-len(x_N1D) // head_rows)
-    x_N1D = jnp.pad(x_N1D, ((0, parts * head_rows - len(x_N1D)), (0, 0), (0, 0)))
-    y_INX = jax.lax.map(read_head, x_N1D.reshape(parts, head_rows, 1, -1))
-    return y_INX.reshape(parts * head_rows, -1), tuple(written)
+    if not rows or len(x_N1D) <= rows:
+        return read(x_N1D)
+    parts = -(-len(x_N1D) // rows)
+    x_N1D = jnp.pad(x_N1D, ((0, parts * rows - len(x_N1D)), (0, 0), (0, 0)))
+    return jax.lax.map(read, x_N1D.reshape(parts, rows, 1, -1)).reshape(parts * rows, -1)
 
 
 class Ends:
