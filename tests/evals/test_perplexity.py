@@ -182,7 +182,7 @@ def test_all_of_a_file_is_scored_and_an_unknown_one_names_the_nearest(tmp_path):
 def opened(model: Model) -> types.SimpleNamespace:
     """A source of this model."""
     return types.SimpleNamespace(
-        config=model.config, tokenizer=model.tokenizer, load=lambda dtype: model
+        config=model.config, tokenizer=model.tokenizer, load=lambda dtype, weights: model
     )
 
 
