@@ -1,6 +1,7 @@
 """What every process computes in a step: latents, logits, and the tokens that are chosen."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 
 from k2jax.inference.request import TOP_LOGPROBS, Sampling
 from k2jax.inference.runner import Chunk
-from k2jax.inference.sampler import Sampler, log_probabilities
+from k2jax.inference.sampler import Sampler, log_probabilities, put_rows, take_rows
 from k2jax.inference.scheduler import Part
 from k2jax.sharding import use_mesh_of
 
@@ -89,7 +90,11 @@ class Executor:
 
     def warm_up(self) -> None:
         """Compile all that any request may need, by running it on scratch."""
-        self.runner.warm_up()
+        with _keep_small_programs():
+            self.runner.warm_up()
+            self._run_all()
+
+    def _run_all(self) -> None:
         block, page = self.runner.block, self.runner.page
         sizes = self.runner.sizes
         calls = [(n, 1, "last", True) for n in self.runner.row_sizes]
@@ -137,7 +142,7 @@ class Executor:
         if not call.targets:
             return None, None
         with use_mesh_of(y_BX):
-            tokens = self._sampler.pick(y_BX, rows_of(call), masks) if call.picks else None
+            tokens = self._pick(call, y_BX, masks) if call.picks else None
             if not call.top:
                 return tokens, None
             known = np.full(y_BX.shape[0], -1, np.int32)
@@ -146,12 +151,35 @@ class Executor:
             chosen = known if tokens is None else tokens
             return tokens, log_probabilities(y_BX, known, chosen, top=top)
 
+    def _pick(self, call: Call, y_BX: jax.Array, masks: Masks) -> jax.Array:
+        """Choose the tokens of all rows, or, of scored prompts, only where none is known."""
+        rows = rows_of(call)
+        if len(y_BX) <= self.runner.rows:
+            return self._sampler.pick(y_BX, rows, masks)
+        open_rows = [at for at, target in enumerate(call.targets) if target < 0]
+        taken = np.full(self.runner.rows, len(y_BX), np.int32)
+        taken[: len(open_rows)] = open_rows
+        picked = self._sampler.pick(take_rows(y_BX, taken), [rows[at] for at in open_rows], masks)
+        return put_rows(picked, taken, size=len(y_BX))
+
     def _accept(self, call: Call, answer: Answer) -> None:
         if answer.tokens is None:
             return
         for at, (row, target) in enumerate(zip(rows_of(call), call.targets, strict=True)):
             if target < 0 <= answer.tokens[at]:
                 self._sampler.accept(row, int(answer.tokens[at]))
+
+
+@contextlib.contextmanager
+def _keep_small_programs() -> Iterator[None]:
+    """Cache programs that compile fast too: together they take most of a start."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0.0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def rows_of(call: Call) -> list[int]:

@@ -90,6 +90,18 @@ def forbid(y_BX: jax.Array, mask_BW: jax.Array) -> jax.Array:
     return jnp.where(kept_BX, y_BX, -jnp.inf)
 
 
+@jax.jit
+def take_rows(y_BX: jax.Array, row_B: jax.Array) -> jax.Array:
+    """Return some rows of the logits; any row for numbers beyond the last."""
+    return _gather_rows(y_BX).at[row_B].get(mode="clip")
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def put_rows(token_B: jax.Array, row_B: jax.Array, *, size: int) -> jax.Array:
+    """Return tokens at their rows among `size`, -1 elsewhere; rows beyond the last are dropped."""
+    return jnp.full(size, -1, jnp.int32).at[row_B].set(token_B, mode="drop")
+
+
 @functools.partial(jax.jit, static_argnames="top")
 def log_probabilities(
     y_BX: jax.Array, known_B: jax.Array, chosen_B: jax.Array, *, top: int
@@ -241,6 +253,7 @@ class Sampler:
             allowed: ids below it may be chosen.
         """
         self._vocab, self._allowed, self._words = vocab, allowed, -(-vocab // 32)
+        self._rows = rows
         self._knobs = Knobs(
             np.zeros(rows, np.float32),
             np.ones(rows, np.float32),
@@ -321,15 +334,22 @@ class Sampler:
     def programs(self, y_BX: jax.Array) -> list[Callable[[], jax.Array]]:
         """Everything that logits of this shape may be put through, for a warm-up."""
         size = y_BX.shape[0]
-        knobs = Knobs(*(array[np.zeros(size, np.int32)] for array in self._knobs))
         token_B = np.zeros(size, np.int32)
+        scores = [
+            functools.partial(log_probabilities, y_BX, token_B, token_B, top=top)
+            for top in (1, TOP_LOGPROBS)
+        ]
+        if size > self._rows:  # of prompts that are scored; what is chosen is taken out first
+            row_B = np.zeros(self._rows, np.int32)
+            taking = functools.partial(take_rows, y_BX, row_B)
+            return [*scores, taking, functools.partial(put_rows, row_B, row_B, size=size)]
+        knobs = Knobs(*(array[token_B] for array in self._knobs))
         return [
             lambda: pick_likeliest(y_BX, allowed=self._allowed),
             lambda: draw(y_BX, knobs, allowed=self._allowed),
             lambda: adjust(y_BX, *self._adjustments((), size)),
             lambda: forbid(y_BX, self._mask_array((), {}, size)),
-            lambda: log_probabilities(y_BX, token_B, token_B, top=1),
-            lambda: log_probabilities(y_BX, token_B, token_B, top=TOP_LOGPROBS),
+            *scores,
         ]
 
 
