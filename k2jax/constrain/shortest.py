@@ -256,9 +256,10 @@ class Shortest:
                 text += b","
             value, matcher = self._value(matcher, path, limit - len(text))
             text += value
-            again = self._repeat(matcher, b"," + value)
-            matcher.consume_tokens(list(again))
-            text += again
+            if CLOSE_LIST not in self._next(matcher):
+                again = self._repeat(matcher, b"," + value)
+                matcher.consume_tokens(list(again))
+                text += again
         self._take(matcher, CLOSE_LIST)
         return text + b"]", matcher
 
