@@ -11,7 +11,6 @@ from k2jax.inference.request import TOP_LOGPROBS, Sampling
 from k2jax.inference.runner import Chunk
 from k2jax.inference.sampler import Sampler, log_probabilities, put_rows, take_rows
 from k2jax.inference.scheduler import Part
-from k2jax.sharding import use_mesh_of
 
 
 class RunnerLike(Protocol):
@@ -106,7 +105,7 @@ class Executor:
             y_BX = self.runner.forward([chunk] * count, decode)
             if y_BX.shape[0] not in warm:
                 warm.add(y_BX.shape[0])
-                with use_mesh_of(y_BX):
+                with _mesh_of(y_BX):
                     jax.block_until_ready([run() for run in self._sampler.programs(y_BX)])
 
     def run(self, plan: Plan, mask: Callable[[], Masks]) -> list[Answer]:
@@ -141,7 +140,7 @@ class Executor:
     def _choose(self, call: Call, y_BX: jax.Array, masks: Masks) -> tuple[Any, Any]:
         if not call.targets:
             return None, None
-        with use_mesh_of(y_BX):
+        with _mesh_of(y_BX):
             tokens = self._pick(call, y_BX, masks) if call.picks else None
             if not call.top:
                 return tokens, None
@@ -191,3 +190,11 @@ def rows_of(call: Call) -> list[int]:
         elif part.want == "all":
             rows += [part.row] * len(part.tokens)
     return rows
+
+
+def _mesh_of(a: jax.Array) -> contextlib.AbstractContextManager[Any]:
+    """Use the mesh that an array lies on, whatever other one is in use."""
+    layout = getattr(a, "sharding", None)  # of a runner without a device: none
+    if isinstance(layout, jax.NamedSharding) and isinstance(layout.mesh, jax.sharding.Mesh):
+        return jax.set_mesh(layout.mesh)
+    return contextlib.nullcontext()

@@ -1,5 +1,6 @@
 """Weights that stay in few bits give the logits of weights that are decoded first."""
 
+import contextlib
 import json
 
 import jax
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 
 import k2jax
-from k2jax.config import ConfigError, ModelConfig
+from k2jax.config import ConfigError, MeshConfig, ModelConfig
 from k2jax.ops.lowbit import Fp8, Int4
 from k2jax.params.arrays import abstract, initial
 from k2jax.params.kimi import declare_kimi
 from k2jax.params.low_bit_parts import is_released_in
+from k2jax.sharding import make_mesh
 from k2jax.weights import quant
 from k2jax.weights.hf_config import to_published as to_config
 from k2jax.weights.mapping import to_published
@@ -110,11 +112,11 @@ def test_logits_are_those_of_weights_decoded_first(folder, on_mesh, mesh):
 
 
 @pytest.mark.parametrize("on_mesh", [False, True])
-def test_tokens_are_those_of_weights_decoded_first(folder, on_mesh, mesh):
-    if on_mesh:
-        mesh(data=2, expert=2, model=2)
-    tokens = [
-        k2jax.generate(k2jax.load(folder, "float32", way), TOKEN.tolist(), 6, stop=())
-        for way in ("stored", "decoded")
-    ]
+def test_tokens_are_those_of_weights_decoded_first(folder, on_mesh):
+    devices = make_mesh(MeshConfig(data=2, expert=2, model=2))
+    tokens = []
+    for way in ("stored", "decoded"):
+        with jax.set_mesh(devices) if on_mesh else contextlib.nullcontext():
+            model = k2jax.load(folder, "float32", way)
+        tokens.append(k2jax.generate(model, TOKEN.tolist(), 6, stop=()))
     assert tokens[0] == tokens[1]
