@@ -33,10 +33,7 @@ from k2jax.ops.moe import (
     resident_mlp,
 )
 from k2jax.params.kimi import Experts, Moe
-from k2jax.sharding import axes_of, meshless, reshard, spec, storage_spec
-
-# Up to this many rows, every chosen expert runs on all of them (`moe_small_batch`).
-SMALL_BATCH_TOKENS = 16
+from k2jax.sharding import axes_of, meshless, spec, storage_spec
 
 
 class RouterStats(NamedTuple):
@@ -84,49 +81,6 @@ def moe_forward(
     if cfg.shared_experts:
         y_BTD += gated_mlp(w.shared, x_BTD, policy)
     return y_BTD, stats
-
-
-def moe_small_batch(
-    w: Moe, experts: Experts, layer: jax.Array, x_BTD: jax.Array, cfg: ModelConfig, policy: Policy
-) -> jax.Array:
-    """Compute `moe_forward` without statistics; weights of experts nobody chose are not read.
-
-    Args:
-        w: weights of one layer.
-        experts: of all layers of the stack; one layer's would be copied out of it.
-        layer: index into them.
-        x_BTD: normed activations, few rows. All of them go through every chosen expert: this is
-            free as long as reading the expert's weights takes longer.
-        cfg: sizes.
-        policy: how weights are read.
-    """
-    rows = x_BTD.shape[0] * x_BTD.shape[1]
-    valid_BT = reshard(jnp.ones(x_BTD.shape[:2], bool), "batch", "length")
-    if not meshless():
-        return moe_for_inference(w, experts, layer, x_BTD, valid_BT, cfg, policy)
-    if rows > SMALL_BATCH_TOKENS:
-        return moe_forward(w, x_BTD, valid_BT.astype(jnp.int32), cfg, policy)[0]
-    x_ND = x_BTD.reshape(rows, -1)
-    logit_NE = router_logits(w, x_BTD, policy).reshape(rows, -1)
-    routing = route(logit_NE, read_weight(w.bias, policy, "float32"), cfg)
-    hit_NKE = routing.expert_NK[..., None] == jnp.arange(cfg.experts)
-    weight_NE = jnp.where(hit_NKE, routing.weight_NK[..., None], 0.0).sum(axis=1)
-    chosen_E = hit_NKE.any(axis=(0, 1))
-    order_E = jnp.argsort(~chosen_E)
-
-    def add_expert(i: jax.Array, y_ND: jax.Array) -> jax.Array:
-        expert = order_E[i]
-        gate_DF, up_DF, down_FD = (
-            read_weight(leaf, policy, index=(layer, expert))
-            for leaf in (experts.gate, experts.up, experts.down)
-        )
-        out_ND = (jax.nn.silu(x_ND @ gate_DF) * (x_ND @ up_DF)) @ down_FD
-        return y_ND + out_ND.astype(jnp.float32) * weight_NE[:, expert, None]
-
-    # Combined in float32, then cast, as the published code does.
-    y_ND = jax.lax.fori_loop(0, chosen_E.sum(), add_expert, jnp.zeros(x_ND.shape, jnp.float32))
-    y_BTD = y_ND.astype(x_BTD.dtype).reshape(x_BTD.shape)
-    return y_BTD + gated_mlp(w.shared, x_BTD, policy) if cfg.shared_experts else y_BTD
 
 
 def moe_for_inference(

@@ -15,7 +15,9 @@ from golden.read import golden
 
 from k2jax import sharding
 from k2jax.config import MeshConfig
-from k2jax.inference import decode
+from k2jax.inference.cache import pool_spec
+from k2jax.inference.forward import forward, list_depths, split_weights
+from k2jax.inference.paged_attention import Chunks
 from k2jax.model import Dispatch, Kimi, Policy, hidden, logits, losses, mtp, plain, projection
 from k2jax.params.arrays import bind, initial
 from k2jax.params.declare import specs
@@ -84,8 +86,9 @@ DIRECT = dataclasses.replace(LATENT, q_rank=0, dense_layers=0, mtp_layers=0)
 TOKEN = np.random.default_rng(0).integers(1, LATENT.vocab, (8, 16)).astype(np.int32)
 
 
-def train(w, cfg, policy):
+def train(params, cfg, policy):
     """Losses of every token, of the main model and of the MTP layers."""
+    w = bind(Kimi(cfg), params)
     batch = plain(jnp.asarray(TOKEN))
     batch = batch._replace(weight=jnp.ones(TOKEN.shape))
     x, aux = hidden(w, batch, cfg, policy)
@@ -94,16 +97,20 @@ def train(w, cfg, policy):
     return [losses(w.head, x, target, policy) for x, target in pairs], aux.aux_loss
 
 
-def decode_two(w, cfg, policy):
-    """Logits of two tokens after a prompt; few enough for the path of small batches."""
-    token = jnp.asarray(TOKEN[:2])
-    length = jnp.full(2, 9, jnp.int32)
-    y, cache = decode.prefill(w, token[:, :9], length, cfg, 12, policy)
-    both = [y]
-    for i in (9, 10):
-        y, cache = decode.step(w, decode.unstack_layers(w, cfg), cache, token[:, i], cfg, policy)
-        both.append(y)
-    return both
+def decode_two(params, cfg, policy):
+    """Logits after a prompt and after each of two more tokens."""
+    layer = jnp.zeros((20, 16, cfg.size("latent")))
+    layer = layer if sharding.meshless() else jax.reshard(layer, pool_spec(False))
+    pool = tuple((layer,) * -depth for depth in list_depths(cfg))
+    logits_of = []
+    for begin, end in ((0, 9), (9, 10), (10, 11)):
+        token, table = TOKEN[:4, begin:end], np.arange(1, 5, dtype=np.int32)[:, None]
+        start, count = (np.full(4, n, np.int32) for n in (begin, end - begin))
+        wanted = np.arange(1, 5, dtype=np.int32) * (end - begin) - 1
+        chunks = Chunks(*map(jnp.asarray, (token, start, count, table, wanted)))
+        y, pool = forward(split_weights(params, cfg), pool, chunks, cfg, policy)
+        logits_of.append(y)
+    return logits_of
 
 
 def draw(cfg):
@@ -144,7 +151,7 @@ def scaled_reader(cfg, run, policy):
             scaled[name] = Scaled(array, factor)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(projection.WEIGHT_FORMATS, Scaled, read_scaled)
-            return run(bind(Kimi(cfg), scaled), cfg, policy)
+            return run(scaled, cfg, policy)
 
     return reader
 
@@ -168,7 +175,10 @@ def test_a_weight_scaled_where_it_is_read_is_scaled_for_every_reader(case, in_pa
     cfg, run, policy, mesh = CASES[case]
     if in_parts:
         monkeypatch.setattr(logits, "LOGITS_BYTES", 4 * TOKEN.size * 8)
-    with jax.set_mesh(sharding.make_mesh(mesh)) if mesh else contextlib.nullcontext():
+    devices = sharding.make_mesh(mesh) if mesh else None
+    if devices is not None and run is decode_two:
+        devices = sharding.inference_mesh(devices, specs(Kimi(cfg)))
+    with jax.set_mesh(devices) if devices is not None else contextlib.nullcontext():
         params, reader = draw(cfg), scaled_reader(cfg, run, policy)
         # Not one factor: norms would undo it.
         factors = {name: jnp.linspace(1, 2, a.shape[-1]) for name, a in params.items()}

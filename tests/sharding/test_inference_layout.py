@@ -10,10 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 from k2jax import configs, sharding
 from k2jax.config import ConfigError, MeshConfig, Yarn
-from k2jax.inference import decode
+from k2jax.inference.cache import pool_spec
+from k2jax.inference.forward import forward, list_depths, split_weights
+from k2jax.inference.paged_attention import Chunks
 from k2jax.model import Kimi, Policy
 from k2jax.ops.moe import Dispatch
-from k2jax.params.arrays import abstract, bind
+from k2jax.params.arrays import abstract
 from k2jax.params.declare import specs
 from k2jax.planner.hlo import account
 
@@ -79,7 +81,7 @@ def test_a_mesh_that_divides_the_model_in_no_way_is_refused():
 
 @pytest.mark.parametrize("kind", ["allgather", "alltoall"])
 def test_no_collective_of_a_decode_step_carries_a_weight(kind):
-    rows, slots = 8, 32
+    rows = 8
     with jax.set_mesh(small_mesh(replica=2, expert=2, model=2)):
         params = abstract(specs(Kimi(SMALL)))
         matrices = [
@@ -88,11 +90,13 @@ def test_no_collective_of_a_decode_step_carries_a_weight(kind):
             if specs(Kimi(SMALL))[name].contracted and name != "head"
         ]
 
-        def run(params, token_BT, length_B):
-            w, policy = bind(Kimi(SMALL), params), Policy("float32", dispatch=Dispatch(kind))
-            cache = decode.prefill(w, token_BT, length_B, SMALL, slots, policy)[1]
-            layers = decode.unstack_layers(w, SMALL)
-            return decode.step(w, layers, cache, token_BT[:, 0], SMALL, policy)[0]
+        def run(params, token_BT, start_B):
+            policy = Policy("float32", dispatch=Dispatch(kind))
+            layer = jax.reshard(jnp.zeros((16, 16, SMALL.size("latent"))), pool_spec(False))
+            pool = tuple((layer,) * -depth for depth in list_depths(SMALL))
+            one, table = jnp.ones(rows, jnp.int32), jnp.ones((rows, 2), jnp.int32)
+            chunks = Chunks(token_BT, start_B, one, table, jnp.arange(rows))
+            return forward(split_weights(params, SMALL), pool, chunks, SMALL, policy)[0]
 
         def tokens(*shape):
             layout = sharding.storage_spec(("batch", None)[: len(shape)])
