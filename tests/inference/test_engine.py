@@ -1,5 +1,6 @@
 """The engine over a runner without a network: what is answered depends on the request alone."""
 
+import itertools
 import random
 import threading
 import types
@@ -112,7 +113,10 @@ def test_a_prefix_is_computed_once_even_by_requests_that_come_together():
     assert ours.run([Request((*prompt, 1), 1)])[0].cached_tokens == 40
 
 
-def test_a_long_prompt_keeps_neither_tokens_nor_short_prompts_waiting():
+def test_a_long_prompt_keeps_neither_tokens_nor_short_prompts_waiting(monkeypatch):
+    ticks = itertools.count(1.0)  # every step takes as long, whatever else this machine does
+    clock = types.SimpleNamespace(perf_counter=ticks.__next__)
+    monkeypatch.setattr("k2jax.inference.stepper.time", clock)
     ours = engine(rows=4, pages=200, context=512, chunks=4)
     running, long, short = [], [], []
     ours.submit(Request((1, 2), 100), running.append)

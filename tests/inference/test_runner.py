@@ -122,9 +122,10 @@ def test_chunks_equal_the_full_forward(name):
 
 def test_a_deep_stack_is_looped_over_with_the_same_result(monkeypatch):
     monkeypatch.setattr(network, "MAX_UNSTACKED_LAYERS", 0)
-    params = drawn(KIMI)
-    ours = run_chunked(make_runner(KIMI, params), sequences(KIMI))
-    assert_close(ours, run_whole(KIMI, params))
+    cfg = dataclasses.replace(KIMI, norm_eps=2e-6)  # programs are shared by all of one config
+    params = drawn(cfg)
+    ours = run_chunked(make_runner(cfg, params), sequences(cfg))
+    assert_close(ours, run_whole(cfg, params))
 
 
 def test_a_mesh_computes_the_same():
