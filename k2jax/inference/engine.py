@@ -273,12 +273,21 @@ def make_runner(model: Model, settings: EngineSettings) -> RunnerLike:
     """Return a runner of a model that holds what the settings ask for."""
     from k2jax.inference.runner import Runner
 
-    tokens = settings.cache_tokens or settings.rows * min(model.config.context, LONGEST)
-    # Each device may have a part of the pool, with a scratch page of its own.
-    parts = model.params["head"].sharding.num_devices
-    pages = parts * (-(-tokens // (PAGE * parts)) + 1)
-    rows = -(-settings.rows // parts) * parts
+    parts, rows = count_parts(model), fill_parts(model, settings.rows)
+    tokens = settings.cache_tokens or rows * min(model.config.context, LONGEST)
+    pages = parts * (-(-tokens // (PAGE * parts)) + 1)  # each part has a scratch page of its own
     return Runner(model, rows=rows, pages=pages, page=PAGE, block=PAGE)
+
+
+def count_parts(model: Model) -> int:
+    """Count the parts of the cache: each device of a mesh has one, and a sequence lies in one."""
+    return model.params["head"].sharding.num_devices
+
+
+def fill_parts(model: Model, rows: int) -> int:
+    """`rows` rounded up, so that each part of the cache has as many."""
+    parts = count_parts(model)
+    return -(-rows // parts) * parts
 
 
 def each_choice(request: Request, count: int) -> Iterator[Request]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from k2jax.config import ConfigError
-from k2jax.inference.engine import Engine
+from k2jax.inference.engine import Engine, fill_parts
 from k2jax.inference.request import (
     FLOAT32_MAX,
     EngineSettings,
@@ -175,7 +175,7 @@ def continue_all(model: Model, requests: Sequence[Request]) -> list[Result]:
     Raises:
         ConfigError: one of them cannot be computed.
     """
-    rows = min(1 << (len(requests) - 1).bit_length(), MOST_ROWS)
+    rows = fill_parts(model, min(1 << (len(requests) - 1).bit_length(), MOST_ROWS))
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     settings = EngineSettings(rows=rows, cache_tokens=rows * bucket(longest), prefill_share=1.0)
     with use_mesh_of(*model.params.values()):

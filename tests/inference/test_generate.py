@@ -116,6 +116,13 @@ def test_a_mesh_generates_the_same_even_one_that_splits_the_sequence(greedy, axe
         assert sampling.generate(drawn(), PROMPTS, 6, stop=()) == greedy
 
 
+def test_one_long_request_fits_on_a_mesh_of_many_devices(model):
+    """A sequence lies on one device, which must have room for all of it."""
+    alone = sampling.generate(model, PROMPTS[:1], 70, stop=())
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=2, model=2))):
+        assert sampling.generate(drawn(), PROMPTS[:1], 70, stop=()) == alone
+
+
 @pytest.mark.parametrize(("axes", "decoding"), [((1, 4, 2), (1, 4, 2)), ((4, 2, 1), (4, 2, 1))])
 def test_weights_are_decoded_with_as_far_split_as_heads_allow(axes, decoding):
     data, expert, context = axes
