@@ -65,13 +65,13 @@ async def ask(client, body):
 
 
 @pytest.mark.slow
-def test_calls_of_200_schemas_are_valid_whole_and_streamed():
+def test_calls_of_50_schemas_are_valid_whole_and_streamed():
     kimi = load_kimi()
     cfg = ModelConfig(**SIZES | {"vocab": kimi.vocab, "context": 4096, "init_std": 0.2})
     model = Model(cfg, initial(specs(Kimi(cfg)), seed=3, std=cfg.init_std), kimi)
     engine = Engine(model, EngineSettings(rows=STREAMS, queue=256))
-    bodies = list(draw_bodies(kimi, 200))
-    assert len(bodies) > 190
+    bodies = list(draw_bodies(kimi, 50))
+    assert len(bodies) > 45
 
     async def run(url):
         gate = asyncio.Semaphore(STREAMS)
