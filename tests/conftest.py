@@ -30,3 +30,15 @@ def mesh():
     yield use
     while stack:
         stack.pop().__exit__(None, None, None)
+
+
+@pytest.fixture(scope="session")
+def sandbox():
+    """Runs programs apart from this machine; tests that want it are skipped where it cannot."""
+    from k2jax.sandbox import Sandbox, SandboxError
+
+    try:
+        with Sandbox() as one:
+            yield one
+    except SandboxError as error:
+        pytest.skip(str(error))

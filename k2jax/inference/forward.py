@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from k2jax.config import ModelConfig
 from k2jax.inference.cache import Pool
-from k2jax.inference.chosen_experts import run_experts
 from k2jax.inference.paged_attention import Chunks, absorb_queries, attend_pages, project_values
 from k2jax.model.attention import project_latents
 from k2jax.model.logits import head, pick_tokens
 from k2jax.model.mlp import gated_mlp
+from k2jax.model.moe import moe_for_inference
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import Policy, look_up
 from k2jax.model.rope import rotation
@@ -104,7 +104,7 @@ def forward(
         x_BTD += project_values(w.attention, mixed_BHTR, up_RHW, cfg, policy)
         u_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, policy)
         if hasattr(w, "moe"):
-            y_BTD = run_experts(w.moe, index, u_BTD, valid_BT, cfg, policy)
+            y_BTD = moe_for_inference(w.moe, index, u_BTD, valid_BT, cfg, policy)
         else:
             y_BTD = gated_mlp(w.mlp, u_BTD, policy)
         return x_BTD + y_BTD, latents

@@ -222,8 +222,6 @@ class EngineStats:
         finished_length_total: by `max_new_tokens`.
         finished_abort_total: by `abort`.
         finished_error_total: by an error of their own.
-        drafted_total: tokens that MTP layers proposed.
-        accepted_total: of those, what the model would have chosen too.
     """
 
     running: int = 0
@@ -241,8 +239,6 @@ class EngineStats:
     finished_length_total: int = 0
     finished_abort_total: int = 0
     finished_error_total: int = 0
-    drafted_total: int = 0
-    accepted_total: int = 0
 
 
 def check_request(request: Request, vocab: int, context: int, has_text: bool) -> None:

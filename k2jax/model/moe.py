@@ -32,8 +32,10 @@ from k2jax.ops.moe import (
     gather_low_bit,
     resident_mlp,
 )
-from k2jax.params.kimi import Experts, Moe
+from k2jax.params.kimi import Moe
 from k2jax.sharding import axes_of, meshless, spec, storage_spec
+
+SMALL_BATCH_TOKENS = 16  # on a device; an expert has few rows of so few tokens
 
 
 class RouterStats(NamedTuple):
@@ -85,19 +87,18 @@ def moe_forward(
 
 def moe_for_inference(
     w: Moe,
-    experts: Experts,
     layer: jax.Array,
     x_BTD: jax.Array,
     valid_BT: jax.Array,
     cfg: ModelConfig,
     policy: Policy,
 ) -> jax.Array:
-    """Compute `moe_forward` without statistics, on a mesh for inference.
+    """Compute `moe_forward` without statistics; weights of experts nobody chose are not read.
 
     Args:
-        w: weights of one layer.
-        experts: of all layers of the stack; one layer's would be copied out of it.
-        layer: int32, index into them.
+        w: weights of one layer, but for the experts, which are those of all layers of the stack:
+            one layer's would be copied out of it.
+        layer: int32, index into the experts.
         x_BTD: normed activations.
         valid_BT: whether a token is one; others choose no expert.
         cfg: sizes.
@@ -108,28 +109,29 @@ def moe_for_inference(
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
         expert_NK = jnp.where(valid_BT.reshape(-1, 1), routing.expert_NK, cfg.experts)
+        hidden = () if meshless() else axes_of("expert_ffw")
+        few = len(x_ND) <= SMALL_BATCH_TOKENS
 
         def run(x_MD, weight_M1, size_E):
-            return resident_mlp(x_MD, weight_M1, stacks, layer, size_E, axes_of("expert_ffw"))
+            return resident_mlp(x_MD, weight_M1, stacks, layer, size_E, hidden, few)
 
         y_ND = dispatch_to_resident(x_ND, expert_NK, routing.weight_NK, cfg.experts, run)
-        return sum_over(y_ND, "model").reshape(x_BTD.shape)
+        return sum_over(y_ND, hidden).reshape(x_BTD.shape)
 
-    stacks = tuple(read_stack(leaf, policy) for leaf in (experts.gate, experts.up, experts.down))
-    rows, tokens = (storage_spec(("batch", "length", *more)) for more in ((), (None,)))
-    y_BTD = jax.shard_map(
-        on_device,
-        in_specs=(tokens, rows, tokens, P(), P(), *specs_of(stacks)),
-        out_specs=tokens,
-        check_vma=False,  # loops whose length differs between devices
-    )(
-        x_BTD,
-        valid_BT,
-        router_logits(w, x_BTD, policy),
-        read_weight(w.bias, policy, "float32"),
-        layer,
-        *stacks,
-    )
+    leaves = (w.experts.gate, w.experts.up, w.experts.down)
+    stacks = tuple(read_stack(leaf, policy) for leaf in leaves)
+    choice = (router_logits(w, x_BTD, policy), read_weight(w.bias, policy, "float32"))
+    if meshless():
+        y_BTD = on_device(x_BTD, valid_BT, *choice, layer, *stacks)
+    else:
+        rows, tokens = (storage_spec(("batch", "length", *more)) for more in ((), (None,)))
+        body = jax.shard_map(
+            on_device,
+            in_specs=(tokens, rows, tokens, P(), P(), *specs_of(stacks)),
+            out_specs=tokens,
+            check_vma=False,  # loops whose length differs between devices
+        )
+        y_BTD = body(x_BTD, valid_BT, *choice, layer, *stacks)
     return y_BTD + gated_mlp(w.shared, x_BTD, policy) if cfg.shared_experts else y_BTD
 
 

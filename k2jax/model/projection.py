@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from k2jax.ops.collectives import all_gather, all_to_all, scatter_sum, sum_over
+from k2jax.ops.collectives import Axes, all_gather, all_to_all, entry_axes, scatter_sum, sum_over
 from k2jax.ops.lowbit import Fp8, Int4, LowBit, decode
 from k2jax.ops.moe import Dispatch
 from k2jax.params.spec import LAYER_AXES, ParamSpec
@@ -25,7 +25,6 @@ from k2jax.sharding import compute_spec, meshless, reshard, spec
 if TYPE_CHECKING:
     from flax import nnx
 
-Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 PROJECTION = "projection"  # name of every product with a weight, for rematerialisation policies
 
 
@@ -231,11 +230,11 @@ apply_norm_scale.defvjp(
 )
 
 
-def _sum_over(dw: jax.Array, axes: Iterable[Entry], stored_spec: P) -> jax.Array:
+def _sum_over(dw: jax.Array, axes: Iterable[Axes | None], stored_spec: P) -> jax.Array:
     """Sum over the mesh axes that split tokens; each device keeps the part that it stores."""
-    names = [name for entry in axes for name in _names(entry)]
+    names = [name for entry in axes for name in entry_axes(entry)]
     for dim, entry in enumerate(stored_spec):
-        for name in _names(entry):
+        for name in entry_axes(entry):
             if name in names:
                 dw = scatter_sum(dw, name, dim)
                 names.remove(name)
@@ -244,11 +243,6 @@ def _sum_over(dw: jax.Array, axes: Iterable[Entry], stored_spec: P) -> jax.Array
     for name in names:
         dw = sum_over(dw, name)
     return dw
-
-
-def _names(entry: Entry) -> tuple[str, ...]:
-    """Mesh axes of one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def look_up(w: "nnx.Variable", token: jax.Array, policy: Policy) -> jax.Array:
@@ -310,7 +304,7 @@ def _take_rows_backward(grad_comm_dtype: str | None, saved, dy: jax.Array):
         dtable_VX = jnp.zeros(table_VX.shape, jnp.float32)
         row_EBT = _local_rows(all_gather(token_BT[None], axis), table_VX)
         dtable_VX = dtable_VX.at[row_EBT].add(dy_EBTX, mode="drop")
-        others = [name for entry in token_spec for name in _names(entry) if name != axis]
+        others = [name for entry in token_spec for name in entry_axes(entry) if name != axis]
         dtable_VX = dtable_VX.astype(grad_comm_dtype or dy.dtype)
         return _sum_over(dtable_VX, others, P()).astype(dy.dtype)
 

@@ -27,10 +27,14 @@ class RowSlices(NamedTuple):
     target: jax.Array  # first row, on the device of the expert
 
 
+def entry_axes(entry: Axes | None) -> tuple[str, ...]:
+    """Mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def split_axes(axes: Axes) -> tuple[str, ...]:
     """Those of the mesh axes that have more than one device."""
-    names = (axes,) if isinstance(axes, str) else axes
-    return tuple(name for name in names if jax.lax.axis_size(name) > 1)
+    return tuple(name for name in entry_axes(axes) if jax.lax.axis_size(name) > 1)
 
 
 def sum_over(a: Tree, axes: Axes) -> Tree:

@@ -2,6 +2,8 @@
 
 ATTENTION_BLOCK = 512  # queries, and keys, that meet at a time; longer rows go by blocks
 LOGITS_BYTES = 2**29  # of float32 logits that a device may hold; more are made in parts
+ALIGNED = 8  # rows that are sent to experts: a buffer of them is a multiple of this
+ONE_ROUND = 4096  # rows of a buffer that inference grants, so that each expert is read once
 LEAST_QUERIES = 64  # of a block of queries, in rows whose scores are whole
 
 # Low-bit weights: rows and columns that share a scale of FP8, inputs that share one of INT4, and

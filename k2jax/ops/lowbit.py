@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from k2jax.ops.collectives import entry_axes
 from k2jax.ops.limits import BLOCK, GROUP, PER_WORD
 
 
@@ -103,7 +104,7 @@ def decode_fp8(stored: Fp8, contracted: int, spec: P) -> jax.Array:
     for axis, dims in ((-2, slice(stacked, middle)), (-1, slice(middle, None))):
         entries = spec[dims]
         assert not any(entries[1:]), "low-bit weights are split along the first dim only"
-        scale = _repeat_scale(scale, axis, math.prod(shape[dims]), split_names(entries[0]))
+        scale = _repeat_scale(scale, axis, math.prod(shape[dims]), entry_axes(entries[0]))
     value = stored.code.astype(jnp.float32) * scale.reshape(shape)
     return round_to_bfloat16(value)
 
@@ -115,11 +116,6 @@ def _repeat_scale(scale: jax.Array, axis: int, size: int, names: Sequence[str]) 
         return jax.lax.slice_in_dim(scale, 0, size, axis=axis)
     first = jax.lax.axis_index(tuple(names)) * size
     return jax.lax.dynamic_slice_in_dim(scale, first, size, axis=axis)
-
-
-def split_names(entry: Any) -> tuple[str, ...]:
-    """Mesh axes of one entry of a PartitionSpec."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def round_to_bfloat16(value: jax.Array) -> jax.Array:

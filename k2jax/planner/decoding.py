@@ -10,6 +10,7 @@ import operator
 from collections.abc import Iterable, Iterator
 
 from k2jax.config import ConfigError, MeshConfig, ModelConfig
+from k2jax.ops.limits import ALIGNED, ONE_ROUND
 from k2jax.params import low_bit_parts
 from k2jax.params.counts import count_flops
 from k2jax.params.kimi import declare_kimi
@@ -24,7 +25,6 @@ BF16 = 2  # bytes of a plain weight and of a cached number
 BYTES = {"bfloat16": 2, "float32": 4, "int32": 4, "float8_e4m3fn": 1}
 WEIGHTS = {"bf16": "plain", "fp8": "fp8", "int4": "int4"}  # of --weights: form of a parameter
 PAGE = 64  # tokens
-ONE_ROUND, ALIGNED = 4096, 8  # rows of a dispatch, as in `ops/moe/dispatch.py`
 KEY_BLOCK = 128  # keys that queries meet at a time
 # Assumed: a collective of few bytes takes so long whatever it carries. NCCL's are 10 to 30 us.
 LATENCY = 10e-6

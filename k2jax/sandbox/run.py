@@ -1,5 +1,6 @@
 """Programs in sandboxes, from Python: what goes in, what came out, what ended them."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,7 +16,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from k2jax.config import ConfigError
@@ -162,7 +162,8 @@ class Sandbox:
         return self._run(list(argv), dict(files or {}), stdin, limits)
 
     def _run(self, argv: list[str], files: dict[str, str], stdin: str, limits: Limits) -> Outcome:
-        with tempfile.TemporaryDirectory() if not self._isolated else _Nowhere() as folder:
+        nowhere = contextlib.nullcontext("")
+        with nowhere if self._isolated else tempfile.TemporaryDirectory() as folder:
             request = {
                 "argv": argv,
                 "main": "main.py",
@@ -201,24 +202,9 @@ class Sandbox:
         """Return itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
-
-
-class _Nowhere:
-    """A folder that is not needed."""
-
-    def __enter__(self) -> str:
-        return ""
-
-    def __exit__(self, *_: object) -> None:
-        return None
 
 
 class _Reader:

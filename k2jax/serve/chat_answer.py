@@ -5,39 +5,25 @@ from typing import Any
 
 from k2jax.inference.request import Output, TokenLogprob
 from k2jax.serve.ask import ChatAsk
+from k2jax.serve.choice import Choice, Piece
 from k2jax.serve.token_text import chat_entry
 from k2jax.text.interface import TokenizerLike
 from k2jax.text.messages import function_name
 from k2jax.text.reply import Delta, ReplyStream
 
-Piece = dict[str, Any]  # of a choice: "delta", maybe "logprobs", and "finish_reason"
 # Both names that clients know for a thought.
 THOUGHT = ("reasoning_content", "reasoning")
 
 
-class ChatChoice:
-    """Reads one choice, token by token.
-
-    Attributes:
-        tokens: that the choice has, the one that ended it too.
-        finish_reason: None until it has ended.
-        error: one line, where the engine failed.
-        complete: no more tokens are needed.
-    """
+class ChatChoice(Choice):
+    """Reads one choice, token by token."""
 
     def __init__(self, tokenizer: TokenizerLike, ask: ChatAsk, prompt: tuple[int, ...]):
+        super().__init__()
         self._tokenizer, self._ask = tokenizer, ask
         self._reply = ReplyStream(tokenizer, prompt, ask.stop)
         self._calls: dict[int, int] = {}  # number among those reported, by that in the reply
         self._entries: list[TokenLogprob] = []
-        self.tokens = 0
-        self.finish_reason: str | None = None
-        self.error = ""
-
-    @property
-    def complete(self) -> bool:
-        """Whether no more tokens are needed."""
-        return self.finish_reason is not None
 
     def feed(self, output: Output) -> list[Piece]:
         """The pieces that an event adds; the last has a `finish_reason`."""

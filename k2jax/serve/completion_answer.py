@@ -4,36 +4,21 @@ from typing import Any
 
 from k2jax.inference.request import Output
 from k2jax.serve.ask import CompletionAsk
+from k2jax.serve.choice import Choice, Piece
 from k2jax.serve.token_text import CompletionLogprobs
 from k2jax.text.interface import TokenizerLike
 
-Piece = dict[str, Any]  # of a choice: "text", maybe "logprobs", and "finish_reason"
 
-
-class CompletionChoice:
-    """Reads one choice.
-
-    Attributes:
-        tokens: that the choice has, the one that ended it too.
-        finish_reason: None until it has ended.
-        error: one line, where the engine failed.
-        complete: no more tokens are needed.
-    """
+class CompletionChoice(Choice):
+    """Reads one choice."""
 
     def __init__(self, tokenizer: TokenizerLike | None, ask: CompletionAsk, place: int):
+        super().__init__()
         self._ask = ask
         self._prompt = ask.requests[place].prompt
         self._echo = ask.echoes[place] if ask.echoes is not None else None
         self._logprobs = None if ask.top is None else CompletionLogprobs(tokenizer, ask.top)
         self._begun = False
-        self.tokens = 0
-        self.finish_reason: str | None = None
-        self.error = ""
-
-    @property
-    def complete(self) -> bool:
-        """Whether no more tokens are needed."""
-        return self.finish_reason is not None
 
     def feed(self, output: Output) -> list[Piece]:
         """The pieces that an event adds; the last has a `finish_reason`."""

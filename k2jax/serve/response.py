@@ -5,11 +5,12 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from k2jax.inference.request import Output
 from k2jax.serve.ask import Ask, ChatAsk, CompletionAsk
 from k2jax.serve.chat_answer import ChatChoice, join_message
+from k2jax.serve.choice import Choice
 from k2jax.serve.completion_answer import CompletionChoice, join_text
 from k2jax.serve.refusal import Refusal, internal_error, too_busy
 from k2jax.serve.running import Running
@@ -20,17 +21,6 @@ Json = dict[str, Any]
 Pieces = list[tuple[int, Json]]  # number of the choice, piece
 DONE = "data: [DONE]\n\n"
 KEEPALIVE = ": waiting\n\n"  # a comment, which clients pass over
-
-
-class Choice(Protocol):
-    """What reads one sequence."""
-
-    tokens: int
-    finish_reason: str | None
-    error: str
-
-    def feed(self, output: Output) -> list[Json]:
-        """The pieces that an event adds."""
 
 
 AnyAsk = TypeVar("AnyAsk", bound=Ask)

@@ -8,7 +8,7 @@ import pytest
 
 from k2jax.config import ConfigError
 from k2jax.evals.code_problems import Problem, grade_all, pass_at_k, read_problems
-from k2jax.sandbox import Limits, Sandbox, SandboxError
+from k2jax.sandbox import Limits
 
 PROBLEM = Problem(
     "made/0",
@@ -26,15 +26,6 @@ WRONG = {
     "    while True: pass": "timed out",
     "    return 2 * x\ndef check(candidate): pass\nimport sys\nsys.exit()": "failed",
 }
-
-
-@pytest.fixture(scope="module")
-def sandbox():
-    try:
-        with Sandbox() as one:
-            yield one
-    except SandboxError as error:
-        pytest.skip(str(error))
 
 
 def test_right_programs_pass_and_wrong_ones_say_why(sandbox):

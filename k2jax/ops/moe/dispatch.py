@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from k2jax.ops.collectives import RowSlices, all_gather, ragged_exchange, scatter_sum
+from k2jax.ops.limits import ALIGNED, ONE_ROUND
 from k2jax.ops.moe.experts import expert_mlp, sorted_expert_mlp
 from k2jax.ops.moe.permute import (
     permute_rows,
@@ -31,8 +32,6 @@ from k2jax.ops.moe.permute import (
 from k2jax.ops.moe.weights import Weights
 
 AXIS = "expert"
-ALIGNED = 8  # rows of a buffer are a multiple of this
-ONE_ROUND = 4096  # rows of a buffer that inference grants, so that each expert is read once
 
 
 class Dispatch(NamedTuple):

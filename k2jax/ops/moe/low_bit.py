@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from k2jax.ops.collectives import Axes, all_gather
-from k2jax.ops.lowbit import BLOCK, Int4, LowBit, decode, multiply_int4, split_names
+from k2jax.ops.collectives import Axes, all_gather, entry_axes
+from k2jax.ops.lowbit import BLOCK, Int4, LowBit, decode, multiply_int4
 from k2jax.ops.moe import low_bit_gpu as gpu
 from k2jax.ops.moe.tiles import cut_into_tiles
 
@@ -51,7 +51,7 @@ def multiply_low_bit(
 
 def _multiply_on_gpu(x_MK, w: LowBit, first, size_E, *, layout: P):
     corner = [
-        jax.lax.axis_index(names) * (n // BLOCK) if (names := split_names(entry)) else jnp.int32(0)
+        jax.lax.axis_index(names) * (n // BLOCK) if (names := entry_axes(entry)) else jnp.int32(0)
         for n, entry in zip(jax.tree.leaves(w)[0].shape[1:], (*layout, None, None), strict=False)
     ]
     return gpu.grouped_matmul(x_MK, w, first, size_E, jnp.stack(corner).astype(jnp.int32))
