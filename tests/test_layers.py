@@ -20,7 +20,7 @@ LAYERS = [  # a room may import from lines above its own, never from its own lin
     {"weights", "inference", "constrain"},
     {"configs", "conversion", "evals", "serve"},
     {"training"},
-    {"planner", "report"},
+    {"planner", "report", "post"},
     {"commands"},
     {"cli"},
 ]
