@@ -1,4 +1,7 @@
-"""Eight fake CPU devices for every test, and less compiler effort: test time is compile time."""
+"""Eight fake CPU devices for every test, and less compiler effort: test time is compile time.
+
+With K2JAX_TEST_PLATFORM=cuda the tests run on that platform instead; those marked `device` can.
+"""
 
 import os
 
@@ -6,9 +9,13 @@ import pytest
 
 from k2jax.runtime.versions import fast_compile_flags
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-_FLAGS = {"xla_force_host_platform_device_count": "8"} | fast_compile_flags()
-os.environ["XLA_FLAGS"] = " ".join(f"--{k}={str(v).lower()}" for k, v in _FLAGS.items())
+PLATFORM = os.environ.get("K2JAX_TEST_PLATFORM") or "cpu"
+os.environ["JAX_PLATFORMS"] = PLATFORM
+if PLATFORM == "cpu":
+    _FLAGS = {"xla_force_host_platform_device_count": "8"} | fast_compile_flags()
+    os.environ["XLA_FLAGS"] = " ".join(f"--{k}={str(v).lower()}" for k, v in _FLAGS.items())
+else:  # as exact as the CPU, where products of float32 would be rounded to fewer bits
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 

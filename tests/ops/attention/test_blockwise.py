@@ -50,6 +50,7 @@ def rows_of(mix):
     return head_maximum
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("length", [ATTENTION_BLOCK + 1, 2 * ATTENTION_BLOCK + 100])
 def test_values_gradients_and_largest_logits_are_those_of_whole_scores(length):
     inputs = drawn(length)

@@ -56,6 +56,7 @@ def kernels(q, k, v, segment, dy):
     return [y, top, logsum, *back]
 
 
+@pytest.mark.device
 def test_values_logits_and_gradients_are_those_of_whole_scores():
     inputs = drawn()
     for i, (ours, right) in enumerate(zip(kernels(*inputs), oracle(*inputs), strict=True)):

@@ -9,6 +9,8 @@ import pytest
 
 from k2jax.ops.moe import expert_mlp, experts, fuse_gate_up, permute, reference_expert_mlp
 
+pytestmark = pytest.mark.device
+
 N, D, F, E, K = 41, 6, 5, 7, 3
 
 

@@ -12,6 +12,8 @@ from k2jax.ops.moe import grouped_matmul
 from k2jax.ops.moe import grouped_tpu as tpu
 from k2jax.ops.moe.grouped import grouped_outer
 
+pytestmark = pytest.mark.device
+
 M, K, N = 64, 128, 256
 SIZES = [(20, 0, 17, 27), (64, 0, 0, 0), (3, 5, 0, 8), (0, 0, 0, 0)]
 PRODUCTS = {

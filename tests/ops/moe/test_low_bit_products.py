@@ -10,6 +10,8 @@ from k2jax.ops.lowbit import Fp8, Int4, decode
 from k2jax.ops.moe import low_bit, low_bit_gpu, resident
 from k2jax.weights import quant
 
+pytestmark = pytest.mark.device
+
 LAYERS, EXPERTS, EMBED, FFW = 2, 3, 256, 128
 SIZES = {"even": [7, 7, 6], "one has all": [0, 20, 0], "some have none": [11, 0, 6]}
 

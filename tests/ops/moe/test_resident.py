@@ -7,6 +7,8 @@ import pytest
 
 from k2jax.ops.moe import grouped_gpu, resident
 
+pytestmark = pytest.mark.device
+
 LAYERS, EXPERTS, EMBED, FFW = 3, 4, 32, 16
 SIZES = {"even": [5, 5, 5, 5], "one has all": [0, 20, 0, 0], "some have none": [11, 0, 0, 6]}
 
