@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
             raise ConfigError(f"no verb {argv[0]!r}; {nearest(argv[0], VERBS)}")
+        if argv.count("--") > 1:  # argparse makes a list of the word between two of them
+            raise ConfigError("'--' is there more than once; after the first all words are names")
         parser, options = _build_parser(argv[0] if argv else "")
         args, rest = parser.parse_known_args(argv)
         args.settings = _read_settings(rest, args, options)

@@ -146,7 +146,10 @@ def learn(value):
 
 
 @hypothesis.settings(
-    deadline=None, max_examples=60, suppress_health_check=list(hypothesis.HealthCheck)
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=list(hypothesis.HealthCheck),
 )
 @hypothesis.given(st.lists(RECORD, min_size=1, max_size=6))
 def test_every_kind_of_file_gives_the_same_documents(tmp_path_factory, records):
@@ -158,7 +161,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path_factory, records):
     assert len(first) == len(records)
 
 
-@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.settings(deadline=None, derandomize=True, max_examples=20)
 @hypothesis.given(st.lists(st.none() | TEXT, min_size=1, max_size=6))
 def test_a_column_of_texts_is_the_same_in_tables_and_cells(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("cells")
