@@ -110,6 +110,7 @@ def test_shard_map_lives_where_one_device_is_seen():
     homes = {
         "moe.py",
         "distribute.py",
+        "draft.py",
         "attention.py",
         "logits.py",
         "kernel_check.py",

@@ -16,6 +16,7 @@ from k2jax.config import ConfigError, nearest
 from k2jax.text.unicode import replace_surrogates
 
 if TYPE_CHECKING:
+    from k2jax.inference.request import EngineStats
     from k2jax.text.interface import TokenizerLike
 
 
@@ -51,7 +52,8 @@ def main(args: argparse.Namespace) -> int:
     talks = conversations(args)
     mesh = loading.read_mesh(args)
 
-    from k2jax.inference.generate import check_prompts, generate
+    from k2jax.inference.generate import check_prompts, continue_all, make_requests, take_ids
+    from k2jax.inference.request import Sampling
     from k2jax.model import Model
     from k2jax.text.kimi_template import encode
 
@@ -65,11 +67,15 @@ def main(args: argparse.Namespace) -> int:
         rows = check_prompts(Model(source.config, {}, tokenizer), *request)
         group.require_equal("prompts", {"token ids": _digest(rows)})
         model = source.load(args.dtype, args.weights)
+        reports: list[EngineStats] = []
+        sampling = Sampling(args.temperature, args.top_p, seed=args.seed)
+        requests = make_requests(model, rows, args.max_new_tokens, sampling)
         began = time.perf_counter()
-        new_ids = generate(model, *request, args.seed)
-        seconds = time.perf_counter() - began
-        if group.number == 0:
-            sys.stdout.write(render(args, tokenizer, prompts, new_ids, seconds) + "\n")
+        new_ids = take_ids(continue_all(model, requests, reports.append))
+        summary = {"seconds": round(time.perf_counter() - began, 3)}
+        for stats in reports:  # of process 0
+            summary |= summarise(stats)
+            sys.stdout.write(render(args, tokenizer, prompts, new_ids, summary) + "\n")
     return 0
 
 
@@ -77,12 +83,21 @@ def _digest(rows: list[list[int]]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:12]
 
 
+def summarise(stats: "EngineStats") -> dict[str, int]:
+    """What the engine did: its steps, and how far an MTP layer saved some."""
+    numbers = {"steps": stats.steps_total, "new_tokens": stats.new_tokens_total}
+    if stats.drafted_tokens_total:
+        numbers["drafted_tokens"] = stats.drafted_tokens_total
+        numbers["accepted_tokens"] = stats.accepted_tokens_total
+    return numbers
+
+
 def render(
     args: argparse.Namespace,
     tokenizer: "TokenizerLike",
     prompts: list[Any],
     new_ids: list[list[int]],
-    seconds: float,
+    summary: dict[str, Any],
 ) -> str:
     """What is printed: text, or one JSON object."""
     from k2jax.text.reply import parse
@@ -99,7 +114,7 @@ def render(
     ]
     for sample, prompt in zip(samples if replies else [], prompts, strict=False):
         sample["message"] = parse(tokenizer, sample["ids"], prompt).message()
-    return json.dumps({"samples": samples, "seconds": round(seconds, 3)})
+    return json.dumps({"samples": samples} | summary)
 
 
 Conversation = tuple[list[dict[str, Any]], list[dict[str, Any]]]

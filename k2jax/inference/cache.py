@@ -18,7 +18,9 @@ from k2jax.sharding import meshless, storage_spec
 Pool = tuple[jax.Array | tuple[jax.Array, ...], ...]
 
 
-def make_pool(cfg: ModelConfig, depths: list[int], pages: int, page: int, dtype: str) -> Pool:
+def make_pool(
+    cfg: ModelConfig, depths: list[int], pages: int, page: int, dtype: str, drafts: bool = False
+) -> Pool:
     """Make an empty pool on the mesh in use.
 
     Args:
@@ -27,16 +29,18 @@ def make_pool(cfg: ModelConfig, depths: list[int], pages: int, page: int, dtype:
         pages: of the pool, scratch included.
         page: tokens of a page.
         dtype: of the latents, the one that is computed in.
+        drafts: whether to add what `draft` needs: outputs of the network, and latents.
     """
-    shape = (pages, page, cfg.size("latent"))
 
-    def make(*layers: int) -> jax.Array:
+    def make(*layers: int, width: int = cfg.size("latent")) -> jax.Array:
+        shape = (*layers, pages, page, width)
         if meshless():
-            return jnp.zeros((*layers, *shape), dtype)
+            return jnp.zeros(shape, dtype)
         layout = jax.NamedSharding(jax.sharding.get_mesh(), pool_spec(bool(layers)))
-        return jnp.zeros((*layers, *shape), dtype, device=layout)
+        return jnp.zeros(shape, dtype, device=layout)
 
-    return tuple(make(n) if n > 0 else tuple(make() for _ in range(-n)) for n in depths)
+    stacks = [make(n) if n > 0 else tuple(make() for _ in range(-n)) for n in depths]
+    return (*stacks, *([(make(width=cfg.embed), make())] if drafts else []))
 
 
 def pool_spec(stacked: bool) -> jax.P:

@@ -61,9 +61,9 @@ class Engine:
         self._tokenizer: TokenizerLike | None = model.tokenizer
         self._vocab = vocab
         allowed = min(self._tokenizer.vocab, vocab) if self._tokenizer else vocab
-        shape = Shape(
-            runner.page, runner.block, runner.pages, runner.rows, runner.shards, runner.wanted
-        )
+        checked = runner.row_sizes[-1] if runner.drafts else 0
+        sizes = runner.page, runner.block, runner.pages, runner.rows
+        shape = Shape(*sizes, runner.shards, runner.wanted, checked)
         self._scheduler = Scheduler(shape, settings.prefix_cache, settings.deterministic)
         # Most tokens of a prompt and its answer: of the model, and of the cache.
         self.context = min(runner.context, model.config.context, self._scheduler.room)
@@ -276,7 +276,7 @@ def make_runner(model: Model, settings: EngineSettings) -> RunnerLike:
     parts, rows = count_parts(model), fill_parts(model, settings.rows)
     tokens = settings.cache_tokens or rows * min(model.config.context, LONGEST)
     pages = parts * (-(-tokens // (PAGE * parts)) + 1)  # each part has a scratch page of its own
-    return Runner(model, rows=rows, pages=pages, page=PAGE, block=PAGE)
+    return Runner(model, rows=rows, pages=pages, page=PAGE, block=PAGE, drafts=settings.drafts)
 
 
 def count_parts(model: Model) -> int:

@@ -9,8 +9,16 @@ import numpy as np
 
 from k2jax.inference.request import TOP_LOGPROBS, Sampling
 from k2jax.inference.runner import Chunk
-from k2jax.inference.sampler import Sampler, log_probabilities, put_rows, take_rows
-from k2jax.inference.scheduler import Part
+from k2jax.inference.sampler import (
+    Sampler,
+    log_probabilities,
+    pick_likeliest,
+    put_rows,
+    take_rows,
+)
+from k2jax.inference.scheduler import Part, is_drafted
+
+REJECTED = -3  # in place of a token: what was drafted before it was not chosen
 
 
 class RunnerLike(Protocol):
@@ -25,12 +33,16 @@ class RunnerLike(Protocol):
     row_sizes: tuple[int, ...]
     wanted: int
     context: int
+    drafts: bool
 
     def warm_up(self) -> None:
         """Compile what can be."""
 
     def forward(self, chunks: Sequence[Chunk], decode: bool = False) -> jax.Array:
         """Read chunks; the logits of the wanted tokens, in order, then any rows."""
+
+    def draft(self, chunks: Sequence[Chunk]) -> jax.Array:
+        """Guess what follows sequences' newest tokens: logits, in order, then any rows."""
 
 
 class Begin(NamedTuple):
@@ -64,7 +76,7 @@ class Plan(NamedTuple):
 class Answer(NamedTuple):
     """What a call gives, for each token with logits, in order."""
 
-    tokens: np.ndarray | None  # int32, chosen ones; below 0: see `sampler`
+    tokens: np.ndarray | None  # int32, chosen ones; below 0: see `sampler`, or REJECTED
     logprobs: np.ndarray | None  # see `log_probabilities`
 
 
@@ -82,8 +94,10 @@ class Executor:
             vocab: logits of a token.
             allowed: ids below it may be chosen.
         """
-        self.runner = runner
-        self._sampler = Sampler(runner.rows, vocab, allowed)
+        self.runner, self._allowed = runner, allowed
+        # Rows that are chosen for at once: of a call that decodes, whatever it checks.
+        self._picked = max(runner.rows, runner.row_sizes[-1])
+        self._sampler = Sampler(runner.rows, vocab, allowed, self._picked)
         pages = -(-(runner.context + runner.block) // runner.page)
         self._tables: Any = np.zeros((runner.rows, pages), np.int32)
 
@@ -103,6 +117,10 @@ class Executor:
         for count, tokens, want, decode in calls:
             chunk = Chunk([0] * tokens, 0, [0] * -(-tokens // page), want)
             y_BX = self.runner.forward([chunk] * count, decode)
+            if decode and self.runner.drafts:
+                guess_BX = self.runner.draft([chunk] * count)
+                with _mesh_of(guess_BX):
+                    jax.block_until_ready(pick_likeliest(guess_BX, allowed=self._allowed))
             if y_BX.shape[0] not in warm:
                 warm.add(y_BX.shape[0])
                 with _mesh_of(y_BX):
@@ -117,25 +135,44 @@ class Executor:
         """
         for begin in plan.begun:
             self._sampler.begin(*begin)
-        logits = [self._forward(call) for call in plan.calls]
+        drafted = [self._draft(call) for call in plan.calls]
+        logits = [self._forward(*pair) for pair in zip(plan.calls, drafted, strict=True)]
         masks = mask()
         chosen = [self._choose(*pair, masks) for pair in zip(plan.calls, logits, strict=True)]
         answers = [Answer(*pair) for pair in jax.device_get(chosen)]
         if not any(call.targets for call in plan.calls):
             jax.block_until_ready(logits)  # hosts do not run ahead of their devices
-        for call, answer in zip(plan.calls, answers, strict=True):
-            self._accept(call, answer)
-        return answers
+        checked = zip(plan.calls, answers, drafted, strict=True)
+        return [self._accept(*each) for each in checked]
 
-    def _forward(self, call: Call) -> jax.Array:
+    def _draft(self, call: Call) -> dict[int, int]:
+        """Have the next but one token of rows guessed; 0 for one that cannot be."""
+        parts = [part for part in call.parts if is_drafted(part)]
+        if not parts:
+            return {}
+        chunks = [self._chunk(part, part.start, part.tokens[:1], "last") for part in parts]
+        y_BX = self.runner.draft(chunks)
+        with _mesh_of(y_BX):
+            tokens = jax.device_get(pick_likeliest(y_BX, allowed=self._allowed))
+        return {part.row: max(int(i), 0) for part, i in zip(parts, tokens, strict=False)}
+
+    def _forward(self, call: Call, drafted: Mapping[int, int]) -> jax.Array:
         chunks = []
         for part in call.parts:
-            table = self._tables[part.row]
-            if part.pages:
-                table[part.first_page : part.first_page + len(part.pages)] = part.pages
-            end = -(-(part.start + len(part.tokens)) // self.runner.page)
-            chunks.append(Chunk(part.tokens, part.start, table[:end], part.want))
+            if is_drafted(part):
+                # One token a chunk: the numbers of both are those of plain decoding.
+                for place, token in enumerate((part.tokens[0], drafted[part.row])):
+                    chunks.append(self._chunk(part, part.start + place, [token], "last"))
+            else:
+                chunks.append(self._chunk(part, part.start, part.tokens, part.want))
         return self.runner.forward(chunks, call.decode)
+
+    def _chunk(self, part: Part, start: int, tokens: Sequence[int], want: str) -> Chunk:
+        table = self._tables[part.row]
+        if part.pages:
+            table[part.first_page : part.first_page + len(part.pages)] = part.pages
+        end = -(-(start + len(tokens)) // self.runner.page)
+        return Chunk(tokens, start, table[:end], want)
 
     def _choose(self, call: Call, y_BX: jax.Array, masks: Masks) -> tuple[Any, Any]:
         if not call.targets:
@@ -153,20 +190,26 @@ class Executor:
     def _pick(self, call: Call, y_BX: jax.Array, masks: Masks) -> jax.Array:
         """Choose the tokens of all rows, or, of scored prompts, only where none is known."""
         rows = rows_of(call)
-        if len(y_BX) <= self.runner.rows:
-            return self._sampler.pick(y_BX, rows, masks)
+        if len(y_BX) <= self._picked:
+            return self._sampler.pick(y_BX, rows, masks, _ahead_of(call))
         open_rows = [at for at, target in enumerate(call.targets) if target < 0]
-        taken = np.full(self.runner.rows, len(y_BX), np.int32)
+        taken = np.full(self._picked, len(y_BX), np.int32)
         taken[: len(open_rows)] = open_rows
         picked = self._sampler.pick(take_rows(y_BX, taken), [rows[at] for at in open_rows], masks)
         return put_rows(picked, taken, size=len(y_BX))
 
-    def _accept(self, call: Call, answer: Answer) -> None:
+    def _accept(self, call: Call, answer: Answer, drafted: Mapping[int, int]) -> Answer:
+        """Note the chosen tokens, and mark those that follow a wrong draft."""
         if answer.tokens is None:
-            return
+            return answer
+        tokens = answer.tokens.tolist()
+        ahead = _ahead_of(call)
         for at, (row, target) in enumerate(zip(rows_of(call), call.targets, strict=True)):
-            if target < 0 <= answer.tokens[at]:
-                self._sampler.accept(row, int(answer.tokens[at]))
+            if ahead[at] and tokens[at - 1] != drafted[row]:
+                tokens[at] = REJECTED
+            if target < 0 <= tokens[at]:
+                self._sampler.accept(row, tokens[at])
+        return answer._replace(tokens=np.array(tokens, np.int32))
 
 
 @contextlib.contextmanager
@@ -190,6 +233,16 @@ def rows_of(call: Call) -> list[int]:
         elif part.want == "all":
             rows += [part.row] * len(part.tokens)
     return rows
+
+
+def _ahead_of(call: Call) -> list[int]:
+    """Return of each token with logits how many new ones its row gets before it."""
+    ahead: list[int] = []
+    for part in call.parts:
+        ahead += {"none": [], "last": [0], "all": [0] * len(part.tokens)}[part.want]
+        if is_drafted(part):
+            ahead[-1] = 1
+    return ahead
 
 
 def _mesh_of(a: jax.Array) -> contextlib.AbstractContextManager[Any]:

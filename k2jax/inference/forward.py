@@ -12,20 +12,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from k2jax.config import ModelConfig
+from k2jax.inference import draft
 from k2jax.inference.cache import Pool
-from k2jax.inference.paged_attention import Chunks, absorb_queries, attend_pages, project_values
-from k2jax.model.attention import project_latents
+from k2jax.inference.layer import apply_layer, describe
+from k2jax.inference.paged_attention import Chunks
 from k2jax.model.logits import head, pick_tokens
-from k2jax.model.mlp import gated_mlp
-from k2jax.model.moe import moe_for_inference
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import Policy, look_up
-from k2jax.model.rope import rotation
 from k2jax.params.arrays import Params, bind
 from k2jax.params.kimi import Kimi
-from k2jax.sharding import reshard
 
 # Stacks of at most this many layers are split into layers before anything is computed, experts
 # excepted; XLA would otherwise copy each layer's weights out of the stack in every call. Deeper
@@ -86,34 +84,20 @@ def forward(
         policy: dtypes, and how weights are read.
         head_rows: most tokens whose logits are computed at a time; 0: all.
     """
-    declared = Kimi(cfg)
-    order_T = jnp.arange(chunks.token_BT.shape[1])
-    valid_BT = order_T < chunks.count_B[:, None]
-    turn = rotation(reshard(chunks.start_B[:, None] + order_T, "batch", "length"), cfg)
-    valid_BT = reshard(valid_BT, "batch", "length")
+    declared, reading = Kimi(cfg), describe(chunks, cfg)
 
-    def apply_layer(
+    def apply_bound(
         x_BTD: jax.Array, params: Params, latents: jax.Array, index: jax.Array, stacked: bool
     ) -> tuple[jax.Array, jax.Array]:
-        at = index if stacked else None
         w = bind(declared.layers if MOE in params else declared.dense, params)
-        u_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, policy)
-        new_BTM = jnp.concatenate(project_latents(w.attention, u_BTD, turn, cfg, policy), axis=-1)
-        q_BHTM, up_RHW = absorb_queries(w.attention, u_BTD, turn, cfg, policy)
-        mixed_BHTR, latents = attend_pages(q_BHTM, new_BTM, latents, at, chunks, cfg)
-        x_BTD += project_values(w.attention, mixed_BHTR, up_RHW, cfg, policy)
-        u_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, policy)
-        if hasattr(w, "moe"):
-            y_BTD = moe_for_inference(w.moe, index, u_BTD, valid_BT, cfg, policy)
-        else:
-            y_BTD = gated_mlp(w.mlp, u_BTD, policy)
-        return x_BTD + y_BTD, latents
+        return apply_layer(w, (index, stacked), x_BTD, latents, reading, cfg, policy)
 
     # Traced once for all layers of a kind that were taken apart.
-    apply_one = jax.jit(functools.partial(apply_layer, stacked=False))
+    apply_one = jax.jit(functools.partial(apply_bound, stacked=False))
     w = bind(Ends(declared), weights.whole)
     x_BTD, written = look_up(w.embed, chunks.token_BT, policy), []
-    for (prefix, _), stack, old in zip(_list_stacks(cfg), weights.stacks, pool, strict=True):
+    stacks = _list_stacks(cfg)
+    for (prefix, _), stack, old in zip(stacks, weights.stacks, pool, strict=False):
         experts = {
             name.removeprefix(prefix): a
             for name, a in weights.whole.items()
@@ -129,24 +113,50 @@ def forward(
 
             def apply_next(carry, at, experts=experts):
                 index, params = at
-                return apply_layer(carry[0], params | experts, carry[1], index, True), None
+                return apply_bound(carry[0], params | experts, carry[1], index, True), None
 
             assert not isinstance(old, tuple)
             depth = jnp.arange(old.shape[0])
             (x_BTD, latents), _ = jax.lax.scan(apply_next, (x_BTD, old), (depth, stack))
             written.append(latents)
-    return _read_head(w, pick_tokens(x_BTD, chunks.wanted_N), cfg, policy, head_rows), tuple(
-        written
-    )
+    if len(pool) > len(stacks):
+        mtp = draft.bind_first(weights.whole, cfg)
+        normed_BTD = rms_norm(x_BTD, w.norm, cfg.norm_eps, policy)
+        written.append(draft.note_outputs(w, mtp, normed_BTD, pool[-1], reading, cfg, policy))
+    x_N1D = pick_tokens(x_BTD, chunks.wanted_N)
+    return _read_head(w.head, w.norm, x_N1D, cfg, policy, head_rows), tuple(written)
+
+
+def guess(
+    weights: Weights,
+    pool: Pool,
+    chunks: Chunks,
+    cfg: ModelConfig,
+    policy: Policy,
+    head_rows: int = 0,
+) -> tuple[jax.Array, Pool]:
+    """Guess what follows each chunk's token by the first MTP layer: logits, as `forward` does.
+
+    The main network has read everything before that token, not yet the token itself.
+    """
+    w, mtp = bind(Ends(Kimi(cfg)), weights.whole), draft.bind_first(weights.whole, cfg)
+    x_BTD, new = draft.apply_first(w, mtp, pool[-1], describe(chunks, cfg), cfg, policy)
+    x_N1D = pick_tokens(x_BTD, chunks.wanted_N)
+    return _read_head(w.head, mtp.norm, x_N1D, cfg, policy, head_rows), (*pool[:-1], new)
 
 
 def _read_head(
-    w: "Ends", x_N1D: jax.Array, cfg: ModelConfig, policy: Policy, rows: int
+    weight: nnx.Variable,
+    norm: nnx.Variable,
+    x_N1D: jax.Array,
+    cfg: ModelConfig,
+    policy: Policy,
+    rows: int,
 ) -> jax.Array:
     """Compute the logits of tokens, at least these, at most `rows` at a time; 0: all at once."""
 
     def read(x_N1D: jax.Array) -> jax.Array:
-        return head(w.head, rms_norm(x_N1D, w.norm, cfg.norm_eps, policy), policy)[:, 0]
+        return head(weight, rms_norm(x_N1D, norm, cfg.norm_eps, policy), policy)[:, 0]
 
     if not rows or len(x_N1D) <= rows:
         return read(x_N1D)

@@ -1,12 +1,15 @@
 """Continue prompts with the tokens that a model finds likely."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 
+from k2jax import cluster
 from k2jax.config import ConfigError
 from k2jax.inference.engine import Engine, fill_parts
 from k2jax.inference.request import (
     FLOAT32_MAX,
     EngineSettings,
+    EngineStats,
     Request,
     Result,
     Sampling,
@@ -18,6 +21,7 @@ from k2jax.sharding import use_mesh_of
 MOST_ROWS = 256  # sequences at once; more prompts wait for a row
 BUCKET = 64  # tokens; lengths are rounded up to a multiple of it, or of more where they are long
 
+Report = Callable[[EngineStats], None]
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
 
@@ -54,17 +58,32 @@ def generate(
         RuntimeError: the model's logits are not finite.
     """
     rows = check_prompts(model, prompts, max_new_tokens, temperature, top_p)
+    sampling = Sampling(temperature, top_p, seed=seed)
+    return take_ids(continue_all(model, make_requests(model, rows, max_new_tokens, sampling, stop)))
+
+
+def make_requests(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Iterable[int] | None = None,
+) -> list[Request]:
+    """Make the requests of `generate`: each row draws by a seed of its own."""
     ends = frozenset(stop_ids(model, stop))
-    requests = [
-        Request(
-            tuple(row),
-            max_new_tokens,
-            Sampling(temperature, top_p, seed=derive_seed(seed, number)),
-            ends,
-        )
-        for number, row in enumerate(rows)
+    seeds = (derive_seed(sampling.seed, number) for number in range(len(rows)))
+    return [
+        Request(tuple(row), max_new_tokens, dataclasses.replace(sampling, seed=seed), ends)
+        for row, seed in zip(rows, seeds, strict=True)
     ]
-    results = continue_all(model, requests)
+
+
+def take_ids(results: Sequence[Result]) -> list[list[int]]:
+    """Return the new token ids of each result, without the one that ended it.
+
+    Raises:
+        RuntimeError: one of them ended by an error.
+    """
     for number, result in enumerate(results):
         if result.error:
             raise RuntimeError(f"prompt {number}: {result.error}")
@@ -167,10 +186,18 @@ def bucket(length: int) -> int:
     return -(-length // unit) * unit
 
 
-def continue_all(model: Model, requests: Sequence[Request]) -> list[Result]:
+def continue_all(
+    model: Model, requests: Sequence[Request], report: Report | None = None
+) -> list[Result]:
     """Compute requests of one call, in an engine that just holds them; results in their order.
 
     Sizes are rounded up, so that calls of about the same sizes share their compiled programs.
+
+    Args:
+        model: on its mesh.
+        requests: what to compute.
+        report: called with what the engine did, such as its steps and drafted tokens; in several
+            processes by process 0 alone.
 
     Raises:
         ConfigError: one of them cannot be computed.
@@ -179,4 +206,8 @@ def continue_all(model: Model, requests: Sequence[Request]) -> list[Result]:
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     settings = EngineSettings(rows=rows, cache_tokens=rows * bucket(longest), prefill_share=1.0)
     with use_mesh_of(*model.params.values()):
-        return Engine(model, settings).run(requests)
+        engine = Engine(model, settings)
+        results = engine.run(requests)
+        if report and cluster.current().number == 0:
+            report(engine.stats())
+        return results

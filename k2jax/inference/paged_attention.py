@@ -26,6 +26,8 @@ NEG_INF = -1e30  # below every logit; finite, so that differences are
 HEADS = ("batch", "heads", "length", None)
 
 Int = Any  # int32, of NumPy until it is computed with
+# Of chunks: their tables, the place of their first token, and their number of tokens.
+Places = tuple[jax.Array, ...]
 
 
 class Chunks(NamedTuple):
@@ -65,6 +67,7 @@ def attend_pages(
     index: jax.Array | None,
     chunks: Chunks,
     cfg: ModelConfig,
+    first: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """Write the chunks' latents to their pages, then mix each token's latents by its softmax.
 
@@ -75,6 +78,7 @@ def attend_pages(
         index: of the layer in the stack.
         chunks: where the tokens lie.
         cfg: sizes.
+        first: the first place that tokens see.
 
     Returns:
         `mixed_BHTR`, and the pool with the new latents.
@@ -86,12 +90,12 @@ def attend_pages(
     places = (table, reshard(chunks.start_B, "cache"), reshard(chunks.count_B, "cache"))
     if meshless():
         latents = write_latents(latents, new_BTM, *places, index)
-        return _mix_latents(q_BHTM, latents, index, *places, cfg), latents
+        return _mix_latents(q_BHTM, latents, index, places, cfg, first), latents
 
-    def on_device(q_BHTM, new_BTM, latents, index, table, start_B, count_B):
-        latents = write_latents(latents, new_BTM, table, start_B, count_B, index)
+    def on_device(q_BHTM, new_BTM, latents, index, *places):
+        latents = write_latents(latents, new_BTM, *places, index)
         q_BHTM = all_to_all(q_BHTM, "model", 0, 1)
-        mixed_BHTR = _mix_latents(q_BHTM, latents, index, table, start_B, count_B, cfg)
+        mixed_BHTR = _mix_latents(q_BHTM, latents, index, places, cfg, first)
         return all_to_all(mixed_BHTR, "model", 1, 0), latents
 
     heads, rows = storage_spec(HEADS), storage_spec(("cache",))
@@ -108,10 +112,9 @@ def _mix_latents(
     q_BHTM: jax.Array,
     latents: jax.Array,
     index: jax.Array | None,
-    table: jax.Array,
-    start_B: jax.Array,
-    count_B: jax.Array,
+    places: Places,
     cfg: ModelConfig,
+    first: int,
 ) -> jax.Array:
     """Mix the latents that each token of one device sees: `mixed_BHTR`.
 
@@ -122,10 +125,9 @@ def _mix_latents(
     few = CHUNKS_AT_ONCE if tokens > 1 and chunks % CHUNKS_AT_ONCE == 0 else chunks
 
     def mix_few(args: tuple[jax.Array, ...]) -> jax.Array:
-        q_BHTM, table, start_B, count_B = args
-        return _mix_by_blocks(q_BHTM, latents, index, table, start_B, count_B, cfg)
+        return _mix_by_blocks(args[0], latents, index, args[1:], cfg, first)
 
-    whole = (q_BHTM, table, start_B, count_B)
+    whole = (q_BHTM, *places)
     if few == chunks:
         return mix_few(whole)
     parts = jax.tree.map(lambda a: a.reshape(chunks // few, few, *a.shape[1:]), whole)
@@ -136,12 +138,12 @@ def _mix_by_blocks(
     q_BHTM: jax.Array,
     latents: jax.Array,
     index: jax.Array | None,
-    table: jax.Array,
-    start_B: jax.Array,
-    count_B: jax.Array,
+    places: Places,
     cfg: ModelConfig,
+    first: int,
 ) -> jax.Array:
     """Compute `_mix_latents` by an online softmax over blocks of keys."""
+    table, start_B, count_B = places
     page, dtype, (chunks, heads, tokens, width) = latents.shape[-2], q_BHTM.dtype, q_BHTM.shape
     pages = max(KEY_BLOCK // page, 1)
     keys = pages * page
@@ -165,7 +167,10 @@ def _mix_by_blocks(
             "bsm,bnm->bsn", latent_BSM, q_BNM, preferred_element_type=jnp.float32
         )
         logit_BNS = logit_BSN.transpose(0, 2, 1) * cfg.softmax_scale
-        logit_BNS = jnp.where(place_S <= position_BN[..., None], logit_BNS, NEG_INF)
+        seen_BNS = place_S <= position_BN[..., None]
+        if first:
+            seen_BNS &= place_S >= first
+        logit_BNS = jnp.where(seen_BNS, logit_BNS, NEG_INF)
         old_BN, top_BN = top_BN, jnp.maximum(top_BN, logit_BNS.max(axis=-1))
         weight_BNS = jnp.exp(logit_BNS - top_BN[..., None])
         factor_BN = jnp.exp(old_BN - top_BN)

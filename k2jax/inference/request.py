@@ -192,6 +192,8 @@ class EngineSettings:
         prefix_cache: keep the latents of prompts for requests that begin alike.
         deterministic: a request's tokens depend on the request alone; False: faster where
             products of different sizes are, and tokens may differ in last bits.
+        drafts: where the model has MTP layers, the first guesses the token after each next one,
+            and one step checks both: the same tokens in fewer steps.
     """
 
     rows: int = 16
@@ -200,6 +202,7 @@ class EngineSettings:
     prefill_share: float = 0.5
     prefix_cache: bool = True
     deterministic: bool = True
+    drafts: bool = True
 
 
 @dataclasses.dataclass
@@ -216,6 +219,8 @@ class EngineStats:
         prompt_tokens_total: of requests that have begun.
         cached_tokens_total: of those, from the prefix cache.
         new_tokens_total: chosen.
+        drafted_tokens_total: guessed by an MTP layer, and checked.
+        accepted_tokens_total: of those, the ones that were chosen: each saved a step.
         steps_total: of the engine.
         preemptions_total: sequences that gave their pages up and were computed again.
         finished_stop_total: requests that ended by a stop id, a stop text or their constraint.
@@ -233,6 +238,8 @@ class EngineStats:
     prompt_tokens_total: int = 0
     cached_tokens_total: int = 0
     new_tokens_total: int = 0
+    drafted_tokens_total: int = 0
+    accepted_tokens_total: int = 0
     steps_total: int = 0
     preemptions_total: int = 0
     finished_stop_total: int = 0

@@ -57,6 +57,7 @@ class Size(NamedTuple):
     chunks: int
     tokens: int  # of each chunk
     wanted: int  # tokens with logits
+    guesses: bool = False  # by the first MTP layer, not by the network
 
 
 class Network(NamedTuple):
@@ -79,10 +80,11 @@ class Runner:
         shards: equal parts of the pool, one a device, each with a scratch page first; a sequence
             has its pages in one of them.
         rows: most sequences of a call that decodes.
-        row_sizes: sequences of the programs that decode, ascending; calls are padded to the next.
+        row_sizes: tokens of the programs that decode, ascending; calls are padded to the next.
         sizes: chunks of calls that read prompts, ascending; calls are padded to the next.
         wanted: most tokens of which a call can give logits.
         context: most tokens of a sequence.
+        drafts: whether `draft` can be called.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class Runner:
         page: int = 16,
         block: int = 16,
         chunks: int = 16,
-        context: int | None = None,
+        drafts: bool = False,
     ):
         """Make an empty pool; nothing is compiled.
 
@@ -105,13 +107,15 @@ class Runner:
             page: tokens of a page.
             block: tokens of a prompt's chunk, a multiple of `page`.
             chunks: most chunks of a call that reads prompts.
-            context: most tokens of a sequence; None: the model's.
+            drafts: whether to keep what the first MTP layer needs to guess tokens; without
+                effect where the model has none.
         """
         if block % page:
             raise ConfigError(f"block is {block}; it must be a multiple of the page, {page} tokens")
         self.page, self.block, self.pages = page, block, pages
         self._cfg, self._policy = model.config, Policy(model.dtype)
-        self.context = context or model.config.context
+        self.context = model.config.context
+        self.drafts = drafts and model.config.mtp_layers > 0
         with use_mesh_of(*model.params.values()), decoding(model.params, model.config) as params:
             self._params = params
             self._mesh = None if meshless() else jax.sharding.get_mesh()
@@ -119,8 +123,9 @@ class Runner:
         if pages % self.shards:
             raise ConfigError(f"pages is {pages}; {self.shards} devices must divide it")
         self._cpu = jax.default_backend() == "cpu"
-        least, most = CPU_DECODE_ROWS if self._cpu else (1, rows)
-        self.row_sizes = self._list_sizes(least, min(most, -(-rows // self.shards)))
+        decoded = rows * (1 + self.drafts)
+        least, most = CPU_DECODE_ROWS if self._cpu else (1, decoded)
+        self.row_sizes = self._list_sizes(least, min(most, -(-decoded // self.shards)))
         least = -(-CPU_PREFILL_ROWS // block) if self._cpu else 1
         self.sizes = self._list_sizes(least, -(-chunks // self.shards))
         self.rows, self.wanted = rows, self.sizes[-1] * block
@@ -132,6 +137,8 @@ class Runner:
         for tokens, sizes in ((1, self.row_sizes), (self.block, self.sizes)):
             for count in sizes:
                 self._program(Size(count, tokens, count))
+        for count in self.row_sizes if self.drafts else ():
+            self._program(Size(count, 1, count, True))
 
     def forward(self, chunks: Sequence[Chunk], decode: bool = False) -> jax.Array:
         """Read chunks: logits of the wanted tokens in order, float32 [at least these, vocab].
@@ -143,6 +150,26 @@ class Runner:
                 chunk of one token may be a prompt's last: numbers agree, but not to the last bit.
         """
         tokens, sizes = (1, self.row_sizes) if decode else (self.block, self.sizes)
+        return self._run(chunks, tokens, sizes)
+
+    def draft(self, chunks: Sequence[Chunk]) -> jax.Array:
+        """Guess what follows the newest token of sequences, of which all before it is computed.
+
+        Args:
+            chunks: that token of each.
+
+        Returns:
+            Logits as `forward` gives them, of the first MTP layer.
+        """
+        return self._run(chunks, 1, self.row_sizes, guesses=True)
+
+    def _run(
+        self,
+        chunks: Sequence[Chunk],
+        tokens: int,
+        sizes: tuple[int, ...],
+        guesses: bool = False,
+    ) -> jax.Array:
         # A part of the pool has at most its share of a call's chunks.
         share, seen = sizes[-1] // self.shards, Counter[int]()
         calls: dict[int, dict[int, tuple[int, Chunk]]] = {}
@@ -151,7 +178,9 @@ class Runner:
             call, number = divmod(seen[part], share)
             seen[part] += 1
             calls.setdefault(call, {})[i] = number, chunk
-        logits = [self._call(list(calls[call].values()), tokens, sizes) for call in sorted(calls)]
+        logits = [
+            self._call(list(calls[call].values()), tokens, sizes, guesses) for call in sorted(calls)
+        ]
         if len(calls) == 1:
             return logits[0]
         with self._on_mesh():
@@ -160,14 +189,20 @@ class Runner:
     def _part(self, chunk: Chunk) -> int:
         return int(chunk.pages[0]) * self.shards // self.pages
 
-    def _call(self, placed: list[tuple[int, Chunk]], tokens: int, sizes: tuple[int, ...]):
+    def _call(
+        self,
+        placed: list[tuple[int, Chunk]],
+        tokens: int,
+        sizes: tuple[int, ...],
+        guesses: bool,
+    ) -> jax.Array:
         share = 1 + max(number for number, _ in placed)
         count = next(n for n in sizes if n >= share * self.shards)
         slots = {
             self._part(chunk) * (count // self.shards) + number: chunk for number, chunk in placed
         }
         wanted = _list_wanted(slots, tokens)
-        size = Size(count, tokens, count if len(wanted) <= count else count * tokens)
+        size = Size(count, tokens, count if len(wanted) <= count else count * tokens, guesses)
         program = self._program(size)
         logits, self._pool = program(self._weights, self._pool, self._pad(slots, wanted, size))
         return logits
@@ -194,7 +229,9 @@ class Runner:
                 # As few rows at a time as where a prompt's last token alone is wanted.
                 rows = self.row_sizes[-1] if self._cpu and self._mesh is None else 0
                 net = Network(self._cfg, self._policy, self._tree, rows, self._cpu)
-                self._programs[size] = _compile(net, layout, tuple(described), self._mesh)
+                self._programs[size] = _compile(
+                    net, layout, tuple(described), self._mesh, size.guesses
+                )
         return self._programs[size]
 
     def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
@@ -203,7 +240,8 @@ class Runner:
     def _prepare(self) -> None:
         """Put the weights in order and make the pool."""
         cfg, dtype = self._cfg, self._policy.compute_dtype
-        self._pool = make_pool(cfg, network.list_depths(cfg), self.pages, self.page, dtype)
+        depths = network.list_depths(cfg)
+        self._pool = make_pool(cfg, depths, self.pages, self.page, dtype, self.drafts)
         self._weights, self._tree = jax.tree.flatten(_split_weights(self._params, cfg))
 
     def _list_sizes(self, least: int, most: int) -> tuple[int, ...]:
@@ -229,12 +267,14 @@ def _compile(
     layout: jax.tree_util.PyTreeDef,
     described: tuple[jax.ShapeDtypeStruct, ...],
     mesh: jax.sharding.Mesh | None,
+    guesses: bool,
 ) -> jax.stages.Compiled:
     """Compile one program; runners of like sizes share it."""
 
     def run(weights: list[jax.Array], pool: Pool, chunks: Chunks) -> tuple[jax.Array, Pool]:
         split = jax.tree.unflatten(net.tree, weights)
-        return network.forward(split, pool, chunks, net.cfg, net.policy, net.head_rows)
+        compute = network.guess if guesses else network.forward
+        return compute(split, pool, chunks, net.cfg, net.policy, net.head_rows)
 
     arrays = jax.tree.unflatten(layout, described)
     lowered = jax.jit(run, donate_argnums=1).lower(*arrays)

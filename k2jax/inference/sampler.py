@@ -244,16 +244,17 @@ def _filter_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
 class Sampler:
     """The settings of each row of the engine, as arrays, and what its tokens have changed."""
 
-    def __init__(self, rows: int, vocab: int, allowed: int):
+    def __init__(self, rows: int, vocab: int, allowed: int, picked: int):
         """No row has begun.
 
         Args:
             rows: most sequences.
             vocab: logits of a row.
             allowed: ids below it may be chosen.
+            picked: most tokens that are chosen at once.
         """
         self._vocab, self._allowed, self._words = vocab, allowed, -(-vocab // 32)
-        self._rows = rows
+        self._picked = picked
         self._knobs = Knobs(
             np.zeros(rows, np.float32),
             np.ones(rows, np.float32),
@@ -291,7 +292,11 @@ class Sampler:
             self._adjusted[row].count(token)
 
     def pick(
-        self, y_BX: jax.Array, rows: Sequence[int], masks: Mapping[int, np.ndarray]
+        self,
+        y_BX: jax.Array,
+        rows: Sequence[int],
+        masks: Mapping[int, np.ndarray],
+        ahead: Sequence[int] = (),
     ) -> jax.Array:
         """Choose the next token of each row: int32 [batch], on the device.
 
@@ -299,6 +304,7 @@ class Sampler:
             y_BX: logits, float32; of `rows`, in their order, then of nobody.
             rows: of the engine.
             masks: allowed tokens, by row of the engine; see `Constraint.mask`.
+            ahead: for each of `rows`, new tokens that it gets before this one; (): none.
         """
         size = y_BX.shape[0]
         if self._adjusted and any(row in self._adjusted for row in rows):
@@ -308,7 +314,9 @@ class Sampler:
         if self._drawn and any(row in self._drawn for row in rows):
             at = np.zeros(size, np.int32)
             at[: len(rows)] = rows
-            return draw(y_BX, Knobs(*(array[at] for array in self._knobs)), allowed=self._allowed)
+            knobs = Knobs(*(array[at] for array in self._knobs))
+            knobs.number_B[: len(ahead)] += np.asarray(ahead, np.int32)
+            return draw(y_BX, knobs, allowed=self._allowed)
         return pick_likeliest(y_BX, allowed=self._allowed)
 
     def _adjustments(self, rows: Sequence[int], size: int) -> tuple[np.ndarray, ...]:
@@ -339,8 +347,8 @@ class Sampler:
             functools.partial(log_probabilities, y_BX, token_B, token_B, top=top)
             for top in (1, TOP_LOGPROBS)
         ]
-        if size > self._rows:  # of prompts that are scored; what is chosen is taken out first
-            row_B = np.zeros(self._rows, np.int32)
+        if size > self._picked:  # of prompts that are scored; what is chosen is taken out first
+            row_B = np.zeros(self._picked, np.int32)
             taking = functools.partial(take_rows, y_BX, row_B)
             return [*scores, taking, functools.partial(put_rows, row_B, row_B, size=size)]
         knobs = Knobs(*(array[token_B] for array in self._knobs))

@@ -6,11 +6,13 @@ Where pages run out, the sequence that began last gives its pages up and is comp
 the oldest always ends.
 """
 
-from collections import deque
+from collections import Counter, deque
 from typing import NamedTuple
 
 from k2jax.inference.pages import ROOT, Pages
 from k2jax.inference.sequence import Sequence
+
+DRAFTED = -1  # in place of a token: an MTP layer is to guess it
 
 
 class Part(NamedTuple):
@@ -18,10 +20,15 @@ class Part(NamedTuple):
 
     row: int
     start: int  # position of the first
-    tokens: list[int]
+    tokens: list[int]  # the second of two that decode is DRAFTED
     first_page: int  # place in the row's table of `pages`
     pages: list[int]  # that the table does not have yet
     want: str  # "none", "last" or "all": of which tokens logits are wanted
+
+
+def is_drafted(part: Part) -> bool:
+    """Whether the part has a token and a drafted one behind it."""
+    return part.tokens[-1] == DRAFTED
 
 
 class Work(NamedTuple):
@@ -41,6 +48,7 @@ class Shape(NamedTuple):
     rows: int
     parts: int = 1  # of the pool; a sequence lies in one
     wanted: int = 1 << 30  # most tokens of a call that logits are wanted of
+    checked: int = 0  # most tokens of a call that decodes if some of them are drafted; 0: none are
 
 
 class Scheduler:
@@ -82,6 +90,8 @@ class Scheduler:
         """
         # The oldest first: who loses its pages to another has not been looked at yet.
         decode = [part for s in list(self.running) if (part := self._decode(s))]
+        if self.shape.checked:
+            decode = self._add_drafts(decode)
         started = self._admit()
         prefill = self._prefill(decode_chunks if decode else chunks)
         return Work(prefill, decode, started)
@@ -112,6 +122,35 @@ class Scheduler:
         if not self.deterministic and s.done % self.shape.block == 0:
             self._publish(s)
         return s, part
+
+    def _add_drafts(self, decode: list[tuple[Sequence, Part]]) -> list[tuple[Sequence, Part]]:
+        """Add a drafted token where the call has room for one more; the oldest first."""
+        tokens = Counter(s.part for s, _ in decode)
+        room = self.shape.checked // self.shape.parts
+        drafting = []
+        for s, plain in decode:
+            part = plain
+            if part.want == "last" and s.can_draft and tokens[s.part] < room and self._extend(s):
+                pages = part.pages + self._part(s, 1, "all").pages
+                part = part._replace(tokens=[*part.tokens, DRAFTED], pages=pages, want="all")
+                tokens[s.part] += 1
+            drafting.append((s, part))
+        return drafting
+
+    def _extend(self, s: Sequence) -> bool:
+        """Make sure of a page for one more token, at nobody's cost."""
+        if s.done < len(s.pages) * self.shape.page:
+            return True
+        page = self.parts[s.part].take()
+        if page is not None:
+            s.pages.append(page)
+        return page is not None
+
+    def accept_draft(self, s: Sequence) -> None:
+        """Note that a drafted token was chosen: it is computed."""
+        s.done += 1
+        if not self.deterministic and s.done % self.shape.block == 0:
+            self._publish(s)
 
     def _grow(self, s: Sequence) -> bool:
         """Give a sequence one more page, at the cost of those that began last."""

@@ -71,6 +71,16 @@ class Sequence:
         return len(self.tokens) - len(self.request.prompt)
 
     @property
+    def can_draft(self) -> bool:
+        """Whether the token after the next one may be guessed.
+
+        Nothing may depend on the next one but the logits, and there must be room for both.
+        """
+        request = self.request
+        depends = request.constraint is not None or request.sampling.counts
+        return not depends and self.new_count + 2 <= request.max_new_tokens
+
+    @property
     def shareable(self) -> int:
         """Tokens from the start whose logits nobody asks for: a cache may have them."""
         return min(self.scored, len(self.request.prompt)) - 1

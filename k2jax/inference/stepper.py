@@ -1,16 +1,17 @@
 """One step of the engine: what is planned is computed, and every new token is looked at."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from k2jax.config import one_line
-from k2jax.inference.executor import Answer, Begin, Call, Executor, Masks, Plan
+from k2jax.inference.executor import REJECTED, Answer, Begin, Call, Executor, Masks, Plan
 from k2jax.inference.pace import Pace
 from k2jax.inference.request import EngineSettings, EngineStats, TokenLogprob
 from k2jax.inference.sampler import NOT_FINITE, NOTHING_ALLOWED
-from k2jax.inference.scheduler import Part, Scheduler, Work
+from k2jax.inference.scheduler import Part, Scheduler, Work, is_drafted
 from k2jax.inference.sequence import Sequence
 
 POISONED = "the model's logits of this sequence are not finite"
@@ -43,7 +44,9 @@ class Stepper:
         if not (work.prefill or work.decode):
             return False
         self._note_started(work)
-        batches = [items for items in (work.decode, work.prefill) if items]
+        runner = self._executor.runner
+        decoding = self._cut(work.decode, runner.row_sizes[-1])
+        batches = [*decoding, *self._cut(work.prefill, runner.sizes[-1])]
         plan = Plan(
             [
                 Begin(
@@ -51,7 +54,7 @@ class Stepper:
                 )
                 for s in work.started
             ],
-            [_call(items, items is work.decode) for items in batches],
+            [_call(items, number < len(decoding)) for number, items in enumerate(batches)],
             any(s.request.constraint for items in batches for s, _ in items),
         )
         began = time.perf_counter()
@@ -64,6 +67,17 @@ class Stepper:
             close(self._ended)
             self._ended.clear()
         return True
+
+    def _cut(self, items: Items, most: int) -> list[Items]:
+        """Cut into calls that are one program each: all of those are compiled at the start."""
+        share, seen = most // self._executor.runner.shards, Counter[int]()
+        batches: list[Items] = []
+        for s, part in items:
+            number = seen[s.part] // share
+            seen[s.part] += len(part.tokens) if is_drafted(part) else 1
+            batches += [[] for _ in range(number + 1 - len(batches))]
+            batches[number].append((s, part))
+        return batches
 
     def _note_started(self, work: Work) -> None:
         for s in work.started:
@@ -92,7 +106,6 @@ class Stepper:
         """Give every sequence its new token and its log-probabilities."""
         if not call.targets:
             return
-        tokens = answer.tokens.tolist() if answer.tokens is not None else None
         at = 0
         for s, part in items:
             if part.want == "none":
@@ -100,14 +113,30 @@ class Stepper:
             first, at = at, at + (len(part.tokens) if part.want == "all" else 1)
             if s.result:
                 continue  # ended by an earlier chunk of this call
-            if part.want == "all" and answer.logprobs is not None:
-                self._read_prompt(s, part, answer.logprobs[first:at])
-            if s.result is None and _ends(s, part):
-                if s.request.max_new_tokens == 0:
-                    self._emit(s, "length")
-                elif tokens is not None:
-                    logprobs = answer.logprobs[at - 1] if answer.logprobs is not None else None
-                    self._take(s, tokens[at - 1], logprobs)
+            if is_drafted(part):
+                self._read_checked(s, answer, first)
+            else:
+                self._read_last(s, part, answer, range(first, at))
+
+    def _read_last(self, s: Sequence, part: Part, answer: Answer, places: range) -> None:
+        """Give a sequence what follows a part's last token, and what is asked for of a prompt."""
+        if part.want == "all" and answer.logprobs is not None:
+            self._read_prompt(s, part, answer.logprobs[places.start : places.stop])
+        if s.result is None and _ends(s, part):
+            if s.request.max_new_tokens == 0:
+                self._emit(s, "length")
+            elif answer.tokens is not None:
+                self._take_at(s, answer, places[-1])
+
+    def _read_checked(self, s: Sequence, answer: Answer, at: int) -> None:
+        """Give a sequence its new token, and the next one where it is the one that was drafted."""
+        assert answer.tokens is not None
+        self._stats.drafted_tokens_total += 1
+        self._take_at(s, answer, at)
+        if s.result is None and answer.tokens[at + 1] != REJECTED:
+            self._stats.accepted_tokens_total += 1
+            self._scheduler.accept_draft(s)
+            self._take_at(s, answer, at + 1)
 
     def _read_prompt(self, s: Sequence, part: Part, logprobs: np.ndarray) -> None:
         prompt, wanted = s.request.prompt, s.request.prompt_logprobs or 0
@@ -120,6 +149,11 @@ class Stepper:
                 self.end(s, "error", error=POISONED)
                 return
             s.prompt_logprobs.append(entry)
+
+    def _take_at(self, s: Sequence, answer: Answer, at: int) -> None:
+        assert answer.tokens is not None
+        logprobs = answer.logprobs[at] if answer.logprobs is not None else None
+        self._take(s, int(answer.tokens[at]), logprobs)
 
     def _take(self, s: Sequence, token: int, logprobs: np.ndarray | None) -> None:
         error = self._broken.pop(s, "") or (POISONED if token == NOT_FINITE else "")
@@ -193,14 +227,16 @@ def _call(items: Items, decode: bool) -> Call:
         request = s.request
         if part.want == "none":
             continue
-        if part.want == "all":
+        if is_drafted(part):
+            targets += [-1, -1]
+        elif part.want == "all":
             end = part.start + len(part.tokens)
             known = s.tokens[part.start + 1 : end + 1]
             targets += known + [-1] * (len(part.tokens) - len(known))
             top = max(top, 1, request.prompt_logprobs or 0)
         else:
             targets.append(-1)
-        if _ends(s, part) and request.max_new_tokens:
+        if is_drafted(part) or (_ends(s, part) and request.max_new_tokens):
             picks = True
             if request.logprobs is not None:
                 top = max(top, 1, request.logprobs)

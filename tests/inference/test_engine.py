@@ -78,6 +78,10 @@ def submit_at_random(ours: Engine, requests: list[Request]) -> list[list]:
         (EngineSettings(deterministic=False), {"pages": 21, "rows": 6}),
         (EngineSettings(), {"page": 2, "block": 6, "pages": 70}),
         (EngineSettings(), {"pages": 84, "rows": 6, "shards": 2}),
+        (EngineSettings(), {"drafts": True}),
+        (EngineSettings(), {"drafts": True, "pages": 21, "rows": 6}),
+        (EngineSettings(deterministic=False), {"drafts": True, "pages": 21, "rows": 6}),
+        (EngineSettings(), {"drafts": True, "pages": 84, "rows": 6, "shards": 2}),
     ],
 )
 def test_answers_are_those_of_requests_alone_under_any_order_of_events(settings, kind):
@@ -100,6 +104,43 @@ def test_answers_are_those_of_requests_alone_under_any_order_of_events(settings,
     assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
     if kind.get("pages") == 21:
         assert stats.preemptions_total > 5
+    if "drafts" in kind:
+        assert stats.drafted_tokens_total > 50
+        assert 0.4 < stats.accepted_tokens_total / stats.drafted_tokens_total < 0.9
+
+
+def test_drafts_save_steps_and_change_no_answer():
+    requests = [
+        Request((1, 2, 3), 40, logprobs=2),
+        Request((4,), 40, SAMPLED, logprobs=0),
+        Request((5, 6), 40, Sampling(0.7, logit_bias={3: 2.0, 9: -5.0}, seed=2)),
+        Request((7,), 12, SAMPLED, stop_ids=frozenset(range(0, 97, 9))),
+    ]
+    plain, drafting = engine(rows=8, pages=200), engine(rows=8, pages=200, drafts=True)
+    assert drafting.run(requests) == plain.run(requests)
+    steps = [each.stats().steps_total for each in (plain, drafting)]
+    assert steps[1] < 0.9 * steps[0]  # those of the one whose drafts are right least often
+    assert drafting.stats().accepted_tokens_total > 30
+    assert plain.stats().drafted_tokens_total == 0
+
+
+def test_what_depends_on_the_next_token_is_not_drafted_behind_it():
+    requests = [
+        Request((1, 2, 3), 20, Sampling(presence_penalty=0.5)),
+        Request((4,), 20, constraint=Only(50, at=20)),
+        Request((4,), 1),
+    ]
+    ours = engine(rows=8, drafts=True)
+    ours.run(requests)
+    assert ours.stats().drafted_tokens_total == 0
+
+
+def test_a_full_call_drafts_for_the_oldest_alone():
+    ours = engine(rows=3, pages=100, drafts=True)
+    results = ours.run([Request((number,), 10 + 10 * number) for number in range(3)])
+    assert all(list(r.ids) == greedy((i,), 10 + 10 * i) for i, r in enumerate(results))
+    decoding = [count for decode, count in ours._executor.runner.calls if decode]
+    assert max(decoding) == 3 and 0 < ours.stats().drafted_tokens_total < 30
 
 
 def test_a_prefix_is_computed_once_even_by_requests_that_come_together():

@@ -28,7 +28,7 @@ def logits(rows: int = 16, vocab: int = VOCAB) -> np.ndarray:
 
 
 def sampler(settings, vocab=VOCAB, allowed=0, prompts=None, new=()) -> Sampler:
-    ours = Sampler(len(settings), vocab, allowed or vocab)
+    ours = Sampler(len(settings), vocab, allowed or vocab, len(settings))
     for row, sampling in enumerate(settings):
         ours.begin(row, sampling, prompts[row] if prompts else [0], new)
     return ours
