@@ -20,6 +20,7 @@ VERBS = {
     "evaluate": ("k2jax.commands.evaluate", "score text: perplexity and bits per byte"),
     "generate": ("k2jax.commands.generate", "continue a prompt or answer a conversation"),
     "serve": ("k2jax.commands.serve", "answer over HTTP, with a page to chat"),
+    "synth": ("k2jax.commands.synth", "make tools, tasks and conversations to train agents on"),
     "convert": ("k2jax.commands.convert", "convert published weights to our format, and back"),
     "plan": (
         "k2jax.commands.plan",

@@ -132,6 +132,7 @@ def test_shard_map_lives_where_one_device_is_seen():
         ("k2jax.report", ("jax", "flax", "numpy", "matplotlib")),
         ("k2jax.optim", ("flax", "orbax", "grain", "tokenizers", "tiktoken", "matplotlib")),
         ("k2jax.data", ("jax", "pyarrow", "grain", "array_record")),
+        ("k2jax.post.synthesis.pipeline", ("jax", "flax", "numpy", "tiktoken", "tokenizers")),
     ],
 )
 def test_importing_stays_light(module, absent):
