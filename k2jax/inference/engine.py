@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
+
 from k2jax import cluster
 from k2jax.config import ConfigError, one_line
 from k2jax.inference.broadcast import TeamExecutor
@@ -56,7 +58,7 @@ class Engine:
         """
         check_settings(settings)
         self.settings, self.error = settings, ""
-        runner = runner or make_runner(model, settings)
+        runner = self._runner = runner or make_runner(model, settings)
         vocab = model.config.vocab
         self._tokenizer: TokenizerLike | None = model.tokenizer
         self._vocab = vocab
@@ -173,6 +175,21 @@ class Engine:
         if self._team and not self._thread:
             self._team.end(results)
         return results
+
+    def set_weights(self, params: dict[str, jax.Array]) -> None:
+        """Compute with other weights of the same model; every process must call this alike.
+
+        The arrays are not copied where they lie on the engine's mesh already, but for layers of
+        shallow stacks. They must live until the next call. Call it where no request is open.
+
+        Raises:
+            RuntimeError: a request is open.
+        """
+        if self._open or self._inbox:
+            raise RuntimeError("weights cannot change while requests are open")
+        self._runner.set_weights(params)
+        for part in self._scheduler.parts:
+            part.forget_all()  # latents of the old weights
 
     def follow(self) -> list[Result]:
         """Compute what process 0 schedules, in any other one; return when it closes or has run."""

@@ -38,6 +38,9 @@ class RunnerLike(Protocol):
     def warm_up(self) -> None:
         """Compile what can be."""
 
+    def set_weights(self, params: Mapping[str, Any]) -> None:
+        """Compute with other weights of the same model."""
+
     def forward(self, chunks: Sequence[Chunk], decode: bool = False) -> jax.Array:
         """Read chunks; the logits of the wanted tokens, in order, then any rows."""
 

@@ -94,6 +94,13 @@ class Pages:
         self._page_of[key] = page
         return self._entries
 
+    def forget_all(self) -> None:
+        """Keep nothing for later sequences; nobody may hold a page."""
+        for page in list(self._idle):
+            self._forget(page)
+            self._free.append(page)
+        self._idle.clear()
+
     def _forget(self, page: int) -> None:
         """Nobody finds this page from now on, nor, by it, those behind it."""
         del self._page_of[self._key_of.pop(self._entry_of[page])]

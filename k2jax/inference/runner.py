@@ -34,6 +34,7 @@ from k2jax.inference.paged_attention import Chunks
 from k2jax.inference.placement import batch_ways, decoding
 from k2jax.model import Model
 from k2jax.model.projection import Policy
+from k2jax.params.arrays import Params
 from k2jax.runtime.versions import row_exact_flags
 from k2jax.sharding import meshless, reshard, use_mesh_of
 
@@ -185,6 +186,17 @@ class Runner:
             return logits[0]
         with self._on_mesh():
             return _put_in_order(logits, calls)
+
+    def set_weights(self, params: Params) -> None:
+        """Compute with other weights of the same model from now on.
+
+        On the same mesh they are the arrays themselves, but for layers of shallow stacks.
+        """
+        with use_mesh_of(*params.values()), decoding(params, self._cfg) as placed:
+            self._params = placed
+        if self._pool is not None:
+            with self._on_mesh():
+                self._weights = jax.tree.leaves(_split_weights(self._params, self._cfg))
 
     def _part(self, chunk: Chunk) -> int:
         return int(chunk.pages[0]) * self.shards // self.pages

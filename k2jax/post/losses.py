@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-LOSSES = ("squared", "grpo", "token_clip")
-BASELINES = ("mean", "log_mean_exp")
 STD_EPS = 1e-4  # as TRL; a group whose rewards hardly differ does not explode
 
 
@@ -57,9 +55,10 @@ def weigh_samples(
         reward_GK: of every sample; not read where it does not count.
         counts_GK: bool; False: the sample failed for a reason of ours, such as a broken reward.
         length_GK: tokens of the model's own in each sample.
-        loss: of LOSSES. `grpo` divides by the group's deviation, as TRL (of a sample, plus 1e-4).
-        baseline: of BASELINES, for `squared`: the mean reward, or tau log mean exp(r / tau), which
-            it approximates [K15].
+        loss: "squared", "grpo" or "token_clip". `grpo` divides by the group's deviation, as TRL
+            (of a sample, plus 1e-4).
+        baseline: for `squared`: the mean reward, or tau log mean exp(r / tau), which it
+            approximates [K15].
         tau: see `squared_loss`.
     """
     counts_GK = np.asarray(counts_GK, bool)

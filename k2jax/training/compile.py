@@ -44,17 +44,17 @@ def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
         state, batch = program.abstract_state(), program.abstract_batch()
         ceiling = jax.ShapeDtypeStruct((), np.float32, sharding=jax.NamedSharding(mesh, jax.P()))
         step = jax.jit(program.step, donate_argnums=0)
-        return _compile(step.lower(state, batch, ceiling))
+        return compile_lowered(step.lower(state, batch, ceiling))
 
 
 def compile_evaluation(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
     """Compile a run's held-out loss for the mesh: from weights and the rows of a micro-batch."""
     with jax.set_mesh(mesh):
         params, rows = program.abstract_state().params, program.abstract_rows()
-        return _compile(jax.jit(program.evaluate).lower(params, rows))
+        return compile_lowered(jax.jit(program.evaluate).lower(params, rows))
 
 
-def _compile(lowered: jax.stages.Lowered) -> Compiled:
+def compile_lowered(lowered: jax.stages.Lowered) -> Compiled:
     """On CPU, compile at -O1: 20% less compile time, same step time."""
     cpu = jax.default_backend() == "cpu"
     compiled = lowered.compile({"xla_backend_optimization_level": "1"} if cpu else {})

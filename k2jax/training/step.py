@@ -90,7 +90,8 @@ def compute_gradients(
     """Return the gradients and what the forward passes reported.
 
     Gradients, loads and the objective's metrics of micro-batches are added; the largest logits are
-    the largest of all, and the other numbers are means. The metrics always have a `loss`.
+    the largest of all, as are metrics whose names end in `_max`, and the other numbers are means.
+    The metrics always have a `loss`.
 
     Args:
         objective: sees weights and one micro-batch, whose `total` is of the whole batch.
@@ -117,7 +118,7 @@ def compute_gradients(
             old.load + aux.load,
             old.aux_loss + aux.aux_loss / micros,
             old.dropped + aux.dropped / micros,
-            jax.tree.map(jnp.add, old.metrics, aux.metrics),
+            _join_metrics(old.metrics, aux.metrics),
         )
         return (jax.tree.map(jnp.add, old_grads, grads), both), None
 
@@ -127,6 +128,14 @@ def compute_gradients(
     nothing = nothing._replace(logit_max=jnp.full(shapes.logit_max.shape, -jnp.inf))
     start = (jax.tree.map(jnp.zeros_like, trainable), nothing)
     return jax.lax.scan(add, start, batch)[0]
+
+
+def _join_metrics(old: Metrics, new: Metrics) -> Metrics:
+    """Join those of two micro-batches; largest values are none below 0."""
+    return {
+        name: jnp.maximum(a, new[name]) if name.endswith("_max") else a + new[name]
+        for name, a in old.items()
+    }
 
 
 def split_trainable(params: Params, specs: Mapping[str, ParamSpec]) -> tuple[Params, Params]:

@@ -1,0 +1,166 @@
+"""What a model learns from by trying: tasks that answer back and give rewards.
+
+One's own is ten lines in a file, and `--env FILE:NAME` opens it:
+
+    from k2jax.post.environment import SingleTurn
+
+    def prompts(split):
+        return [f"{n} squared is " for n in range(1000) if (n % 10 == 0) == (split == "heldout")]
+
+    def reward(prompt, reply):
+        return float(reply == str(int(prompt.split()[0]) ** 2))
+
+    def squares():
+        return SingleTurn("squares", budget=8, prompts=prompts, reward=reward)
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from k2jax.config import ConfigError, nearest
+
+SPLITS = ("train", "heldout")
+# Where each environment is made: a module and a function without arguments.
+REGISTRY = {
+    "sum2": "k2jax.post.toy_tasks:sum2",
+    "sort6": "k2jax.post.toy_tasks:sort6",
+}
+
+
+class Observation(NamedTuple):
+    """What the model reads next; it is appended to what it has read and written so far.
+
+    Attributes:
+        text: appended as it is, for models without a chat template.
+        messages: if any, rendered by the chat template instead of `text`; the assistant's turn is
+            opened behind them.
+        tools: declared before the first messages.
+    """
+
+    text: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+class Reply(NamedTuple):
+    """What the model wrote in one turn.
+
+    Attributes:
+        text: without the token that ended it.
+        ids: with it.
+        message: the assistant's message, with `tool_calls`; None where the prompt was plain text.
+    """
+
+    text: str
+    ids: tuple[int, ...] = ()
+    message: Mapping[str, Any] | None = None
+
+
+class StepResult(NamedTuple):
+    """What a turn led to.
+
+    Attributes:
+        reward: parts by name; a sample's reward is the sum of all parts of all its turns.
+        observation: what the model reads next; None: the episode is over.
+    """
+
+    reward: Mapping[str, float]
+    observation: Observation | None = None
+
+
+class Episode(Protocol):
+    """One task being tried."""
+
+    def step(self, reply: Reply) -> StepResult:
+        """Take the model's turn; an exception or a reward that is not finite fails the sample."""
+
+
+class Environment(Protocol):
+    """Tasks by number.
+
+    Attributes:
+        name: for reports.
+        budget: most new tokens of a sample, all turns together. A sample that runs out of them is
+            not judged: it counts as truncated.
+    """
+
+    name: str
+    budget: int
+
+    def count(self, split: str) -> int:
+        """Count the tasks of a split, "train" or "heldout"."""
+
+    def reset(self, split: str, number: int, seed: int) -> tuple[Episode, Observation]:
+        """Begin a task; what it does follows from the arguments and the replies alone."""
+
+
+class SingleTurn:
+    """Prompts of one turn, and a function of prompt and reply that gives the reward."""
+
+    def __init__(
+        self,
+        name: str,
+        budget: int,
+        prompts: Callable[[str], Sequence[str]],
+        reward: Callable[[str, str], float | Mapping[str, float]],
+    ):
+        """List the prompts of both splits.
+
+        Args:
+            name: for reports.
+            budget: most new tokens of a reply.
+            prompts: of "train" and of "heldout".
+            reward: of a prompt and a reply; one number, or parts by name.
+        """
+        self.name, self.budget, self._reward = name, budget, reward
+        self._prompts = {split: list(prompts(split)) for split in SPLITS}
+
+    def count(self, split: str) -> int:
+        """Count the prompts of a split."""
+        return len(self._prompts[split])
+
+    def reset(self, split: str, number: int, seed: int) -> tuple[Episode, Observation]:
+        """Begin with a prompt."""
+        prompt = self._prompts[split][number]
+        return _Judged(prompt, self._reward), Observation(prompt)
+
+
+class _Judged:
+    def __init__(self, prompt: str, reward: Callable[[str, str], float | Mapping[str, float]]):
+        self._prompt, self._reward = prompt, reward
+
+    def step(self, reply: Reply) -> StepResult:
+        reward = self._reward(self._prompt, reply.text)
+        parts = reward if isinstance(reward, Mapping) else {"reward": float(reward)}
+        return StepResult(parts)
+
+
+def open_environment(name: str) -> Environment:
+    """Make an environment.
+
+    Args:
+        name: one of REGISTRY, or FILE:FUNCTION, a Python file and a function without arguments.
+
+    Raises:
+        ConfigError: there is none; the message has the nearest name.
+    """
+    if name in REGISTRY:
+        module, _, function = REGISTRY[name].partition(":")
+        return getattr(importlib.import_module(module), function)()
+    file, colon, function = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise ConfigError(
+            f"no environment {name!r}; {nearest(name, REGISTRY)}; or name one's own as FILE.py:NAME"
+        )
+    if not Path(file).is_file():
+        raise ConfigError(f"no file {file}")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None and spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    if not hasattr(loaded, function):
+        raise ConfigError(f"{file} has no {function!r}; {nearest(function, vars(loaded))}")
+    return getattr(loaded, function)()

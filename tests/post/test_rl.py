@@ -1,0 +1,114 @@
+"""Whole runs of reinforcement learning, as small as they come."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from small_model import SIZES
+
+from k2jax.checkpoint import Checkpoints
+from k2jax.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from k2jax.inference.engine import Engine
+from k2jax.inference.request import EngineSettings, Request, Sampling
+from k2jax.model import Model
+from k2jax.params.arrays import initial
+from k2jax.params.kimi import declare_kimi
+from k2jax.post.environment import SingleTurn
+from k2jax.post.rl import train_rl
+from k2jax.post.rl_config import RlConfig
+from k2jax.text.kimi_tokenizer import Tokenizer
+
+MODEL = ModelConfig(**SIZES)
+# A drawn model hits an even byte every second time: rewards differ, and there is something to learn.
+ENV = SingleTurn(
+    "even", 3, lambda split: list("abcdefgh"), lambda prompt, reply: float(len(reply) % 2)
+)
+
+
+def make_run(steps=4, rows=8, **sections):
+    train = {"steps": steps, "dtype": "float32", "remat": "none", "eval_every": 0, "save_every": 2}
+    train = TrainConfig(**train | {"keep": 9} | sections.pop("train", {}))
+    optim = OptimConfig(learning_rate=1e-2, warmup=0, ns_dtype="float32")
+    return RunConfig(
+        name="rl", model=MODEL, data=DataConfig(rows=rows, context=7), optim=optim, train=train
+    )
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory):
+    """A run's folder with drawn weights and byte tokens."""
+    folder = tmp_path_factory.mktemp("init")
+    params = initial(declare_kimi(MODEL), 0, 0.3)
+    from k2jax.config import to_json
+
+    with Checkpoints(folder) as saved:
+        saved.save(1, {"params": params}, {"config": to_json(make_run())})
+    Tokenizer({bytes([i]): i for i in range(256)}).save(folder / "tiktoken.model")
+    return str(folder)
+
+
+def params_of(folder, step):
+    from k2jax.params.arrays import abstract
+
+    with Checkpoints(folder) as saved:
+        return saved.restore_params(step, abstract(declare_kimi(MODEL)))
+
+
+def require_equal(a, b):
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_killed_run_ends_with_the_same_weights_and_ratios_are_one(init, tmp_path):
+    run, rl = make_run(), RlConfig(group=4, eval_prompts=2)
+    whole = train_rl(run, rl, ENV, tmp_path / "whole", init=init, say=lambda _: None)
+    lines = read(tmp_path / "whole")
+    assert [line["log_ratio"] for line in lines] == [0.0] * 4
+    assert max(line["sampler_max"] for line in lines) <= 1e-4
+    assert all(line["skipped"] == 0 for line in lines)
+    assert {"heldout_sampled", "reward", "truncated", "groups_that_teach"} <= set(lines[-1])
+    # What a kill after the first save leaves.
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
+    again = train_rl(run, rl, ENV, tmp_path / "killed", init=init, say=lambda _: None)
+    require_equal(whole.params, again.params)
+    ours = [{**line, "seconds": 0} for line in lines]
+    assert len(read(tmp_path / "killed")) == len(ours)
+    with pytest.raises(ConfigError, match=r"tau 0.1, not 0.2"):
+        train_rl(
+            run, RlConfig(group=4, eval_prompts=2, tau=0.2), ENV, tmp_path / "whole", init=init
+        )
+
+
+def test_several_steps_on_one_policy_have_its_log_probabilities(init, tmp_path):
+    run = make_run(train={"accumulate": 2})
+    rl = RlConfig(group=4, updates=2, eval_prompts=2, temperature=1.2, final_temperature=0.8)
+    train_rl(run, rl, ENV, tmp_path / "run", init=init, say=lambda _: None)
+    lines = read(tmp_path / "run")
+    assert [line["policy_step"] for line in lines] == [0, 0, 2, 2]
+    assert [line["temperature"] for line in lines] == pytest.approx(
+        [1.2, 1.2 - 0.4 / 3, 1.2 - 0.8 / 3, 0.8]
+    )
+    assert lines[0]["log_ratio"] == lines[2]["log_ratio"] == 0.0
+    assert lines[1]["log_ratio"] > 0 and lines[3]["log_ratio"] > 0
+
+
+def test_an_engine_with_new_weights_answers_as_one_made_of_them():
+    first, second = (initial(declare_kimi(MODEL), seed, 0.3) for seed in (0, 1))
+    settings = EngineSettings(rows=4, cache_tokens=256)
+    requests = [Request((5, 6, 7, *range(20)), 6, Sampling(1.0, seed=s)) for s in range(3)]
+    engine = Engine(Model(MODEL, first), settings)
+    before = engine.run(requests)
+    engine.set_weights(second)
+    after = engine.run(requests)
+    fresh = Engine(Model(MODEL, second), settings).run(requests)
+    assert [r.ids for r in after] == [r.ids for r in fresh]
+    assert [r.ids for r in after] != [r.ids for r in before]
+    engine.submit(requests[0], lambda _: None)
+    with pytest.raises(RuntimeError, match="open"):
+        engine.set_weights(first)
