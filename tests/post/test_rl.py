@@ -20,9 +20,9 @@ from k2jax.post.rl_config import RlConfig
 from k2jax.text.kimi_tokenizer import Tokenizer
 
 MODEL = ModelConfig(**SIZES)
-# A drawn model hits an even byte every second time: rewards differ, and there is something to learn.
+# A drawn model writes odd lengths often: rewards differ, and there is something to learn.
 ENV = SingleTurn(
-    "even", 3, lambda split: list("abcdefgh"), lambda prompt, reply: float(len(reply) % 2)
+    "odd", 3, lambda split: list("abcdefgh"), lambda prompt, reply: float(len(reply) % 2)
 )
 
 
