@@ -38,7 +38,7 @@ class RunnerLike(Protocol):
     def warm_up(self) -> None:
         """Compile what can be."""
 
-    def set_weights(self, params: Mapping[str, Any]) -> None:
+    def set_weights(self, params: dict[str, jax.Array]) -> None:
         """Compute with other weights of the same model."""
 
     def forward(self, chunks: Sequence[Chunk], decode: bool = False) -> jax.Array:

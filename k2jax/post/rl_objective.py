@@ -67,9 +67,9 @@ def put_rows(rows: dict[str, np.ndarray], accumulate: int) -> RlBatch:
 
     def put(name: str) -> jax.Array:
         array = rows[name].reshape(accumulate, -1, *rows[name].shape[1:])
-        return array if sharding.meshless() else jax.device_put(array, _layout(name))
+        return jnp.asarray(array) if sharding.meshless() else jax.device_put(array, _layout(name))
 
-    return RlBatch(**{n: None if n == "total" else put(n) for n in RlBatch._fields})
+    return RlBatch(total=None, **{name: put(name) for name in RlBatch._fields if name != "total"})
 
 
 def abstract_rows(rows: int, length: int, accumulate: int) -> RlBatch:
