@@ -30,6 +30,16 @@ REGISTRY = {
 }
 
 
+# Those that are made from a text behind a colon, as `math:FILE`.
+FAMILIES = {
+    "tools": "k2jax.post.tool_worlds:open_tool_worlds",
+    "math": "k2jax.post.graded_tasks:open_math",
+    "code": "k2jax.post.graded_tasks:open_code",
+    "reasoning-gym": "k2jax.post.reasoning:open_generator",
+}
+OURS = ("tools", "code")  # families whose steps need no guard: they end, or a sandbox ends them
+
+
 class Observation(NamedTuple):
     """What the model reads next; it is appended to what it has read and written so far.
 
@@ -139,24 +149,33 @@ class _Judged:
 
 
 def open_environment(name: str) -> Environment:
-    """Make an environment.
+    """Make an environment; what is not ours runs in a process of its own, within a time limit.
 
     Args:
-        name: one of REGISTRY, or FILE:FUNCTION, a Python file and a function without arguments.
+        name: one of REGISTRY; `FAMILY:TEXT` of FAMILIES; or `FILE.py:FUNCTION`, a function without
+            arguments.
 
     Raises:
         ConfigError: there is none; the message has the nearest name.
     """
+    family = name.partition(":")[0]
+    if name in REGISTRY or family in OURS:
+        return make_environment(name)
+    _check_name(name)
+    from k2jax.post.guarded import Guarded
+
+    return Guarded(name)
+
+
+def make_environment(name: str) -> Environment:
+    """Make an environment in this process, without a time limit; else as `open_environment`."""
+    _check_name(name)
     if name in REGISTRY:
-        module, _, function = REGISTRY[name].partition(":")
-        return getattr(importlib.import_module(module), function)()
-    file, colon, function = name.rpartition(":")
-    if not colon or not file.endswith(".py"):
-        raise ConfigError(
-            f"no environment {name!r}; {nearest(name, REGISTRY)}; or name one's own as FILE.py:NAME"
-        )
-    if not Path(file).is_file():
-        raise ConfigError(f"no file {file}")
+        return _load(REGISTRY[name])()
+    family, _, text = name.partition(":")
+    if family in FAMILIES:
+        return _load(FAMILIES[family])(text)
+    file, _, function = name.rpartition(":")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
@@ -164,3 +183,26 @@ def open_environment(name: str) -> Environment:
     if not hasattr(loaded, function):
         raise ConfigError(f"{file} has no {function!r}; {nearest(function, vars(loaded))}")
     return getattr(loaded, function)()
+
+
+def _load(place: str) -> Callable[..., Environment]:
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _check_name(name: str) -> None:
+    family, _, text = name.partition(":")
+    if name in REGISTRY:
+        return
+    if family in FAMILIES:
+        if not text:
+            raise ConfigError(f"environment {name!r} needs more: {family}:NAME, or a path")
+        return
+    file, colon, _ = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        known = [*REGISTRY, *(f"{one}:..." for one in FAMILIES)]
+        raise ConfigError(
+            f"no environment {name!r}; {nearest(name, known)}; or name one's own as FILE.py:NAME"
+        )
+    if not Path(file).is_file():
+        raise ConfigError(f"no file {file}")

@@ -61,6 +61,9 @@ def import_file(path: str, taken: set[str]) -> tuple[Domain, list[Tool]]:
         specs, origin, text = list(_read_mcp(content, path)), "mcp", "an imported tool server"
     if not specs:
         raise ConfigError(f"{path} has no tools")
+    names = [spec.name for spec in specs]
+    if twice := next((one for one in names if names.count(one) > 1), ""):
+        raise ConfigError(f"{path} has two tools with the name {twice!r}")
     entities = {spec.resource: _make_entity(name, spec.resource, specs) for spec in specs}
     domain = Domain(
         name, text, name.replace("_", " "), "assistant", tuple(entities.values()), origin
@@ -69,8 +72,6 @@ def import_file(path: str, taken: set[str]) -> tuple[Domain, list[Tool]]:
     for spec in specs:
         entity = entities[spec.resource]
         label = spec.name if spec.name not in taken else f"{name}_{spec.name}"[:LONGEST]
-        if label in taken:
-            raise ConfigError(f"{path} has two tools with the name {spec.name!r}")
         taken.add(label)
         tools.append(
             Tool(

@@ -348,7 +348,9 @@ def _read_more(planting: Planting, events: Events) -> Events | None:
 
 def _err_first(planting: Planting, events: Events) -> Events | None:
     """Call with an argument that does not exist, then as it should be."""
-    places = planting.calls(events, lambda tool: True)
+    places = planting.calls(
+        events, lambda tool: tool.parameters.get("additionalProperties") is False
+    )
     if not places:
         return None
     place, call = planting.rng.choice(places)

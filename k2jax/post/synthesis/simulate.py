@@ -95,14 +95,15 @@ class Session:
             function = {"name": name, "arguments": arguments}
             calls.append({"id": id_, "type": "function", "function": function})
             results.append(
-                {"role": "tool", "tool_call_id": id_, "content": self._call(name, arguments)}
+                {"role": "tool", "tool_call_id": id_, "content": self.call(name, arguments)}
             )
         if calls:
             out["tool_calls"] = calls
         self.trajectory.messages += [out, *results]
         return results
 
-    def _call(self, name: str, arguments: str) -> str:
+    def call(self, name: str, arguments: str) -> str:
+        """Call a tool and log it; the text of its result."""
         result = self.world.call(name, arguments)
         logged = {"tool": name, "arguments": arguments, "result": result}
         self.trajectory.calls.append({**logged, "state": self.world.digest()})

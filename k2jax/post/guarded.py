@@ -1,0 +1,200 @@
+"""An environment in a process of its own: a step that hangs or crashes fails that sample alone.
+
+The process answers one JSON line to each; where it takes too long it is killed, and a new one takes
+its place. Other episodes that were under way are played again there, from their replies, when their
+next step comes: episodes follow from their arguments and replies alone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import selectors
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from k2jax.config import ConfigError, one_line
+from k2jax.post.environment import Episode, Observation, Reply, StepResult, make_environment
+
+SECONDS = 10.0  # for one step or reset
+START = 120.0  # seconds to import what the environment needs
+
+
+class RewardError(Exception):
+    """A step raised an error, took too long, or ended its process: this sample has no reward."""
+
+
+class Guarded:
+    """An environment by its name, run in a child process with a time limit."""
+
+    def __init__(self, name: str, seconds: float = SECONDS):
+        """Start the process.
+
+        Args:
+            name: as `open_environment` takes it.
+            seconds: for each step and reset.
+
+        Raises:
+            ConfigError: there is no such environment, or it cannot be made.
+        """
+        self._spec, self._seconds = name, seconds
+        self._lock = threading.Lock()
+        self._episodes = 0
+        self._start()
+
+    def count(self, split: str) -> int:
+        """Count the tasks of a split."""
+        return self._counts[split]
+
+    def reset(self, split: str, number: int, seed: int) -> tuple[Episode, Observation]:
+        """Begin a task; where that fails, the episode's first step does."""
+        with self._lock:
+            self._episodes += 1
+            episode = _GuardedEpisode(self, self._episodes, (split, number, seed))
+            try:
+                return episode, _to_observation(self.ask(episode, "reset", list(episode.begin)))
+            except RewardError as error:
+                episode.failure = str(error)
+                return episode, Observation()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def __del__(self):
+        if hasattr(self, "_process"):
+            self.close()
+
+    def ask(self, episode: "_GuardedEpisode", method: str, arguments: Any) -> Any:
+        """Call a method of an episode in the child; the lock is held."""
+        if episode.process is not self._process and method == "step":
+            # The child that knew this episode is gone: play it again in this one.
+            self._exchange(["reset", episode.id, list(episode.begin)], self._seconds)
+            for reply in episode.replies:
+                self._exchange(["step", episode.id, reply], self._seconds)
+        episode.process = self._process
+        return self._exchange([method, episode.id, arguments], self._seconds)
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "k2jax.post.guarded", self._spec],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self._rest = b""
+        try:
+            about = self._receive(START)
+        except RewardError as error:
+            raise ConfigError(f"environment {self._spec!r} does not start: {error}") from None
+        if "error" in about:
+            self.close()
+            raise ConfigError(about["error"])
+        self.name, self.budget, self._counts = about["name"], about["budget"], about["counts"]
+
+    def _exchange(self, message: Any, seconds: float) -> Any:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+            answer = self._receive(seconds)
+        except (RewardError, OSError) as error:
+            self.close()
+            self._start()
+            raise RewardError(one_line(error)) from None
+        if "error" in answer:
+            raise RewardError(answer["error"])
+        return answer["value"]
+
+    def _receive(self, seconds: float) -> Any:
+        assert self._process.stdout is not None
+        descriptor = self._process.stdout.fileno()
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while b"\n" not in self._rest:
+                if not selector.select(seconds):
+                    raise RewardError(f"it took longer than {seconds:g} s")
+                part = os.read(descriptor, 1 << 16)
+                if not part:
+                    raise RewardError("its process ended")
+                self._rest += part
+        line, _, self._rest = self._rest.partition(b"\n")
+        return json.loads(line)
+
+
+@dataclasses.dataclass
+class _GuardedEpisode:
+    """An episode that lives in the child."""
+
+    environment: Guarded
+    id: int
+    begin: tuple[str, int, int]
+    replies: list[Any] = dataclasses.field(default_factory=list)
+    process: Any = None
+    failure: str = ""
+
+    def step(self, reply: Reply) -> StepResult:
+        """Take a reply.
+
+        Raises:
+            RewardError: the environment raised an error or took too long.
+        """
+        if self.failure:
+            raise RewardError(self.failure)
+        sent = [reply.text, list(reply.ids), reply.message]
+        with self.environment._lock:
+            reward, seen = self.environment.ask(self, "step", sent)
+        self.replies.append(sent)
+        return StepResult(reward, None if seen is None else _to_observation(seen))
+
+
+def _to_observation(fields: Sequence[Any]) -> Observation:
+    text, messages, tools = fields
+    return Observation(text, tuple(messages), tuple(tools))
+
+
+def serve_environment(name: str) -> int:
+    """Answer a parent's lines until it is gone; the exit code."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what an environment prints is no answer
+
+    def answer(value: Mapping[str, Any]) -> None:
+        answers.write(json.dumps(value).encode() + b"\n")
+        answers.flush()
+
+    try:
+        environment = make_environment(name)
+        counts = {split: environment.count(split) for split in ("train", "heldout")}
+    except Exception as error:
+        answer({"error": one_line(error, typed=not isinstance(error, ConfigError))})
+        return 2
+    answer({"name": environment.name, "budget": environment.budget, "counts": counts})
+    episodes: dict[int, Episode] = {}
+    for line in sys.stdin.buffer:
+        method, id_, arguments = json.loads(line)
+        try:
+            if method == "reset":
+                episodes[id_], seen = environment.reset(*arguments)
+                answer({"value": list(seen)})
+                continue
+            text, ids, message = arguments
+            result = episodes[id_].step(Reply(text, tuple(ids), message))
+            if result.observation is None:
+                del episodes[id_]
+            seen_ = None if result.observation is None else list(result.observation)
+            answer({"value": [dict(result.reward), seen_]})
+        except Exception as error:
+            episodes.pop(id_, None)
+            answer({"error": one_line(error, typed=True)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(serve_environment(sys.argv[1]))
