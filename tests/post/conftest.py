@@ -5,10 +5,10 @@ from k2jax.post.synthesis.pipeline import Settings, load_library, synthesise
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A folder of all stages, 16 tasks, and what was said."""
+    """A folder of all stages, 24 tasks, and what was said."""
     folder = tmp_path_factory.mktemp("synthesis") / "made"
     said = []
-    synthesise(folder, Settings(tasks=16, tools=10), say=said.append)
+    synthesise(folder, Settings(tasks=24, tools=10), say=said.append)
     return folder, said
 
 

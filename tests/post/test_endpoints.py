@@ -106,10 +106,10 @@ def test_an_agent_that_does_the_task_is_kept_with_its_provenance(made, tmp_path)
         task = next(one for one in tasks if one["id"] == line["task"])
         plans[line["messages"][1]["content"]] = json.loads(json.dumps(task["plan"]))
     with Model(answer) as model:
-        settings = Settings(tasks=16, tools=10, faults=0.0, agent=f"{model.url}#able", workers=3)
+        settings = Settings(tasks=24, tools=10, faults=0.0, agent=f"{model.url}#able", workers=3)
         synthesise(tmp_path / "able", settings, say=lambda line: None)
     kept = read_lines(tmp_path / "able" / FILES["write"])
-    assert len(kept) == 16
+    assert len(kept) == 24
     assert {line["provenance"]["answered_by"] for line in kept} == {"able"}
 
 

@@ -30,7 +30,7 @@ def follow_oracle(environment, split, number):
 
 def test_the_oracle_earns_all_and_silence_nothing(made):
     environment = ToolWorlds(made[0])
-    assert environment.count("train") + environment.count("heldout") == 16
+    assert environment.count("train") + environment.count("heldout") == 24
     for number in range(6):
         reward, turns = follow_oracle(environment, "train", number)
         assert sum(reward.values()) == 1

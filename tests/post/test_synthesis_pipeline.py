@@ -21,12 +21,12 @@ def test_all_stages_are_files_and_say_what_is_scripted(made):
         path.name for path in folder.iterdir()
     }
     assert "agent: scripted oracle, users: scripted" in " ".join(said)
-    assert said[-1] == "replay: 16 of 16 logs make the same worlds"
+    assert said[-1] == "replay: 24 of 24 logs make the same worlds"
 
 
 def test_an_interrupted_folder_ends_with_the_same_bytes(made, tmp_path):
     whole = contents(made[0])
-    settings, folder = Settings(tasks=16, tools=10), tmp_path / "again"
+    settings, folder = Settings(tasks=24, tools=10), tmp_path / "again"
     synthesise(folder, settings, until="tasks", say=lambda line: None)
     tasks = folder / FILES["tasks"]
     tasks.write_bytes(tasks.read_bytes()[:-1000])  # killed within a line
@@ -37,7 +37,7 @@ def test_an_interrupted_folder_ends_with_the_same_bytes(made, tmp_path):
 
 def test_a_folder_of_other_settings_is_refused(made):
     with pytest.raises(ConfigError, match="was made with seed 0, not 1; name another folder"):
-        synthesise(made[0], Settings(tasks=16, tools=10, seed=1))
+        synthesise(made[0], Settings(tasks=24, tools=10, seed=1))
 
 
 def test_tasks_are_checked_from_both_sides_and_of_all_levels(made, library):
@@ -69,7 +69,7 @@ def test_a_log_that_was_touched_is_not_replayed(made, tmp_path):
     lines[0]["calls"][0]["state"] = "0" * 16
     (folder / FILES["run"]).write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ConfigError, match="task-00000 cannot be replayed: call 0"):
-        synthesise(folder, Settings(tasks=16, tools=10), say=lambda line: None)
+        synthesise(folder, Settings(tasks=24, tools=10), say=lambda line: None)
 
 
 def test_data_takes_the_conversations(made, tmp_path, capsys):
@@ -77,7 +77,7 @@ def test_data_takes_the_conversations(made, tmp_path, capsys):
     tokens = str(tmp_path / "tokens")
     code = cli.main(["data", source, tokens, "--train-tokenizer", "600", "--workers", "1"])
     assert code == 0
-    assert "16 documents" in capsys.readouterr().out
+    assert "24 documents" in capsys.readouterr().out
 
 
 def test_conversations_say_where_they_are_from(made):
