@@ -1,60 +1,96 @@
 """What the server costs: `python bench/server.py MODEL [PAIRS]`, or `... memory [REQUESTS]`.
 
-The first compares 16 sequences of the engine alone with the same 16 streamed over HTTP to a process
-of its own, in alternating pairs: tokens a second by wall clock, CPU seconds of this process. The
-second sends requests of all kinds, 16 at a time, to a server over a scripted engine and prints its
-resident memory after each tenth.
+The first compares 16 sequences at a time of the engine alone with the same streamed over HTTP to a
+process of its own, in alternating pairs: tokens a second by wall clock, CPU seconds of this process
+and of the client. The client shares the machine's cores with the server: what it takes slows the
+server in the first figure and is no part of the second. The second bench sends requests of all
+kinds, 16 at a time, to a server over a scripted engine and prints its resident memory after each
+tenth.
 """
 
 import asyncio
 import dataclasses
-import itertools
 import json
 import os
 import random
+import selectors
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-STREAMS, NEW = 16, 128
-BODY = {
-    "prompt": [5, 6, 7, 8],
-    "max_tokens": NEW,
-    "temperature": 0,
-    "ignore_eos": True,
-    "stream": True,
-}
+STREAMS = 16
+# New tokens of each request: unequal, so that they end and begin at any time, in both loads alike.
+LENGTHS = [32 + 37 * i % 97 for i in range(3 * STREAMS)]
 
 
-async def read_stream(host: str, port: int) -> int:
-    """Ask for one stream and read it to its end; bytes."""
-    body = json.dumps(BODY).encode()
-    reader, writer = await asyncio.open_connection(host, port)
+def body(length: int) -> dict[str, Any]:
+    """A request of a load."""
+    sampling = {"temperature": 0, "ignore_eos": True}
+    return {"prompt": [5, 6, 7, 8], "max_tokens": length, "stream": True, **sampling}
+
+
+def ask(host: str, port: int, length: int) -> socket.socket:
+    """A connection on which one stream has been asked for."""
+    content = json.dumps(body(length)).encode()
     head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
-    size = 0
-    while data := await reader.read(1 << 16):
-        size += len(data)
-    writer.close()
-    return size
+    head += f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    connection = socket.create_connection((host, port))
+    connection.sendall(head.encode() + content)
+    return connection
 
 
 def read_streams(url: str) -> None:
-    """A client's process: 16 streams for each line on stdin; a line back when they have ended."""
+    """A client's process: for each line on stdin the load, 16 streams at a time; a line back.
+
+    It reads sockets and looks at nothing, so that what is measured is the server. The line has the
+    CPU seconds that it took.
+    """
     host, port = url.removeprefix("http://").split(":")
-
-    async def run() -> None:
-        await asyncio.gather(*(read_stream(host, int(port)) for _ in range(STREAMS)))
-
     for _ in sys.stdin:
-        asyncio.run(run())
-        sys.stdout.write("\n")
+        began, size, left = time.process_time(), 0, list(LENGTHS)
+        with selectors.DefaultSelector() as selector:
+            for _ in range(STREAMS):
+                selector.register(ask(host, int(port), left.pop()), selectors.EVENT_READ)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    data = key.fileobj.recv(1 << 16)
+                    size += len(data)
+                    if not data:
+                        selector.unregister(key.fileobj)
+                        key.fileobj.close()
+                        if left:
+                            made = ask(host, int(port), left.pop())
+                            selector.register(made, selectors.EVENT_READ)
+        assert size > sum(LENGTHS), "the server did not answer"
+        sys.stdout.write(f"{time.process_time() - began:.3f}\n")
         sys.stdout.flush()
+
+
+def run_alone(engine: Any, request: Any) -> None:
+    """The load without a server: each next request is submitted from the event that ends one."""
+    left, running, ended = list(LENGTHS), [0], threading.Event()
+
+    def submit() -> None:
+        running[0] += 1
+        engine.submit(dataclasses.replace(request, max_new_tokens=left.pop()), on_output)
+
+    def on_output(output: Any) -> None:
+        if output.finish_reason:
+            running[0] -= 1
+            if left:
+                submit()
+            elif not running[0]:
+                ended.set()
+
+    for _ in range(STREAMS):
+        submit()
+    ended.wait()
 
 
 def compare(path: str, pairs: int) -> None:
@@ -66,7 +102,7 @@ def compare(path: str, pairs: int) -> None:
     from k2jax.serve.service import ModelCard, Service
 
     model = k2jax.load(path)
-    request = Request(tuple(BODY["prompt"]), NEW)
+    request = Request(tuple(body(1)["prompt"]), 1)
     with Engine(model, EngineSettings(rows=STREAMS)) as engine:
         card = ModelCard(("m",), model.tokenizer, model.config.vocab, engine.context)
         with serve_in_thread(Service(engine, card)) as url:
@@ -77,25 +113,15 @@ def compare(path: str, pairs: int) -> None:
             def over_http() -> None:
                 client.stdin.write("\n")
                 client.stdin.flush()
-                client.stdout.readline()
+                reading.append(float(client.stdout.readline()))
 
-            def alone() -> None:
-                left, ended = itertools.count(1), threading.Event()
-
-                def on_output(output: object) -> None:
-                    if output.finish_reason and next(left) == STREAMS:
-                        ended.set()
-
-                for _ in range(STREAMS):
-                    engine.submit(request, on_output)
-                ended.wait()
-
-            ratios = []
+            ratios, reading = [], []
             for pair in range(-1, pairs):
-                figures = [_measure(alone), _measure(over_http)]
+                figures = [_measure(lambda: run_alone(engine, request)), _measure(over_http)]
                 if pair >= 0:  # the first is a warm-up
                     ratios.append([b / a for a, b in zip(*figures, strict=True)])
-                    print(pair, "alone, served: tokens/s, CPU s", figures, flush=True)
+                    text = "alone, served: tokens/s, CPU s"
+                    print(pair, text, figures, "client:", reading[-1], flush=True)
             speed, cpu = (statistics.median(r) for r in zip(*ratios, strict=True))
             print(json.dumps({"speed_ratio": round(speed, 3), "cpu_ratio": round(cpu, 3)}))
             client.stdin.close()
@@ -106,7 +132,7 @@ def _measure(run) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     run()
     seconds = time.perf_counter() - wall
-    return round(STREAMS * NEW / seconds, 1), round(time.process_time() - cpu, 3)
+    return round(sum(LENGTHS) / seconds, 1), round(time.process_time() - cpu, 3)
 
 
 def resident() -> float:

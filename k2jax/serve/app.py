@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import json
 import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,7 +23,7 @@ from k2jax.serve.body import parse_object
 from k2jax.serve.chat_request import read_chat
 from k2jax.serve.completion_request import read_completion
 from k2jax.serve.refusal import Refusal, from_mistake, internal_error, too_busy
-from k2jax.serve.response import Answer, answer_chat, answer_completion
+from k2jax.serve.response import Answer, answer_chat, answer_completion, write_json
 from k2jax.serve.running import Bridge, Running
 from k2jax.serve.service import Service
 
@@ -208,7 +207,7 @@ class _Api:
             running.close()
         if running.gone:
             raise ClientDisconnect
-        text = json.dumps(whole, ensure_ascii=False, separators=(",", ":")).encode()
+        text = write_json(whole).encode()
         self._log_text("answer", text)
         return Response(text, media_type="application/json")
 

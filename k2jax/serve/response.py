@@ -21,7 +21,7 @@ Json = dict[str, Any]
 Pieces = list[tuple[int, Json]]  # number of the choice, piece
 DONE = "data: [DONE]\n\n"
 KEEPALIVE = ": waiting\n\n"  # a comment, which clients pass over
-
+write_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 AnyAsk = TypeVar("AnyAsk", bound=Ask)
 
@@ -53,22 +53,27 @@ class Answer(Generic[AnyAsk]):
             "model": self.card.names[0],
             "system_fingerprint": self.card.fingerprint or None,
         }
+        # All chunks of a stream begin alike.
+        opening = write_json({**self._head, "object": self.names[0]})
+        self._opening = f'data: {opening[:-1]},"choices":'
         self._scores: dict[int, Any] = {}
         self._cached = 0
 
-    async def read(self, running: Running, seconds: float) -> AsyncIterator[Pieces]:
-        """Pieces as they come; an empty list when nothing came for so many seconds.
+    async def read(self, running: Running, seconds: float) -> AsyncIterator[Pieces | None]:
+        """Pieces as they come; None when nothing came for so many seconds.
 
         Raises:
             Refusal: the engine failed.
         """
         while any(choice.finish_reason is None for choice in self.choices):
             pieces: Pieces = []
-            for place, output in await running.next_events(seconds):
+            events = await running.next_events(seconds)
+            for place, output in events:
                 pieces += [(place, piece) for piece in self._feed(place, output, running)]
             if running.gone:
                 return
-            yield pieces
+            if pieces or not events:
+                yield pieces or None
 
     def _feed(self, place: int, output: Output, running: Running) -> list[Json]:
         choice = self.choices[place]
@@ -88,7 +93,7 @@ class Answer(Generic[AnyAsk]):
         """The whole answer; without the rest where the client left."""
         pieces: list[list[Json]] = [[] for _ in self.choices]
         async for batch in self.read(running, seconds):
-            for place, piece in batch:
+            for place, piece in batch or ():
                 pieces[place].append(piece)
         if running.gone:
             return {}
@@ -106,27 +111,29 @@ class Answer(Generic[AnyAsk]):
         return {"prompt_logprobs": prompt_entries(self.card.tokenizer, entries, count)}
 
     async def stream(self, running: Running, seconds: float) -> AsyncIterator[str]:
-        """Events of the stream, the last is `[DONE]`."""
+        """Events of the stream, those that come together in one text; the last is `[DONE]`."""
         try:
             for place in range(len(self.choices)):
                 if opening := self.open_choice(place):
                     yield self._event([opening])
             async for batch in self.read(running, seconds):
-                if not batch:
+                if batch is None:
                     yield KEEPALIVE
-                for place, piece in batch:
-                    yield self._event([self.write_choice(place, piece)])
+                else:
+                    yield "".join(self._event([self.write_choice(*one)]) for one in batch)
             if self.ask.streaming.include_usage:
                 yield self._event([], self.usage())
         except Refusal as refusal:
-            yield _write(refusal.body())
+            yield f"data: {write_json(refusal.body())}\n\n"
         yield DONE
 
     def _event(self, choices: list[Json], usage: Json | None = None) -> str:
-        chunk = {**self._head, "object": self.names[0], "choices": choices}
+        end = ""
         if self.ask.streaming.include_usage:
-            chunk["usage"] = self.usage() if self.ask.streaming.every_usage else usage
-        return _write(chunk)
+            end = (
+                f',"usage":{write_json(self.usage() if self.ask.streaming.every_usage else usage)}'
+            )
+        return f"{self._opening}{write_json(choices)}{end}}}\n\n"
 
     def open_choice(self, place: int) -> Json | None:
         """What a choice begins with in a stream; None: nothing."""
@@ -182,7 +189,3 @@ def answer_completion(ask: CompletionAsk, card: ModelCard) -> Answer[CompletionA
     choices = [CompletionChoice(card.tokenizer, ask, i) for i in range(len(ask.requests))]
     names = "text_completion", "text_completion"
     return Answer(ask, card, choices, "cmpl-", names, join_text)
-
-
-def _write(content: Json) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -31,7 +31,7 @@ def serving(script, tokenizer=BYTES, context=4096, limits=None, engine=None, **r
     card = ModelCard((NAME,), tokenizer, tokenizer.vocab, context, "k2jax-test")
     service = Service(made, card, limits=limits or Limits(), **rules)
     try:
-        with serve_in_thread(service) as url, httpx.Client(base_url=url, timeout=20) as http:
+        with serve_in_thread(service) as url, httpx.Client(base_url=url, timeout=60) as http:
             with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
                 yield Serving(url, made, client, http, service)
     finally:

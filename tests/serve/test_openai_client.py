@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from serving import NAME, section, serving, tool, user
+from serving import NAME, say_what_user_says, section, serving, tool, user
 
 WEATHER = tool("get_weather", city={"type": "string"})
 PARIS = '{"city": "Paris"}'
@@ -63,9 +63,11 @@ def test_a_round_trip_of_tools(server):
     assert second.choices[0].message.content is None
 
 
-def test_calls_are_streamed_in_pieces(server):
+def test_calls_are_streamed_in_pieces():
     said = section(("functions.get_weather:0", PARIS), ("functions.get_weather:1", "{}"))
-    chunks = list(ask(server, said, tools=[WEATHER], stream=True))
+    # Slower than the server's pause, so that the pieces do not come together.
+    with serving(say_what_user_says, engine={"seconds": 0.02}) as server:
+        chunks = list(ask(server, said, tools=[WEATHER], stream=True))
     pieces = [p for c in chunks for p in c.choices[0].delta.tool_calls or ()]
     named = [p for p in pieces if p.id]
     assert [p.function.name for p in named] == ["get_weather"] * 2

@@ -1,5 +1,6 @@
 """A first signal drains and ends with 0, a second one ends at once; addresses are checked."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -61,9 +62,10 @@ def test_a_signal_lets_running_answers_end(started, number):
     process, url = started(0.01)
     thread, answers = ask_in_thread(url)
     process.send_signal(number)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     thread.join()
-    assert answers[0].count('"content":"a"') == 100 and "data: [DONE]" in answers[0]
+    texts = re.findall('"content":"(a+)"', answers[0])
+    assert "".join(texts) == "a" * 100 and "data: [DONE]" in answers[0]
     assert process.stdout.read().strip().endswith("ended")
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/health")
@@ -75,7 +77,7 @@ def test_a_second_signal_ends_at_once(started):
     process.send_signal(signal.SIGTERM)
     assert "draining" in process.stdout.readline() or "draining" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(2) == 128 + signal.SIGTERM
+    assert process.wait(30) == 128 + signal.SIGTERM
     thread.join()
 
 

@@ -15,7 +15,7 @@ from k2jax.serve.service import Limits
 CHAT = "/v1/chat/completions"
 
 
-def wait_until(is_so, seconds=10):
+def wait_until(is_so, seconds=60):
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end
@@ -28,7 +28,7 @@ def endless(request):
 
 def open_socket(url):
     host, port = url.removeprefix("http://").split(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=60)
 
 
 def raw_request(**fields):
@@ -185,7 +185,7 @@ def test_a_client_that_does_not_read_stalls_nobody():
         began = time.monotonic()
         answer = server.http.post(CHAT, json={"messages": user()})
         assert answer.json()["choices"][0]["message"]["content"] == text
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 50  # not until the server gives them up
         for client in lazy:
             client.close()
         wait_until(lambda: server.engine.stats().running == 0)
@@ -195,7 +195,7 @@ def test_a_client_that_takes_nothing_for_long_is_given_up():
     with serving(endless, limits=Limits(stalled_seconds=0.3), context=8192) as server:
         with open_socket(server.url) as client:
             client.sendall(raw_request(stream=True, n=64, logprobs=True, top_logprobs=20))
-            wait_until(lambda: server.service.meters.gone == 1, 30)
+            wait_until(lambda: server.service.meters.gone == 1)
 
 
 def test_streams_say_something_while_they_wait():
@@ -209,11 +209,11 @@ def test_a_server_that_drains_answers_what_runs_and_nothing_else():
         answers = []
 
         def ask():
-            with httpx.Client(base_url=server.url, timeout=20) as client:
+            with httpx.Client(base_url=server.url, timeout=60) as client:
                 answers.append(client.post(CHAT, json={"messages": user()}))
 
         thread = threading.Thread(target=ask)
-        with httpx.Client(base_url=server.url, timeout=20) as waiting:
+        with httpx.Client(base_url=server.url, timeout=60) as waiting:
             waiting.get("/health")
             thread.start()
             wait_until(lambda: server.engine.new_tokens > 2)
