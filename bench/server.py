@@ -1,11 +1,10 @@
-"""What the server costs: `python bench/server.py MODEL [PAIRS]`, or `... memory [REQUESTS]`.
+"""What the server costs: `python bench/server.py MODEL [PAIRS]` or `... memory MODEL [REQUESTS]`.
 
 The first compares 16 sequences at a time of the engine alone with the same streamed over HTTP to a
 process of its own, in alternating pairs: tokens a second by wall clock, CPU seconds of this process
 and of the client. The client shares the machine's cores with the server: what it takes slows the
 server in the first figure and is no part of the second. The second bench sends requests of all
-kinds, 16 at a time, to a server over a scripted engine and prints its resident memory after each
-tenth.
+kinds, 16 at a time, and prints the server's resident memory after each twentieth.
 """
 
 import asyncio
@@ -141,45 +140,69 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def watch_memory(count: int) -> None:
-    """Print resident memory after each tenth of the requests."""
+async def ask_all(url: str, first: int, last: int) -> None:
+    """Send requests of all kinds by their numbers, 16 at a time; some are left in the middle."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests/serve"))
     import httpx
-    from serving import serving
-    from test_streamed_as_whole import CHAT, draw, script
+    from streams import CHAT, draw
 
-    async def ask(client: httpx.AsyncClient, rng: random.Random, gate: asyncio.Semaphore) -> None:
-        async with gate:
-            fields = draw(rng) | {"stream": rng.random() < 0.5}
-            async with client.stream("POST", CHAT, json=fields) as answer:
-                async for _ in answer.aiter_lines():
-                    if rng.random() < 0.01:
-                        return
+    gate = asyncio.Semaphore(STREAMS)
 
-    async def ask_all(url: str, part: int) -> None:
-        gate = asyncio.Semaphore(STREAMS)
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            each = range(part * count // 10, (part + 1) * count // 10)
-            await asyncio.gather(*(ask(client, random.Random(i), gate) for i in each))
+    async def ask_one(client: httpx.AsyncClient, number: int) -> None:
+        draws = random.Random(number)
+        fields = draw(draws) | {"stream": draws.random() < 0.5}
+        fields["max_tokens"] = draws.randint(1, 32)
+        if draws.random() < 0.1:  # a schema that no other request has
+            name = f"f{number}"
+            properties = {name: {"type": "string", "maxLength": 9}}
+            schema = {"type": "object", "properties": properties}
+            function = {"name": name, "parameters": schema}
+            fields["tools"] = [{"type": "function", "function": function}]
+        leaves = draws.random() < 0.05
+        async with gate, client.stream("POST", CHAT, json=fields) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            async for _ in answer.aiter_lines():
+                if leaves:
+                    return
 
-    with serving(script, engine={"rows": STREAMS, "queue": 512}) as server:
-        sizes = []
-        for part in range(10):
-            asyncio.run(ask_all(server.url, part))
-            server.engine.requests.clear()
-            server.engine.aborted.clear()
-            sizes.append(resident())
-            print(f"{(part + 1) * count // 10} requests: {sizes[-1]:.1f} MB", flush=True)
-        stats = dataclasses.asdict(server.engine.stats())
-        growth = sizes[-1] / sizes[4] - 1
-        print(json.dumps({"growth_of_last_half": round(growth, 4), "running": stats["running"]}))
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        await asyncio.gather(*(ask_one(client, number) for number in range(first, last)))
+
+
+def watch_memory(path: str, count: int) -> None:
+    """Print this process's resident memory after each twentieth; a process of its own asks."""
+    import k2jax
+    from k2jax.inference.engine import Engine
+    from k2jax.inference.request import EngineSettings
+    from k2jax.serve.lifecycle import serve_in_thread
+    from k2jax.serve.service import ModelCard, Service
+
+    model = k2jax.load(path)
+    with Engine(model, EngineSettings(rows=STREAMS)) as engine:
+        card = ModelCard(("m",), model.tokenizer, model.config.vocab, engine.context)
+        with serve_in_thread(Service(engine, card)) as url:
+            sizes = []
+            for part in range(20):
+                ends = [str(count * n // 20) for n in (part, part + 1)]
+                subprocess.run([sys.executable, __file__, "ask", url, *ends], check=True)
+                sizes.append(resident())
+                print(f"{ends[1]} requests: {sizes[-1]:.1f} MB", flush=True)
+            stats = engine.stats()
+            left = stats.running + stats.waiting + stats.pages_used
+            growth = {
+                "growth": round(sizes[-1] / sizes[0] - 1, 4),  # since the first twentieth
+                "growth_of_last_half": round(sizes[-1] / sizes[9] - 1, 4),
+            }
+            print(json.dumps({**growth, "requests": count, "left_in_engine": left}))
 
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "read":
         read_streams(rest[0])
+    elif what == "ask":
+        asyncio.run(ask_all(rest[0], int(rest[1]), int(rest[2])))
     elif what == "memory":
-        watch_memory(int(rest[0]) if rest else 10_000)
+        watch_memory(rest[0], int(rest[1]) if len(rest) > 1 else 10_000)
     else:
         compare(what, int(rest[0]) if rest else 5)
