@@ -120,7 +120,7 @@ class _Walk:
 
     def _of(self, schema: Any) -> float:
         """The least cost of a value."""
-        if not isinstance(schema, dict):
+        if not isinstance(schema, dict) or not schema:
             return 1 if schema is not False else math.inf
         return self._low.get(id(schema), math.inf)
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ COMPOSED = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties")
 DEEPEST = 160  # levels of lists and objects in a schema
 KEPT = 256  # compiled schemas a vocabulary keeps
 SHOWN = 200  # characters of a compiler's message
+UNKNOWN = re.compile(r"Unimplemented keys: (\[[^]]*\])")  # llguidance's message
 
 
 class Schema:
@@ -106,24 +108,24 @@ def _compile(text: str, vocabulary: Vocabulary, name: str) -> Schema:
 
 
 def prepare_arguments(parameters: Any, name: str) -> dict[str, Any]:
-    """The schema of a tool's arguments: an object, `{}` where the tool says nothing of it.
+    """The schema of a tool's arguments: `{}` where the tool says nothing of them.
+
+    They are an object where the schema allows one, and else of the type that it names.
 
     Raises:
-        ConfigError: it is no schema of an object.
+        ConfigError: it is no schema.
     """
     if _measure_depth(parameters) > DEEPEST:
         raise ConfigError(f"{name}: the schema is nested more than {DEEPEST} levels deep")
     if parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(parameters, Mapping):
-        raise ConfigError(f"{name}: parameters must be a JSON schema of an object")
+        raise ConfigError(f"{name}: parameters must be a JSON schema, an object")
     schema = dict(parameters)
-    if not set(COMPOSED) & set(schema):
+    if not {*COMPOSED, "enum", "const"} & set(schema):
         schema.setdefault("type", "object")
     if schema.get("type") and "object" in schema["type"]:
         schema["type"] = "object"
-    if schema.get("type", "object") != "object":
-        raise ConfigError(f"{name}: parameters must be of type 'object', not {schema['type']!r}")
     return close_objects(schema)
 
 
@@ -193,4 +195,7 @@ def _explain(ll: Any, schema: Any) -> str:
 def _shorten(message: str) -> str:
     """A compiler's message on one line."""
     line = " ".join(message.split())
+    if named := UNKNOWN.search(line):
+        keywords = ", ".join(json.loads(named[1]))
+        return f"answers cannot be held to the keyword {keywords}; leave it out"
     return line if len(line) <= SHOWN else line[: SHOWN - 3] + "..."

@@ -25,9 +25,8 @@ ANY = {"type": "object"}
         ),
         ({"tools": [], "tool_choice": "required"}, "there are no tools"),
         ({"tools": [tool(ANY), tool(ANY)]}, "two tools are called 'get_weather'"),
-        ({"tools": [tool({"type": "array"})]}, "must be of type 'object', not 'array'"),
         ({"tools": [tool([1])]}, "parameters must be a JSON schema"),
-        ({"tools": [tool({"not": {}})]}, r"tools\[0\].function 'get_weather': Unimplemented"),
+        ({"tools": [tool({"not": {}})]}, r"tools\[0\].function 'get_weather': .* keyword not;"),
         ({"tools": [tool({"properties": {"a": {"$ref": "#/x"}}})]}, "'get_weather': Pointer"),
         ({"tools": [tool({"properties": {"a": 3}})]}, "'get_weather': "),
         ({"response_format": {"type": "json"}}, "response_format.type is 'json'"),
@@ -51,7 +50,7 @@ def test_a_wrong_field_is_refused_in_one_line_that_names_it(fields, message):
 def test_a_schema_cannot_loosen_the_rules():
     """Options of llguidance in a schema would allow endless white space or skip keywords."""
     schema = {**ANY, "x-guidance": {"whitespace_pattern": "[ ]*", "lenient": True}, "not": {}}
-    with pytest.raises(ConfigError, match="Unimplemented"):
+    with pytest.raises(ConfigError, match="keyword not"):
         make_constraint(BYTES, tools=[tool(schema)])
 
 

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import os
 
 import httpx
 import jsonschema
 import numpy as np
 import pytest
+from acceptance_schemas import ALL
 from drive import load_kimi, tool
 from random_schemas import random_schema
 from small_model import SIZES
@@ -22,12 +24,19 @@ from k2jax.serve.lifecycle import serve_in_thread
 from k2jax.serve.service import ModelCard, Service
 
 CHAT, NAME, STREAMS = "/v1/chat/completions", "maps.find-way", 16
+# As Kimi's API and as open-source servers have it.
+THOUGHT = (
+    {"thinking": {"type": "enabled"}},
+    {"thinking": {"type": "disabled"}},
+    {"chat_template_kwargs": {"thinking": True}},
+    {"chat_template_kwargs": {"thinking": False}},
+)
 
 
-def draw_bodies(kimi, count):
+def draw_bodies(kimi, schemas):
     """Requests with the fewest tokens that a call takes, and up to 200 more."""
-    for seed in range(count):
-        tools, rng = [tool(random_schema(seed), NAME)], np.random.default_rng(seed)
+    for seed, schema in enumerate(schemas):
+        tools, rng = [tool(schema, NAME)], np.random.default_rng(seed)
         try:
             least = make_constraint(kimi, tools=tools, tool_choice="required").least
         except ConfigError:
@@ -39,6 +48,7 @@ def draw_bodies(kimi, count):
             "max_tokens": int(least + rng.choice([0, 1, rng.integers(2, 200)])),
             "temperature": 1.0,
             "seed": seed,
+            **THOUGHT[seed % len(THOUGHT)],
         }
 
 
@@ -65,13 +75,14 @@ async def ask(client, body):
 
 
 @pytest.mark.slow
-def test_calls_of_50_schemas_are_valid_whole_and_streamed():
+def test_calls_of_many_schemas_are_valid_whole_and_streamed():
     kimi = load_kimi()
     cfg = ModelConfig(**SIZES | {"vocab": kimi.vocab, "context": 4096, "init_std": 0.2})
     model = Model(cfg, initial(specs(Kimi(cfg)), seed=3, std=cfg.init_std), kimi)
     engine = Engine(model, EngineSettings(rows=STREAMS, queue=256))
-    bodies = list(draw_bodies(kimi, 50))
-    assert len(bodies) > 45
+    count = int(os.environ.get("K2JAX_SCHEMAS", "40"))
+    bodies = list(draw_bodies(kimi, [*ALL, *(random_schema(seed) for seed in range(count))]))
+    assert len(bodies) > 0.9 * (count + len(ALL))
 
     async def run(url):
         gate = asyncio.Semaphore(STREAMS)

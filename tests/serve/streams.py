@@ -8,6 +8,17 @@ TOOL = {
     "type": "function",
     "function": {"name": "f", "parameters": {"type": "object", "properties": {}}},
 }
+WEATHER_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "unit": {"enum": ["C", "F"]},
+        "days": {"type": "array", "items": {"type": "integer"}},
+    },
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "function", "function": {"name": "a-b.c", "parameters": WEATHER_SCHEMA}}
 
 
 def draw(rng):
@@ -74,3 +85,25 @@ async def compare(client, fields, rng, gate):
         assert answer.status_code == 200, answer.text
         streamed = await stream(client, fields, rng)
     return streamed is None or streamed == whole(answer.json())
+
+
+def draw_for_model(rng, tokenizer):
+    """A request to a model with random weights, which is pushed towards marks and odd bytes."""
+    text = "".join(rng.choice("ab \u6f22\u00e9\U0001f600") for _ in range(rng.randint(1, 12)))
+    fields = {"messages": [{"role": "user", "content": text}], "seed": rng.getrandbits(32)}
+    fields |= {"temperature": rng.choice([0, 0.7, 1, 1.5]), "max_tokens": rng.randint(1, 48)}
+    marks = list(tokenizer.specials.values())
+    pushed = rng.sample(marks, 6) + [rng.randrange(tokenizer.vocab) for _ in range(40)]
+    fields["logit_bias"] = {str(id_): rng.uniform(1, 6) for id_ in pushed}
+    fields |= {"stop": rng.choice(["e", ["a", "zz"], "\u6f22"])} if rng.random() < 0.3 else {}
+    fields |= {"logprobs": True, "top_logprobs": 2} if rng.random() < 0.2 else {}
+    fields |= {"n": rng.randint(2, 3)} if rng.random() < 0.1 else {}
+    kind = rng.random()
+    if kind < 0.2:
+        fields |= {"tools": [TOOL]}
+    elif kind < 0.45:
+        fields |= {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 150}
+    elif kind < 0.6:
+        form = {"type": "json_schema", "json_schema": {"name": "x", "schema": WEATHER_SCHEMA}}
+        fields |= {"response_format": form, "max_tokens": 90}
+    return fields

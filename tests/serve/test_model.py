@@ -3,12 +3,14 @@
 import asyncio
 import json
 import random
+import time
 
 import httpx
 import jsonschema
 import pytest
 from serving import BYTES, NAME, user
 from small_model import SIZES
+from streams import compare, draw_for_model
 
 from k2jax.config import ModelConfig
 from k2jax.inference.engine import Engine
@@ -142,6 +144,19 @@ def test_free_text_is_streamed_alike_and_depends_on_its_seed_alone(served):
     assert pairs[0][0]["message"] != pairs[1][0]["message"]
 
 
+def test_fuzzed_requests_are_streamed_as_they_are_answered_whole(served):
+    async def run():
+        gate, rng = asyncio.Semaphore(8), random.Random(1)
+        async with httpx.AsyncClient(base_url=served[0], timeout=300) as client:
+            jobs = [
+                compare(client, draw_for_model(rng, BYTES), random.Random(i), gate)
+                for i in range(12)
+            ]
+            return await asyncio.gather(*jobs)
+
+    assert all(asyncio.run(run()))
+
+
 def test_scores_of_a_prompt_are_the_model_s(served):
     """A prompt's log-probabilities are those that its tokens had when they were chosen."""
     prompt = [5, 6, 7]
@@ -162,4 +177,7 @@ def test_scores_of_a_prompt_are_the_model_s(served):
 
 
 def test_the_slots_are_free_in_the_end(served):
+    end = time.monotonic() + 60
+    while served[1].stats().running and time.monotonic() < end:
+        time.sleep(0.05)  # clients that left
     assert served[1].stats().running == 0 and served[1].stats().waiting == 0

@@ -192,8 +192,11 @@ def test_a_client_that_does_not_read_stalls_nobody():
 
 
 def test_a_client_that_takes_nothing_for_long_is_given_up():
-    with serving(endless, limits=Limits(stalled_seconds=0.3), context=8192) as server:
+    with serving(
+        endless, limits=Limits(stalled_seconds=0.3), context=8192, engine={"seconds": 0.002}
+    ) as server:
         with open_socket(server.url) as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)  # full soon
             client.sendall(raw_request(stream=True, n=64, logprobs=True, top_logprobs=20))
             wait_until(lambda: server.service.meters.gone == 1)
 
