@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from k2jax.config import ConfigError
+from k2jax.config import ConfigError, nearest
 from k2jax.inference.request import QueueFull
 from k2jax.serve import guard, prometheus, tokens
 from k2jax.serve.ask import Ask
@@ -50,18 +50,25 @@ def make_app(service: Service) -> Starlette:
         ("/detokenize", api.detokenize, "POST"),
         ("/tokenizer_info", api.tokenizer_info, "GET"),
     ]
-    return Starlette(
+    paths = [path for path, _, _ in routes]
+
+    async def answer_no_path(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = request.url.path
+        if error.status_code == 405:
+            verbs = (error.headers or {}).get("Allow", "another method")
+            message, code = f"{path} takes {verbs}, not {request.method}", "method_not_allowed"
+        else:
+            message, code = f"there is no {path!r}; {nearest(path, paths)}", "not_found"
+        refusal = Refusal(message, status=error.status_code, code=code)
+        return JSONResponse(refusal.body(), error.status_code, error.headers)
+
+    app = Starlette(
         routes=[Route(p, api.guarded(p, call), methods=[verb]) for p, call, verb in routes],
-        exception_handlers={HTTPException: _answer_no_path},
+        exception_handlers={HTTPException: answer_no_path},
     )
-
-
-async def _answer_no_path(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    path = request.url.path
-    message = f"there is no {path}" if error.status_code == 404 else f"{path}: {error.detail}"
-    refusal = Refusal(message, status=error.status_code, code="not_found")
-    return JSONResponse(refusal.body(), error.status_code, error.headers)
+    app.router.redirect_slashes = False
+    return app
 
 
 class _Api:
@@ -225,6 +232,8 @@ class _Api:
         kind = request.headers.get("content-type", "application/json").partition(";")[0]
         if kind.strip().lower() != "application/json":
             raise Refusal(f"the body is {kind!r}; it must be application/json", status=415)
+        if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+            raise Refusal(f"the body is coded as {coding!r}; send it plain", status=415)
         length = request.headers.get("content-length", "0")
         chunks, size = [], int(length) if length.isdigit() else 0
         too_large = Refusal(f"the body has more than {limits.body} bytes", status=413)

@@ -90,7 +90,8 @@ class Body:
         if isinstance(value, bool) or not isinstance(value, int):
             self.refuse(name, "must be an integer")
         if not least <= value <= most:
-            self.refuse(name, f"is {value}; it must be at least {least} and at most {most}")
+            shown = value if abs(value) < 2**80 else "too large"
+            self.refuse(name, f"is {shown}; it must be at least {least} and at most {most}")
         return value
 
     def flag(self, name: str, default: bool = False) -> bool:

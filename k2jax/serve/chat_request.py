@@ -157,9 +157,14 @@ def read_conversation(body: Body) -> tuple[list[Message], list[dict[str, Any]]]:
     ]
     tools = body.value("tools")
     try:
-        return check_messages(spelled), check_tools([] if tools is None else tools)
+        checked, listed = check_messages(spelled), check_tools([] if tools is None else tools)
     except ConfigError as error:
         raise from_mistake(str(error), "messages") from None
+    for place, message in enumerate(spelled):
+        may_lack = message["role"] == "assistant" or message.get("tools")
+        if message.get("content") is None and not may_lack:
+            raise Refusal(f"messages[{place}] needs a 'content'", f"messages[{place}].content")
+    return checked, listed
 
 
 def write_prompt(

@@ -149,8 +149,13 @@ def read_length(body: Body, default: int, room: int, least: int, name: str) -> i
         body.refuse("max_tokens", "differs from max_completion_tokens")
     new = values.pop() if values else min(default, room)
     if room < max(new, least):
-        fits = f"at most {room} new tokens fit" if room > 0 else "shorten it"
-        message = f"the prompt leaves no room for {new or 1} new tokens in the context: {fits}"
+        if room > 0:
+            message = (
+                f"{new} new tokens do not fit in the context behind the prompt: at most {room}"
+            )
+        else:
+            over = f", {-room} more than fit" if room < 0 else ""
+            message = f"the prompt fills the context{over}; shorten it"
         param = names[0] if names and room > 0 else name
         raise Refusal(message, param, code="context_length_exceeded")
     return new

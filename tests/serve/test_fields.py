@@ -17,6 +17,10 @@ def post(server, path, **fields):
     [
         ({"messages": []}, "messages", "at least one"),
         ({"messages": [{"role": "usr", "content": ""}]}, "messages[0]", "did you mean 'user'"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "needs a 'content'"),
+        ({"messages": user("a" * 5000)}, "messages", "more than fit; shorten it"),
+        ({"max_tokens": 5000}, "max_tokens", "at most"),
+        ({"max_tokens": 1e300}, "max_tokens", "too large"),
         ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content", "text"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", "tool_call_id"),
         ({"temperature": -0.1}, "temperature", "at least 0"),
@@ -104,6 +108,27 @@ def test_a_wrong_field_of_a_completion_is_named(server, fields, param):
 def test_a_body_that_is_no_json_object_is_refused(server, content, status):
     answer = server.http.post(CHAT, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == status and answer.json()["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("verb", "path", "status", "words"),
+    [
+        ("GET", CHAT, 405, "takes POST, not GET"),
+        ("DELETE", "/v1/models", 405, "not DELETE"),
+        ("POST", "/v1/chat/completion", 404, "did you mean '/v1/chat/completions'"),
+        ("POST", CHAT + "/", 404, "did you mean '/v1/chat/completions'"),
+        ("POST", "/v1/embeddings", 404, "there is no '/v1/embeddings'"),
+    ],
+)
+def test_a_wrong_path_or_method_is_an_error_of_the_api(server, verb, path, status, words):
+    answer = server.http.request(verb, path)
+    assert answer.status_code == status and words in answer.json()["error"]["message"]
+
+
+def test_a_compressed_body_is_refused(server):
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    answer = server.http.post(CHAT, content=b"{}", headers=headers)
+    assert answer.status_code == 415 and "gzip" in answer.json()["error"]["message"]
 
 
 def test_unknown_fields_and_nulls_are_passed_over(server):
