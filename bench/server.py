@@ -4,11 +4,11 @@ The first compares 16 sequences at a time of the engine alone with the same stre
 process of its own, in alternating pairs: tokens a second by wall clock, CPU seconds of this process
 and of the client. The client shares the machine's cores with the server: what it takes slows the
 server in the first figure and is no part of the second. The second bench sends requests of all
-kinds, 16 at a time, and prints the server's resident memory after each twentieth.
+kinds, 16 at a time, and prints the server's resident memory after each twentieth. `schemas MODEL`
+compares the engine with and without JSON schemas that hold its answers.
 """
 
 import asyncio
-import dataclasses
 import json
 import os
 import random
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,13 @@ def read_streams(url: str) -> None:
         sys.stdout.flush()
 
 
-def run_alone(engine: Any, request: Any) -> None:
+def run_alone(engine: Any, make_request: Callable[[int], Any]) -> None:
     """The load without a server: each next request is submitted from the event that ends one."""
     left, running, ended = list(LENGTHS), [0], threading.Event()
 
     def submit() -> None:
         running[0] += 1
-        engine.submit(dataclasses.replace(request, max_new_tokens=left.pop()), on_output)
+        engine.submit(make_request(left.pop()), on_output)
 
     def on_output(output: Any) -> None:
         if output.finish_reason:
@@ -92,6 +93,50 @@ def run_alone(engine: Any, request: Any) -> None:
     ended.wait()
 
 
+def compare_schemas(path: str, pairs: int) -> None:
+    """Print what constraints cost: CPU seconds and tokens a second with and without, engine alone.
+
+    Answers are lists of objects that end only because their tokens do.
+    """
+    import k2jax
+    from k2jax.constrain import make_constraint
+    from k2jax.inference.engine import Engine
+    from k2jax.inference.request import EngineSettings, Request
+
+    model = k2jax.load(path)
+    item = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "array", "items": item}}}
+    prompt = tuple(body(1)["prompt"])
+    stops = frozenset(model.tokenizer.stops)
+
+    def make_free(length: int) -> Request:
+        return Request(prompt, length)
+
+    def make_held(length: int) -> Request:
+        held = make_constraint(model.tokenizer, response_format=form)
+        return Request(prompt, length, stop_ids=stops, constraint=held)
+
+    with Engine(model, EngineSettings(rows=STREAMS)) as engine:
+        ratios = []
+        for pair in range(-1, pairs):
+            figures = []
+            for make in (make_free, make_held):
+                tokens, wall, cpu = (
+                    engine.stats().new_tokens_total,
+                    time.perf_counter(),
+                    time.process_time(),
+                )
+                run_alone(engine, make)
+                tokens = engine.stats().new_tokens_total - tokens
+                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+                figures.append((round(tokens / wall, 1), round(1e3 * cpu / tokens, 4)))
+            if pair >= 0:
+                ratios.append([b / a for a, b in zip(*figures, strict=True)])
+                print(pair, "free, held: tokens/s, CPU ms a token", figures, flush=True)
+        speed, cpu = (statistics.median(r) for r in zip(*ratios, strict=True))
+        print(json.dumps({"speed_ratio": round(speed, 3), "cpu_ratio": round(cpu, 3)}))
+
+
 def compare(path: str, pairs: int) -> None:
     """Print each pair and the median ratio."""
     import k2jax
@@ -101,7 +146,7 @@ def compare(path: str, pairs: int) -> None:
     from k2jax.serve.service import ModelCard, Service
 
     model = k2jax.load(path)
-    request = Request(tuple(body(1)["prompt"]), 1)
+    prompt = tuple(body(1)["prompt"])
     with Engine(model, EngineSettings(rows=STREAMS)) as engine:
         card = ModelCard(("m",), model.tokenizer, model.config.vocab, engine.context)
         with serve_in_thread(Service(engine, card)) as url:
@@ -116,7 +161,10 @@ def compare(path: str, pairs: int) -> None:
 
             ratios, reading = [], []
             for pair in range(-1, pairs):
-                figures = [_measure(lambda: run_alone(engine, request)), _measure(over_http)]
+                figures = [
+                    _measure(lambda: run_alone(engine, lambda n: Request(prompt, n))),
+                    _measure(over_http),
+                ]
                 if pair >= 0:  # the first is a warm-up
                     ratios.append([b / a for a, b in zip(*figures, strict=True)])
                     text = "alone, served: tokens/s, CPU s"
@@ -200,6 +248,8 @@ if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "read":
         read_streams(rest[0])
+    elif what == "schemas":
+        compare_schemas(rest[0], int(rest[1]) if len(rest) > 1 else 5)
     elif what == "ask":
         asyncio.run(ask_all(rest[0], int(rest[1]), int(rest[2])))
     elif what == "memory":
