@@ -1,7 +1,8 @@
 """Namespaces, a file system of its own, a user without rights: what a process cannot undo.
 
-What all programs share, a root that nobody can write to and a network without devices, is made
-once (`make_root`); what they must not share, for each (`leave_processes`, `enter`).
+What all programs share, a root that nobody can write to, is made once (`make_root`); what workers
+must not share, for each of them (`leave_processes`, `enter`); what programs must not, for each of
+those (`renew`, `become_nobody`).
 
 Run without the package (`zygote.py`): standard library only. Source: namespaces(7),
 user_namespaces(7), pivot_root(2), capabilities(7).
@@ -18,9 +19,8 @@ CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
 MS_REC, MS_PRIVATE, MNT_DETACH = 16384, 1 << 18, 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 4, 24, 36, 38
 CAP_SYS_ADMIN = 21
-SIGKILL = 9
 FIRST_UID, UIDS = 1_900_000_000, 1 << 20  # a range that nobody has
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/etc/alternatives")
 FILES = ("/etc/ld.so.cache", "/etc/localtime")
@@ -31,7 +31,7 @@ FILTER = seccomp.make_filter()
 
 
 def make_root(read_only: list[str]) -> None:
-    """Make this process's root a small one, without a network: the system and `read_only`.
+    """Make this process's root a small one: the system and `read_only`.
 
     Root needs no user namespace: its programs become users that nobody is. Others are root in one
     of their own, and an ordinary user in each program.
@@ -45,7 +45,7 @@ def make_root(read_only: list[str]) -> None:
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"1000 {user} 1")
         _write("/proc/self/gid_map", f"1000 {group} 1")
-    _call("unshare", CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWUTS)
+    _call("unshare", CLONE_NEWNS | CLONE_NEWUTS)
     _mount("none", "/", "", MS_REC | MS_PRIVATE)
     # Every source is opened first: mounting the new root may cover it.
     sources = {path: os.open(path, os.O_PATH) for path in _list_sources(read_only)}
@@ -74,22 +74,35 @@ def make_root(read_only: list[str]) -> None:
     _mount("none", "/", "", MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
+def adopt_orphans() -> None:
+    """Become the parent of what processes under this one leave behind."""
+    _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def leave_processes() -> None:
     """Let the processes that this one starts be in a process namespace of their own."""
     _call("unshare", CLONE_NEWPID)
 
 
-def enter(disk: int) -> None:
-    """Give this process, number 1 of its namespace, a /proc and a /tmp of its own.
+def enter() -> None:
+    """Give this process, number 1 of its namespace, mounts, a /proc and a network of its own."""
+    _call("unshare", CLONE_NEWNS | CLONE_NEWNET)
+    _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=4k")
+    _call("umount2", b"/proc", MNT_DETACH)
+    # Processes only: nothing of the machine, no /proc/sys.
+    _mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "subset=pid")
+
+
+def renew(disk: int) -> None:
+    """Give the next program an empty /tmp, in which this process then is, and new IPC.
 
     Args:
         disk: bytes of everything that can be written.
     """
-    _call("unshare", CLONE_NEWNS | CLONE_NEWIPC)
+    os.chdir("/")
+    _call("umount2", b"/tmp", MNT_DETACH)
+    _call("unshare", CLONE_NEWIPC)
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk},nr_inodes=8192,mode=1777")
-    _call("umount2", b"/proc", MNT_DETACH)
-    # Processes only: nothing of the machine, no /proc/sys.
-    _mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "subset=pid")
     os.chdir("/tmp")
 
 
@@ -109,16 +122,12 @@ def become_nobody(number: int) -> None:
     header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
     _call("capset", header, ctypes.create_string_buffer(24))
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    _call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # its own /proc/self/fd, and with it /dev/stdin
 
 
 def deny_system_calls() -> None:
     """Install the filter of system calls; `become_nobody` comes before."""
     seccomp.install(libc, FILTER)
-
-
-def die_with_parent() -> None:
-    """Be killed when the process that started this one ends."""
-    _call("prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
 
 
 def hide_memory() -> None:

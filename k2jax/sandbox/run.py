@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import secrets
-import selectors
+import select
 import socket
 import subprocess
 import sys
@@ -81,9 +81,9 @@ class Outcome:
 class Sandbox:
     """Starts programs that see no network, no other process and no file but the system's.
 
-    Each runs in namespaces of its own (processes, files, network, IPC), as a user without rights,
-    behind a filter of system calls, within `Limits`; when it ends everything that it started is
-    killed. Threads may call `run` at the same time.
+    Each runs in namespaces apart (processes, files, network, IPC), as a user without rights, behind
+    a filter of system calls, within `Limits`; when it ends everything that it started is killed.
+    Threads may call `run` at the same time; each gets a worker, which then waits for the next.
 
     What it cannot do: Python code that is graded by other Python code in the same process can
     always fake the grade, if it goes looking for its grader. Grade by output where that matters.
@@ -111,7 +111,9 @@ class Sandbox:
         paths = [*needed, *(str(Path(path).resolve()) for path in read_only)]
         options = json.dumps({"isolated": isolated, "read_only": paths})
         self._numbers = itertools.count(os.getpid() << 8)
-        self._lock = threading.Lock()
+        self._lock, self._is_closed = threading.Lock(), False
+        self._idle: list[socket.socket] = []  # connections to workers
+        self._busy: set[socket.socket] = set()
         self._control, other = socket.socketpair()
         with other:
             self._zygote = subprocess.Popen(
@@ -176,24 +178,62 @@ class Sandbox:
             return self._exchange(request, limits)
 
     def _exchange(self, request: dict[str, Any], limits: Limits) -> Outcome:
-        own, theirs = socket.socketpair()
-        pipes = [os.pipe(), os.pipe()]
+        worker = self._take_worker()
+        is_free = False
         try:
-            with self._lock:
-                socket.send_fds(self._control, [b"x"], [theirs.fileno(), *(w for _, w in pipes)])
+            pipes = [os.pipe(), os.pipe()]
+            with _Reader([reading for reading, _ in pipes], limits.output) as reader:
+                try:
+                    _send(worker, request, [writing for _, writing in pipes])
+                finally:
+                    for _, writing in pipes:
+                        os.close(writing)
+                report = reader.collect(worker, limits.wall + GRACE)
+                is_free = not report.get("is_last", True)
+                return reader.make_outcome(report, request["token"])
         except OSError:
-            raise SandboxError("the process that starts programs has ended") from None
+            raise SandboxError("the process that runs programs has ended") from None
         finally:
-            theirs.close()
-            for _, writing in pipes:
-                os.close(writing)
-        with own, _Reader([reading for reading, _ in pipes], limits.output) as reader:
-            message = json.dumps(request).encode()
-            own.sendall(len(message).to_bytes(8, "little") + message)
-            return reader.collect(own, limits.wall + GRACE)
+            self._put_worker(worker, is_free)
+
+    def _take_worker(self) -> socket.socket:
+        """A connection to a worker that waits, or to a new one."""
+        with self._lock:
+            if self._is_closed:
+                raise SandboxError(
+                    "the sandbox is closed: the process that runs programs has ended"
+                )
+            if self._idle:
+                own = self._idle.pop()
+            else:
+                own, theirs = socket.socketpair()
+                try:
+                    socket.send_fds(self._control, [b"x"], [theirs.fileno()])
+                except OSError:
+                    own.close()
+                    raise SandboxError("the process that starts programs has ended") from None
+                finally:
+                    theirs.close()
+            self._busy.add(own)
+            return own
+
+    def _put_worker(self, worker: socket.socket, is_free: bool) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+            if is_free and not self._is_closed:
+                self._idle.append(worker)
+            else:
+                worker.close()
 
     def close(self) -> None:
-        """End the process that starts programs, and with it all that run."""
+        """End the processes that start and run programs, and with them all that run."""
+        with self._lock:
+            self._is_closed = True
+            for worker in self._idle:
+                worker.close()
+            for worker in self._busy:  # its thread closes it
+                worker.shutdown(socket.SHUT_RDWR)
+            self._idle.clear()
         self._control.close()
         self._zygote.kill()
         self._zygote.wait()
@@ -207,12 +247,25 @@ class Sandbox:
         self.close()
 
 
+def _send(worker: socket.socket, request: dict[str, Any], outputs: list[int]) -> None:
+    """Hand a program to a worker, which reads no more of it than its limits."""
+    file = os.memfd_create("request")
+    try:
+        with open(file, "wb", closefd=False) as out:
+            out.write(json.dumps(request).encode())
+        os.lseek(file, 0, os.SEEK_SET)
+        socket.send_fds(worker, [json.dumps(request["limits"]).encode()], [file, *outputs])
+    finally:
+        os.close(file)
+
+
 class _Reader:
     """Reads a program's two outputs up to a limit, and the report of its end."""
 
     def __init__(self, files: list[int], most: int):
         self._files, self._most = files, most
         self._output = {file: bytearray() for file in files}
+        self._is_full = False
 
     def __enter__(self) -> "_Reader":
         return self
@@ -221,58 +274,57 @@ class _Reader:
         for file in self._files:
             os.close(file)
 
-    def collect(self, connection: socket.socket, seconds: float) -> Outcome:
-        """Read until the report is complete.
+    def collect(self, worker: socket.socket, seconds: float) -> dict[str, Any]:
+        """Read until the report is there, or an output is too long; {} for the latter.
 
         Raises:
             SandboxError: the program could not be isolated, or nothing was reported in time.
         """
-        report, full = bytearray(), False
-        began = time.monotonic()
-        with selectors.DefaultSelector() as selector:
-            for file in (*self._files, connection.fileno()):
-                selector.register(file, selectors.EVENT_READ)
-            while not full and connection.fileno() in selector.get_map():
-                left = began + seconds - time.monotonic()
-                if left <= 0:
-                    raise SandboxError(f"no report of a program's end after {seconds:.0f} s")
-                for key, _ in selector.select(left):
-                    part = os.read(key.fd, 65_536)
-                    if not part:
-                        selector.unregister(key.fileobj)
-                    elif key.fd == connection.fileno():
-                        report += part
-                    else:
-                        full |= self._keep(key.fd, part)
-            for file in self._files:  # what was written before the end
-                full |= self._drain(file)
-        return self._outcome(bytes(report), full, time.monotonic() - began)
+        end = time.monotonic() + seconds
+        poll = select.poll()
+        for file in (*self._files, worker.fileno()):
+            poll.register(file, select.POLLIN)
+        while not self._is_full:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise SandboxError(f"no report of a program's end after {seconds:.0f} s")
+            ready = {file for file, _ in poll.poll(1e3 * left)}
+            for file in ready & self._output.keys():
+                if not self._read(file):
+                    poll.unregister(file)
+            if worker.fileno() in ready:
+                return self._read_report(worker)
+        return {}
 
-    def _keep(self, file: int, part: bytes) -> bool:
+    def _read_report(self, worker: socket.socket) -> dict[str, Any]:
+        report = worker.recv(1 << 16)
+        if not report:
+            raise SandboxError("the process that runs a program has ended")
+        for file in self._files:  # what was written before the end; nobody writes any more
+            while self._read(file):
+                pass
+        return dict(json.loads(report))
+
+    def _read(self, file: int) -> bool:
+        """Take what is there, up to the limit; False at the end."""
+        part = os.read(file, 65_536)
         output = self._output[file]
         output += part
-        is_full = len(output) > self._most
+        self._is_full |= len(output) > self._most
         del output[self._most :]
-        return is_full
+        return bool(part)
 
-    def _drain(self, file: int) -> bool:
-        os.set_blocking(file, False)
-        try:
-            while part := os.read(file, 65_536):
-                if self._keep(file, part):
-                    return True
-        except BlockingIOError:
-            pass
-        return False
+    def make_outcome(self, report: dict[str, Any], token: str) -> Outcome:
+        """What was read, with how the program ended.
 
-    def _outcome(self, report: bytes, full: bool, seconds: float) -> Outcome:
+        Raises:
+            SandboxError: it was not started.
+        """
         stdout, stderr = (bytes(self._output[file]) for file in self._files)
-        if full:
-            return Outcome("output", None, False, stdout, stderr, seconds)
-        if not report:
-            raise SandboxError("the process that watches a program has ended")
-        end = json.loads(report)
-        if end["status"] == "refused":
-            raise SandboxError(f"a program cannot be isolated: {end['why']}")
-        finished = end.get("finished", False)
-        return Outcome(end["status"], end.get("code"), finished, stdout, stderr, end["seconds"])
+        if self._is_full:
+            return Outcome("output", None, False, stdout, stderr, report.get("seconds", 0.0))
+        if report["status"] == "refused":
+            raise SandboxError(f"a program cannot be isolated: {report['why']}")
+        finished = secrets.compare_digest(report["finished"], token)
+        status, seconds = report["status"], report["seconds"]
+        return Outcome(status, report.get("code"), finished, stdout, stderr, seconds)

@@ -1,12 +1,15 @@
 """The process that starts programs: `python -I -S zygote.py FD OPTIONS`. Standard library only.
 
-It forks itself for every program, which is faster than a new interpreter: what programs of
-benchmarks import is loaded already. Four processes take part:
+It forks itself, which is faster than a new interpreter: what programs of benchmarks import is
+loaded already. Three kinds of process take part:
 
-    zygote    waits for requests on FD, one socket each
-    warden    outside of the sandbox: watches memory, processes and time, reports the end
-    init      number 1 inside: when it ends, the kernel kills everything else inside
-    program   the untrusted code, without rights
+    zygote    waits on FD for sockets, and starts a worker for each
+    worker    number 1 inside: runs one program after another, watches its memory, processes and
+              time, and kills all that is left of it; when it ends, the kernel kills everything
+    program   the untrusted code, without rights, as a user of its own
+
+What a worker keeps between programs is its namespaces of processes, mounts and network. Each
+program gets an empty /tmp, a new IPC namespace and a user that no other program has.
 """
 
 import gc
@@ -32,7 +35,6 @@ for _name in (
 POLL = 0.02  # seconds between looks at a sandbox's processes
 PAGE = os.sysconf("SC_PAGE_SIZE")
 FINISHED = 3  # file that a Python program's runner writes to when the last line has been run
-SETUP_FAILED = 99  # of init: the status pipe has the reason
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": "/tmp",
@@ -43,177 +45,218 @@ ENVIRONMENT = {
 
 
 def serve(control: socket.socket, isolated: bool, read_only: list[str]) -> None:
-    """Say whether programs can be isolated, then fork a warden for every request."""
+    """Say whether programs can be isolated, then start a worker for every socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # wardens are not waited for
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers are not waited for
     try:
+        isolate.adopt_orphans()
         if isolated:
             isolate.make_root(read_only)
     except OSError as error:
         control.sendall(str(error).encode())
         return
     control.sendall(b"ready")
+    gc.collect()
     gc.freeze()  # forks share the pages of what is here now
+    gc.disable()
     while True:
-        message, files, _, _ = socket.recv_fds(control, 1, 3)
+        message, files, _, _ = socket.recv_fds(control, 1, 1)
         if not message:
             return
+        connection = socket.socket(fileno=files[0])
         if os.fork() == 0:
             control.close()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            code = 1
-            try:
-                watch(files, isolated)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        for file in files:
-            os.close(file)
-
-
-def watch(files: list[int], isolated: bool) -> None:
-    """Run one program and report how it ended; nothing of it is left then."""
-    request_fd, stdout, stderr = files
-    isolate.die_with_parent()
-    connection = socket.socket(fileno=request_fd)
-    request = _receive(connection)
-    limits, began = request["limits"], time.monotonic()
-    status_in, status_out = os.pipe()
-    if isolated:
-        isolate.leave_processes()
-    init = os.fork()
-    if init == 0:
-        os.close(status_in)
+            _become_worker(connection, isolated)
         connection.close()
-        _be_init(request, isolated, status_out, (stdout, stderr))
-    for file in (status_out, stdout, stderr):
+
+
+def _become_worker(connection: socket.socket, isolated: bool) -> None:
+    """Fork into a process namespace; what has it is the child, which outlives this process."""
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if isolated:
+            isolate.leave_processes()
+        if os.fork() == 0:
+            work(connection, isolated)
+        code = 0
+    except BaseException as error:
+        _refuse(connection, error)
+    finally:
+        os._exit(code)
+
+
+def work(connection: socket.socket, isolated: bool) -> None:
+    """Run programs until the other side is gone."""
+    try:
+        if isolated:
+            isolate.enter()
+            isolate.hide_memory()
+        else:
+            isolate.adopt_orphans()
+        # A program with this process's user could change the limits of the next one.
+        serves_many = os.getuid() == 0
+        while True:
+            message, files, _, _ = socket.recv_fds(connection, 4096, 3)
+            if not message:
+                break
+            report = _run(json.loads(message), files, connection, isolated)
+            connection.sendall(json.dumps(report | {"is_last": not serves_many}).encode())
+            if not serves_many:
+                break
+    except BaseException as error:
+        _refuse(connection, error)
+    finally:
+        os._exit(0)  # and all that is left inside ends
+
+
+def _refuse(connection: socket.socket, error: BaseException) -> None:
+    why = {"status": "refused", "why": f"{type(error).__name__}: {error}"}
+    try:
+        connection.sendall(json.dumps(why).encode())
+    except OSError:
+        pass  # nobody wants to know any more
+
+
+def _run(limits: dict, files: list[int], connection: socket.socket, isolated: bool) -> dict:
+    """Run one program, and see that nothing of it is left; how it ended."""
+    if isolated:
+        isolate.renew(limits["disk"])
+    began = time.monotonic()
+    setup_in, setup_out = os.pipe()
+    finished_in, finished_out = os.pipe()
+    program = os.fork()
+    if program == 0:
+        connection.close()
+        _be_program(isolated, files, setup_out, finished_out)
+    for file in (setup_out, finished_out, *files):
         os.close(file)
-    why = _wait(init, connection, limits, began)
-    if not isolated:
-        _kill_group(init)
-    _kill(init)
-    report = json.loads(_read_all(status_in) or b"{}")
-    report.update({"status": why} if why else {})
-    report.setdefault("status", "killed")
-    _send(connection, report | {"seconds": time.monotonic() - began})
+    why = _wait(program, connection, limits, began)
+    seconds = time.monotonic() - began
+    ended = _kill_all(program, isolated)
+    refused, finished = _read_all(setup_in), _read_all(finished_in)
+    if refused:
+        return {"status": "refused", "why": refused.decode()}
+    code = os.waitstatus_to_exitcode(ended)
+    end: dict = {"status": "signal" if code < 0 else "exited", "code": abs(code)}
+    return (end if not why else {"status": why}) | {
+        "finished": "" if why else finished[:256].decode("ascii", "replace"),
+        "seconds": seconds,
+    }
 
 
-def _wait(init: int, connection: socket.socket, limits: dict, began: float) -> str:
-    """Wait for the end: "" of itself, or why it has to be ended."""
-    ended = os.pidfd_open(init)
+def _wait(program: int, connection: socket.socket, limits: dict, began: float) -> str:
+    """Wait for the end: "" of itself, or which limit is exceeded."""
+    ended = os.pidfd_open(program)
     poll = select.poll()
     for file in (ended, connection.fileno()):
         poll.register(file, select.POLLIN)
-    while True:
-        ready = {file for file, _ in poll.poll(1e3 * POLL)}
-        if ended in ready:
-            return ""
-        if ready:  # the side that asked is gone, or had enough
-            return "abandoned"
-        if time.monotonic() - began > limits["wall"]:
-            return "timeout"
-        processes, memory = _measure(init)
-        if memory > limits["memory"]:
-            return "memory"
-        if processes > limits["processes"]:
-            return "processes"
+    try:
+        while True:
+            ready = {file for file, _ in poll.poll(1e3 * POLL)}
+            if ended in ready:
+                return ""
+            if ready:  # the side that asked is gone, or had enough
+                return "abandoned"
+            if time.monotonic() - began > limits["wall"]:
+                return "timeout"
+            processes, memory = _measure(os.getpid())
+            if memory > limits["memory"]:
+                return "memory"
+            if processes > limits["processes"]:
+                return "processes"
+    finally:
+        os.close(ended)
 
 
 def _measure(root: int) -> tuple[int, int]:
     """Processes under `root`, it included, and their resident bytes."""
-    count, total, found = 0, 0, [root]
-    while found:
-        pid = found.pop()
+    count, total, left = 0, 0, [root]
+    while left:
+        pid = left.pop()
         try:
             with open(f"/proc/{pid}/statm") as statm:
                 total += int(statm.read().split()[1]) * PAGE
-            for task in os.listdir(f"/proc/{pid}/task"):
-                with open(f"/proc/{pid}/task/{task}/children") as children:
-                    found += map(int, children.read().split())
         except (OSError, IndexError):
             continue  # it ended meanwhile
+        left += _list_children(pid)
         count += 1
     return count, total
 
 
-def _kill(init: int) -> None:
+def _list_children(pid: int) -> list[int]:
+    children: list[int] = []
     try:
-        os.kill(init, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    os.waitpid(init, 0)
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                children += map(int, file.read().split())
+    except OSError:
+        pass  # it ended meanwhile
+    return children
 
 
-def _kill_group(init: int) -> None:
-    try:
-        os.killpg(init, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
-
-
-def _be_init(request: dict, isolated: bool, status: int, outputs: tuple[int, int]) -> None:
-    """Set up the sandbox, start the program in it, report how the program ended."""
-    try:
-        isolate.die_with_parent()
-        _set_up(request, isolated)
-        finished_in, finished_out = os.pipe()
-        program = os.fork()
-    except BaseException as error:
-        why = {"status": "refused", "why": f"{type(error).__name__}: {error}"}
-        os.write(status, json.dumps(why).encode())
-        os._exit(SETUP_FAILED)
-    if program == 0:
-        os.close(status)
-        _be_program(request, isolated, finished_out, outputs)
-    for file in (finished_out, *outputs):
-        os.close(file)
+def _kill_all(program: int, isolated: bool) -> int:
+    """Kill and reap all processes but this one; the program's wait status."""
+    status = 0
     while True:
-        pid, ended = os.wait()
+        if isolated:
+            try:
+                os.kill(-1, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        else:
+            _kill_tree(os.getpid())
+        try:
+            pid, ended = os.waitpid(-1, 0)
+        except ChildProcessError:
+            return status
         if pid == program:
-            break
-    code = os.waitstatus_to_exitcode(ended)
-    report: dict = {"status": "signal" if code < 0 else "exited", "code": abs(code)}
-    os.set_blocking(finished_in, False)
-    try:
-        report["finished"] = os.read(finished_in, 1024) == request["token"].encode()
-    except BlockingIOError:  # a program that lives on has the pipe too
-        report["finished"] = False
-    os.write(status, json.dumps(report).encode())
-    os._exit(0)
+            status = ended
+
+
+def _kill_tree(root: int) -> None:
+    for pid in _list_children(root):
+        _kill_tree(pid)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def _set_up(request: dict, isolated: bool) -> None:
-    if isolated:
-        isolate.enter(request["limits"]["disk"])
-    else:
-        os.setpgid(0, 0)
+    """Write the program's files and give up all rights."""
+    if not isolated:
         os.chdir(request["folder"])
     for name, text in request["files"].items():
         with open(name, "wb") as out:
             out.write(text.encode("utf-8", "surrogateescape"))
         os.chmod(name, 0o644)
+    nothing = os.open("stdin", os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.setsid()
     if isolated:
         isolate.become_nobody(request["number"])
-        isolate.hide_memory()
+        isolate.deny_system_calls()
+    isolate.set_limits(request["limits"])
+    for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
 
 
-def _be_program(request: dict, isolated: bool, finished: int, outputs: tuple[int, int]) -> None:
+def _be_program(isolated: bool, files: list[int], setup: int, finished: int) -> None:
     """Become the untrusted program."""
     code = 1
     try:
-        nothing = os.open("stdin", os.O_RDONLY)
-        os.dup2(nothing, 0)
-        for target, file in enumerate((*outputs, finished), start=1):
+        try:
+            request = json.loads(_read_all(files[0]))
+            _set_up(request, isolated)
+        except BaseException as error:
+            os.write(setup, f"{type(error).__name__}: {error}".encode())
+            return
+        for target, file in ((1, files[1]), (2, files[2]), (FINISHED, finished)):
             os.dup2(file, target)
         os.closerange(FINISHED + 1, 1024)
-        if isolated:
-            os.setsid()
-            isolate.deny_system_calls()
-        isolate.set_limits(request["limits"])
-        for number in (signal.SIGINT, signal.SIGCHLD, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)
+        gc.enable()
         if request["argv"]:
             os.close(FINISHED)
             os.execvpe(request["argv"][0], request["argv"], ENVIRONMENT)
@@ -229,7 +272,6 @@ def _run_python(main: str, token: str) -> int:
     os.environ.clear()
     os.environ.update(ENVIRONMENT)
     sys.argv, sys.path[0] = [main], "/tmp"
-    sys.modules["random"].seed()
     namespace = {"__name__": "__main__", "__file__": main, "__builtins__": __builtins__}
     code = 0
     try:
@@ -256,32 +298,12 @@ def _exit_code(code: object) -> int:
     return 1
 
 
-def _receive(connection: socket.socket) -> dict:
-    size = int.from_bytes(_exactly(connection, 8), "little")
-    return json.loads(_exactly(connection, size))
-
-
-def _exactly(connection: socket.socket, size: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < size:
-        part = connection.recv(min(size - len(parts), 1 << 20))
-        if not part:
-            raise OSError("request cut short")
-        parts += part
-    return bytes(parts)
-
-
-def _send(connection: socket.socket, message: dict) -> None:
-    try:
-        connection.sendall(json.dumps(message).encode())
-    except OSError:
-        pass  # nobody wants to know any more
-
-
 def _read_all(file: int) -> bytes:
+    """What a file, or a pipe that nobody writes to any more, holds; it is closed."""
     parts = bytearray()
-    while part := os.read(file, 65_536):
+    while part := os.read(file, 1 << 20):
         parts += part
+    os.close(file)
     return bytes(parts)
 
 
