@@ -195,6 +195,11 @@ class Engine:
         """Compute what process 0 schedules, in any other one; return when it closes or has run."""
         return self._team.follow() if self._team else []
 
+    def dismiss(self) -> None:
+        """Let the other processes return from `follow`; this one computes no more."""
+        if self._team and not self._follows:
+            self._team.end([])
+
     def _read_inbox(self) -> None:
         while self._inbox:
             item = self._inbox.popleft()

@@ -19,11 +19,13 @@ from k2jax.inference import draft
 from k2jax.inference.cache import Pool
 from k2jax.inference.layer import apply_layer, describe
 from k2jax.inference.paged_attention import Chunks
+from k2jax.inference.placement import batch_ways
 from k2jax.model.logits import head, pick_tokens
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import Policy, look_up
 from k2jax.params.arrays import Params, bind
 from k2jax.params.kimi import Kimi
+from k2jax.sharding import meshless, reshard
 
 # Stacks of at most this many layers are split into layers before anything is computed, experts
 # excepted; XLA would otherwise copy each layer's weights out of the stack in every call. Deeper
@@ -82,7 +84,7 @@ def forward(
         chunks: what to read.
         cfg: sizes.
         policy: dtypes, and how weights are read.
-        head_rows: most tokens whose logits are computed at a time; 0: all.
+        head_rows: rows of each product with the head, on each device; 0: all that are wanted.
     """
     declared, reading = Kimi(cfg), describe(chunks, cfg)
 
@@ -123,8 +125,8 @@ def forward(
         mtp = draft.bind_first(weights.whole, cfg)
         normed_BTD = rms_norm(x_BTD, w.norm, cfg.norm_eps, policy)
         written.append(draft.note_outputs(w, mtp, normed_BTD, pool[-1], reading, cfg, policy))
-    x_N1D = pick_tokens(x_BTD, chunks.wanted_N)
-    return _read_head(w.head, w.norm, x_N1D, cfg, policy, head_rows), tuple(written)
+    y_NX = _read_head(w.head, w.norm, x_BTD, chunks.wanted_N, cfg, policy, head_rows)
+    return y_NX, tuple(written)
 
 
 def guess(
@@ -141,28 +143,42 @@ def guess(
     """
     w, mtp = bind(Ends(Kimi(cfg)), weights.whole), draft.bind_first(weights.whole, cfg)
     x_BTD, new = draft.apply_first(w, mtp, pool[-1], describe(chunks, cfg), cfg, policy)
-    x_N1D = pick_tokens(x_BTD, chunks.wanted_N)
-    return _read_head(w.head, mtp.norm, x_N1D, cfg, policy, head_rows), (*pool[:-1], new)
+    y_NX = _read_head(w.head, mtp.norm, x_BTD, chunks.wanted_N, cfg, policy, head_rows)
+    return y_NX, (*pool[:-1], new)
 
 
 def _read_head(
     weight: nnx.Variable,
     norm: nnx.Variable,
-    x_N1D: jax.Array,
+    x_BTD: jax.Array,
+    wanted_N: jax.Array,
     cfg: ModelConfig,
     policy: Policy,
     rows: int,
 ) -> jax.Array:
-    """Compute the logits of tokens, at least these, at most `rows` at a time; 0: all at once."""
+    """Compute the logits of tokens, in products of `rows` rows on each device; 0: in one."""
 
     def read(x_N1D: jax.Array) -> jax.Array:
         return head(weight, rms_norm(x_N1D, norm, cfg.norm_eps, policy), policy)[:, 0]
 
-    if not rows or len(x_N1D) <= rows:
-        return read(x_N1D)
-    parts = -(-len(x_N1D) // rows)
-    x_N1D = jnp.pad(x_N1D, ((0, parts * rows - len(x_N1D)), (0, 0), (0, 0)))
-    return jax.lax.map(read, x_N1D.reshape(parts, rows, 1, -1)).reshape(parts * rows, -1)
+    if not rows:
+        return read(pick_tokens(x_BTD, wanted_N))
+    count = len(wanted_N)
+    padding = -count % (rows * batch_ways())
+    x_N1D = pick_tokens(x_BTD, jnp.pad(wanted_N, (0, padding), constant_values=-1))
+    if not meshless():
+        return reshard(read(x_N1D), None, None)[:count]
+    if count <= rows:
+        return read(x_N1D)[:count]
+
+    def read_next(i: jax.Array, y_NX: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(x_N1D, i * rows, rows)
+        return jax.lax.dynamic_update_slice_in_dim(y_NX, read(part), i * rows, 0)
+
+    # Scores of a few tokens of each chunk want few of the logits that there is room for.
+    parts = -(-(wanted_N >= 0).sum() // rows)
+    y_NX = jnp.zeros((len(x_N1D), cfg.vocab), jnp.float32)
+    return jax.lax.fori_loop(0, parts, read_next, y_NX)[:count]
 
 
 class Ends:

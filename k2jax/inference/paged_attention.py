@@ -37,7 +37,7 @@ class Chunks(NamedTuple):
     start_B: Int  # position of the first token
     count_B: Int  # tokens; 0: the chunk is padding
     table: Int  # [chunks, n], pages of the sequence in order; padded with 0
-    wanted_N: Int  # tokens of which logits are wanted: chunk * T + token
+    wanted_N: Int  # tokens of which logits are wanted: chunk * T + token; then -1
 
 
 def absorb_queries(

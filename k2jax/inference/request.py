@@ -268,7 +268,8 @@ def check_request(request: Request, vocab: int, context: int, has_text: bool) ->
         raise ConfigError(f"the prompt has the id {wrong}; ids are 0..{vocab - 1}")
     if new < (1 if request.prompt_logprobs is None else 0):
         raise ConfigError(f"max_new_tokens is {new}; it must be at least 1")
-    if len(prompt) + new > context:
+    # The last token of a prompt to score follows all that is read.
+    if len(prompt) + new > context + (new == 0):
         left = context - len(prompt)
         fits = f"at most {left} new tokens fit" if left > 0 else "shorten the prompt"
         raise ConfigError(

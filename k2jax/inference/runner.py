@@ -227,7 +227,7 @@ class Runner:
             token_BT[slot, : len(chunk.tokens)] = chunk.tokens
             table[slot, : len(chunk.pages)] = np.asarray(chunk.pages) % (self.pages // self.shards)
             start_B[slot], count_B[slot] = chunk.start, len(chunk.tokens)
-        wanted_N = np.zeros(size.wanted, np.int32)
+        wanted_N = np.full(size.wanted, -1, np.int32)
         wanted_N[: len(wanted)] = wanted
         return Chunks(token_BT, start_B, count_B, table, wanted_N)
 
@@ -238,8 +238,7 @@ class Runner:
                     self._prepare()
                 arrays = (self._weights, self._pool, self._pad({}, [], size))
                 described, layout = jax.tree.flatten(jax.tree.map(_describe, arrays))
-                # As few rows at a time as where a prompt's last token alone is wanted.
-                rows = self.row_sizes[-1] if self._cpu and self._mesh is None else 0
+                rows = CPU_PREFILL_ROWS if self._cpu and size.tokens > 1 else 0
                 net = Network(self._cfg, self._policy, self._tree, rows, self._cpu)
                 self._programs[size] = _compile(
                     net, layout, tuple(described), self._mesh, size.guesses

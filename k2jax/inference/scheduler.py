@@ -159,7 +159,7 @@ class Scheduler:
             self.running.remove(last)
             self._detach(last)
             # Tokens that decoding computed are computed so again: others may round otherwise.
-            last.target = len(last.request.prompt if self.deterministic else last.tokens)
+            last.target = len(last.request.prompt) - last.unread if self.deterministic else last.end
             self.waiting.appendleft(last)
             self.preemptions += 1
             if last is s:
@@ -187,7 +187,7 @@ class Scheduler:
 
     def _attach(self, s: Sequence) -> bool:
         """Give a sequence a row and pages in the part where most of it is, or most is free."""
-        need = -(-(len(s.tokens) + 1) // self.shape.page)
+        need = -(-(s.end + 1 - s.unread) // self.shape.page)
         best: tuple[int, int] | None = None
         for part, rows in enumerate(self._rows):
             if not rows:
@@ -275,7 +275,7 @@ class Scheduler:
         want = "none"
         if s.scored < prompt and s.scored <= end:
             want = "all"
-        elif end == len(s.tokens):
+        elif end == s.end:
             want = "last"
         if {"none": 0, "last": 1, "all": count}[want] > wanted:
             return None

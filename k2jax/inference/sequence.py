@@ -27,6 +27,7 @@ class Sequence:
         sent: pages that the executor's table has.
         entry: in `Pages`, of the last full block; see there.
         done: tokens whose latents are computed.
+        unread: 1 where nothing follows the prompt and its last token's logits are not wanted.
         scored: the next place in the prompt whose log-probability is to be reported.
         cached: of the prompt, tokens that came from the prefix cache.
         logprobs, prompt_logprobs: those that no event has had yet.
@@ -48,6 +49,7 @@ class Sequence:
     sent: int = 0
     entry: int = ROOT
     done: int = 0
+    unread: int = 0
     scored: int = 0
     cached: int = 0
     logprobs: list[TokenLogprob] = dataclasses.field(default_factory=list)
@@ -64,6 +66,9 @@ class Sequence:
         if self.request.prompt_logprobs is not None:
             self.scored = max(self.request.prompt_logprobs_from, 1)
             self.prompt_logprobs = [None] * (self.request.prompt_logprobs_from == 0)
+            if self.request.max_new_tokens == 0 and self.scored < self.target:
+                self.unread = 1
+                self.target -= 1
 
     @property
     def new_count(self) -> int:
@@ -79,6 +84,11 @@ class Sequence:
         request = self.request
         depends = request.constraint is not None or request.sampling.counts
         return not depends and self.new_count + 2 <= request.max_new_tokens
+
+    @property
+    def end(self) -> int:
+        """Tokens that are known and read."""
+        return len(self.tokens) - self.unread
 
     @property
     def shareable(self) -> int:

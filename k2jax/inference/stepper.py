@@ -217,7 +217,7 @@ class Stepper:
 
 def _ends(s: Sequence, part: Part) -> bool:
     """Whether nothing is known behind this part: its last token's logits choose one."""
-    return part.start + len(part.tokens) == len(s.tokens)
+    return part.start + len(part.tokens) == s.end
 
 
 def _call(items: Items, decode: bool) -> Call:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from test_generate import CFG, drawn
 
-from k2jax.config import ConfigError
+from k2jax import sharding
+from k2jax.config import ConfigError, MeshConfig
 from k2jax.inference.score import score
 from k2jax.model import Model, forward
 
@@ -49,4 +50,19 @@ def test_mistakes_get_one_line(model):
     with pytest.raises(ConfigError, match="row 1 has no context"):
         score(model, [([1], [2]), ([], [2])])
     with pytest.raises(ConfigError, match="the context is 80"):
-        score(model, [([1] * 80, [2])])
+        score(model, [([1] * 81, [2])])
+
+
+def test_the_last_token_may_follow_the_whole_context(model):
+    ids = np.random.default_rng(5).integers(0, CFG.vocab, CFG.context + 1).tolist()
+    y_TX = np.asarray(jax.nn.log_softmax(forward(model, np.array([ids[:-1]]))))[0]
+    expected = y_TX[np.arange(CFG.context), ids[1:]]
+    (found,) = score(model, [(ids[:1], ids[1:])])
+    np.testing.assert_allclose([entry.logprob for entry in found.tokens], expected, atol=1e-5)
+
+
+def test_scores_on_replicas_are_the_same_bits(model):
+    rows = [*rows_of(6, 4), ([3, 4], [5] * 40)]
+    alone = score(model, rows)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(replica=4, expert=2))):
+        assert score(drawn(), rows) == alone
