@@ -1,4 +1,4 @@
-"""`k2jax evaluate`: how well a model predicts text it has not seen.
+"""`k2jax evaluate`: how well a model predicts text it has not seen, or does tasks.
 
 JAX is imported when there is something to compute, so that help and mistakes answer at once.
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from k2jax.commands import loading
+from k2jax.commands import evaluate_tasks, loading
 from k2jax.config import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def heldout(path: str, tokenizer: "TokenizerLike | None") -> "Store":
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `k2jax evaluate`."""
-    loading.add_arguments(parser)
+    loading.add_arguments(parser, optional=True)
     parser.add_argument(
         "--data",
         default="",
@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how tokens reach their experts on a mesh; default: what takes less memory there",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    evaluate_tasks.add_arguments(parser)
 
 
 def evaluate(
@@ -130,6 +131,13 @@ def compressed(documents: list[str]) -> dict[str, float]:
 
 def main(args: argparse.Namespace) -> int:
     """Print the scores, and what gzip and xz need for the same text; the exit code."""
+    if args.compare:
+        return evaluate_tasks.compare(args)
+    if args.checkpoint is None:
+        raise ConfigError("evaluate needs a checkpoint: k2jax evaluate CHECKPOINT")
+    if args.tasks or args.preset:
+        return evaluate_tasks.evaluate(args)
+    evaluate_tasks.refuse_without_tasks(args)
     from k2jax.data.token_folder import holds_tokens
 
     mesh = loading.read_mesh(args)

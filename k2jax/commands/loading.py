@@ -20,9 +20,18 @@ LONGEST = 4_096  # tokens of a row on the command line, where the model's contex
 OF_ONE_PROCESS = ("process", "coordinator", "settings")  # what processes need not have alike
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint, the mesh, the dtype, and which process of how many this is."""
-    parser.add_argument("checkpoint", help="a run's folder, a checkpoint, or a published folder")
+def add_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """Add the checkpoint, the mesh, the dtype, and which process of how many this is.
+
+    Args:
+        parser: of the verb.
+        optional: the verb also does something without a checkpoint.
+    """
+    parser.add_argument(
+        "checkpoint",
+        nargs="?" if optional else None,
+        help="a run's folder, a checkpoint, or a published folder",
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="of the weights and the computation; default: as stored"
     )

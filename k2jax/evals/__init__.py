@@ -1,1 +1,1 @@
-"""How good a model is: its loss on text that it has not seen."""
+"""How good a model is: its loss on text that it has not seen, and its answers to tasks."""

@@ -1,8 +1,8 @@
 """What a task asks and how it grades: plain data, imported without jax.
 
 A task has items. Each item asks for generated text, for a choice, or for the likelihood of a text;
-the runner (`k2jax.evals.run`) has the model answer, and the task grades the answer. Everything that
-a verdict depends on is in the item, the answer and the settings: grading twice says the same.
+the runner (`k2jax.evals.run_task`) has the model answer, and the task grades the answer. Everything
+that a verdict depends on is in the item, the answer and the settings: grading twice says the same.
 """
 
 import dataclasses

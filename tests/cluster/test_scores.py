@@ -131,6 +131,15 @@ def test_four_processes_score_and_generate_as_one(place, mesh):
 
 
 @pytest.mark.slow
+def test_ledgers_of_two_processes_are_those_of_one(place):
+    words = ("--tasks", f"text:{place / 'short.txt'}", "--json", "--rows", "4", "--out")
+    for number, (count, mesh) in enumerate(((1, ""), (2, "replica2"), (2, "expert2"))):
+        Job(place, count, "evaluate", *words, str(place / f"out{number}"), mesh=mesh).result()
+    one, *several = ((place / f"out{number}/text.jsonl").read_bytes() for number in range(3))
+    assert several == [one, one]
+
+
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others_with_one_line(place):
     job = Job(place, 2, "evaluate", "--data", str(place / "long.txt"), mesh="data2")
     for line in job.processes[0].stderr:

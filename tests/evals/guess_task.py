@@ -1,0 +1,93 @@
+"""A small task over a small model, for tests; as a program it evaluates it into a folder."""
+
+import sys
+from pathlib import Path
+
+from k2jax.config import ModelConfig
+from k2jax.evals.scorer import Scorer
+from k2jax.evals.session import Options, Outcome, evaluate_one
+from k2jax.evals.task import (
+    FAILED,
+    PASSED,
+    UNPARSED,
+    Choose,
+    Generate,
+    Item,
+    Roll,
+    Task,
+    TaskSettings,
+    Verdict,
+)
+from k2jax.model import Kimi, Model
+from k2jax.params.arrays import initial
+from k2jax.params.declare import specs
+from k2jax.text.kimi_tokenizer import Tokenizer
+
+CFG = ModelConfig(
+    vocab=520,
+    embed=16,
+    dense_layers=1,
+    moe_layers=1,
+    heads=2,
+    q_rank=8,
+    kv_rank=8,
+    nope=4,
+    rope=4,
+    value=4,
+    ffw=16,
+    experts=4,
+    expert_ffw=8,
+    experts_per_token=2,
+    context=96,
+    init_std=0.3,
+)
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})
+ITEMS = 8
+STOPS = "abcdefghijklmnopqrstuvwxyz0123456789"  # so many that some answers end
+
+
+def drawn(tokenizer: Tokenizer | None = BYTES) -> Model:
+    return Model(CFG, initial(specs(Kimi(CFG)), seed=3, std=CFG.init_std), tokenizer)
+
+
+class Guess(Task):
+    """Texts that go on in one turn or two, choices and likelihoods."""
+
+    name, digest = "guess", "0"
+    settings = TaskSettings(
+        samples=2, max_new_tokens=12, temperature=1.0, top_p=0.95, stop=tuple(STOPS)
+    )
+
+    def items(self):
+        made = []
+        for i in range(ITEMS):
+            made.append(Item(f"go/{i}", Generate(f"question {i % 3}: {i}" + " and" * i)))
+        context = "a context that choices share "
+        made.append(Item("choose", Choose(context, ("one", "another", "a third")), 1))
+        return [*made, Item("roll", Roll("text " * 40))]
+
+    def follow_up(self, item, answers):
+        if item.id.startswith("go") and item.id[-1] in "02" and len(answers) == 1:
+            return Generate(f"{item.ask.prompt}{answers[0].text} so")
+        return None
+
+    def grade(self, item, answers):
+        if not isinstance(item.ask, Generate):
+            best = max(answers[-1].logprobs)
+            return Verdict(float(best > -50), PASSED if best > -50 else FAILED, f"{best:.4f}")
+        text = answers[-1].text
+        if item.id == "go/3":
+            raise ValueError("a grader that fails")
+        if not text.isascii():
+            return Verdict(0.0, UNPARSED, text, "no ASCII")
+        return Verdict(float(len(text) % 2), PASSED if len(text) % 2 else FAILED, text)
+
+
+def evaluate(out: Path, rows: int = 8, model: Model | None = None, **options) -> Outcome:
+    scorer = Scorer(model or drawn(), rows)
+    identity = {"weights": "w", "tokenizer": "t", "dtype": "float32"}
+    return evaluate_one(Guess(), scorer, identity, Options(out, **options))
+
+
+if __name__ == "__main__":
+    evaluate(Path(sys.argv[1]))
