@@ -197,7 +197,11 @@ WORDS = st.lists(
 @hypothesis.given(words=WORDS)
 def test_every_verb_answers_any_command_line(verb, words):
     # Nothing is ever trained or written: there is no such data, no such checkpoint.
-    last = {"train": ["--data.path", "/no/such/data"], "report": ["/no/such/run"]}.get(verb, [])
+    last = {
+        "train": ["--data.path", "/no/such/data"],
+        "report": ["/no/such/run"],
+        "synth": ["--spec", "/no/such/file"],
+    }.get(verb, [])
     call(*([verb] if verb else []), *words, *last)
 
 

@@ -7,7 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from k2jax import cli
+from k2jax.post.critic import Critic, CriticError, Ranking
 from k2jax.post.synthesis import endpoint
+from k2jax.post.synthesis.endpoint import parse_endpoint
 from k2jax.post.synthesis.pipeline import FILES, Settings, load_tasks, synthesise
 from k2jax.post.synthesis.simulate import STOP
 from k2jax.post.synthesis.stored import read_lines
@@ -141,3 +143,38 @@ def test_an_endpoint_that_does_not_answer_is_one_line_and_is_resumed(tmp_path, c
         words = ["synth", out, "--tasks", "2", "--tools", "6", "--agent", model.url]
         assert cli.main([*words, "--until", "run"]) == 0
     assert "2 trajectories" in capsys.readouterr().out
+
+
+def judge_by(better):
+    """A judge that sees two answers and says which is better."""
+
+    def answer(body):
+        text = body["messages"][1]["content"]
+        first, _, second = text.partition("First:\n")[2].partition("\n\nSecond:\n")
+        return {"content": f"Well, {json.dumps({'reason': '', 'better': better(first, second)})}"}
+
+    return answer
+
+
+def test_pairs_are_judged_in_both_orders_and_disagreement_is_reported():
+    answers = ["a", "aaa", "aa"]
+    with Model(judge_by(lambda x, y: "first" if len(x) > len(y) else "second")) as model:
+        critic = Critic(parse_endpoint(f"{model.url}#judge"))
+        assert critic.rank("?", answers) == Ranking((0.0, 1.0, 0.5), 0.0, 0)
+        assert len(model.bodies) == 6
+        assert all(body["temperature"] == 0 for body in model.bodies)
+        model.answer = judge_by(lambda x, y: "first")  # whatever is shown first
+        assert critic.rank("?", answers) == Ranking((0.5, 0.5, 0.5), 1.0, 0)
+        model.answer = lambda body: {"content": "I like both."}
+        assert critic.rank("?", answers) == Ranking((0.5, 0.5, 0.5), 0.0, 6)
+
+
+def test_rubrics_are_parts_of_a_reward():
+    with Model(lambda body: {"content": '{"reason": "", "score": 5}'}) as model:
+        critic = Critic(parse_endpoint(f"{model.url}#judge"))
+        parts = critic.score("?", "!")
+        assert set(parts) == {"helpful", "true", "clear", "plain"}
+        assert sum(parts.values()) == 0.5
+        model.answer = lambda body: {"content": '{"score": 11}'}
+        with pytest.raises(CriticError, match="helpful: the judge gives the score 11"):
+            critic.score("?", "!")

@@ -72,6 +72,26 @@ def test_a_log_that_was_touched_is_not_replayed(made, tmp_path):
         synthesise(folder, Settings(tasks=24, tools=10), say=lambda line: None)
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "mistake"),
+    [
+        ("tasks.jsonl", '{"id": 1}', "tasks.jsonl line 1 is of no such stage; delete the file"),
+        ("tasks.jsonl", "[", "tasks.jsonl line 1 is not JSON; delete the file"),
+        ("worlds.jsonl", "{}", "worlds.jsonl line 1 is damaged; delete the file"),
+        ("settings.json", "[]", "settings.json is damaged; name another folder"),
+    ],
+)
+def test_a_damaged_file_is_named(name, line, mistake, tmp_path, capsys):
+    words = ["synth", str(tmp_path), "--tasks", "2", "--until"]
+    assert cli.main([*words, "tools"]) == 0
+    (tmp_path / name).write_text(line + "\n")
+    capsys.readouterr()
+    assert cli.main([*words, "tasks"]) == 2
+    error = capsys.readouterr().err
+    assert mistake in error
+    assert error.count("\n") == 1
+
+
 def test_data_takes_the_conversations(made, tmp_path, capsys):
     source = str(made[0] / FILES["write"])
     tokens = str(tmp_path / "tokens")

@@ -1,6 +1,7 @@
 """Agents, users and judges behind any OpenAI-compatible endpoint; `k2jax serve` is one."""
 
 import dataclasses
+import http.client
 import json
 import os
 import time
@@ -74,7 +75,7 @@ class Endpoint:
                 why = f"HTTP {error.code}: {one_line(ValueError(error.read().decode()))}"
                 if error.code not in AGAIN:
                     break
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 why = one_line(error)
             time.sleep(2.0**attempt - 1)
         raise ConfigError(f"{url} does not answer: {why}")

@@ -49,6 +49,13 @@ FILES = {
     "write": "conversations.jsonl",
     "replay": "replays.jsonl",
 }
+# Members that later stages read.
+NEEDED = {
+    "tasks": ("id", "agent", "seed", "faults", "level", "persona", "goals", "plan", "rubric"),
+    "run": ("task", "sample", "agent", "user", "messages", "calls", "start", "ended"),
+    "judge": ("task", "sample", "judges", "score", "success"),
+    "replay": ("task", "sample", "differs"),
+}
 SETTINGS = "settings.json"
 TASKS_AN_AGENT = 2
 CALIBRATED = 60  # tasks whose planted violations the judge is tried on
@@ -139,17 +146,17 @@ def synthesise(
             pass its calibration.
     """
     settings.check()
-    folder = Path(folder)
+    folder, identity = Path(folder), settings.identity()
     folder.mkdir(parents=True, exist_ok=True)
-    _check_same(folder, settings)
+    _check_same(folder, identity)
     pipeline = _Pipeline(folder, settings, say)
     for stage in STAGES[: STAGES.index(until) + 1]:
         getattr(pipeline, f"make_{stage}")()
     return folder
 
 
-def _check_same(folder: Path, settings: Settings) -> None:
-    path, identity = folder / SETTINGS, settings.identity()
+def _check_same(folder: Path, identity: dict[str, Any]) -> None:
+    path = folder / SETTINGS
     if not path.exists():
         if any((folder / name).exists() for name in FILES.values()):
             raise ConfigError(f"{folder} has stages but no {SETTINGS}; name another folder")
@@ -175,9 +182,9 @@ def load_library(folder: str | Path) -> Library:
         ConfigError: a file is missing or damaged.
     """
     folder = Path(folder)
-    domains = [stored.read_domain(one) for one in stored.read_lines(folder / "worlds.jsonl")]
     return Library(
-        domains, [stored.read_tool(one) for one in stored.read_lines(folder / FILES["tools"])]
+        stored.read_all(folder / "worlds.jsonl", stored.read_domain),
+        stored.read_all(folder / FILES["tools"], stored.read_tool),
     )
 
 
@@ -188,8 +195,9 @@ def load_tasks(folder: str | Path) -> tuple[dict[str, Application], list[Task]]:
         ConfigError: a file is missing or damaged.
     """
     folder = Path(folder)
-    agents = [stored.read_application(one) for one in stored.read_lines(folder / "agents.jsonl")]
-    return {agent.id: agent for agent in agents}, stored.read_lines(folder / FILES["tasks"])
+    agents = stored.read_all(folder / "agents.jsonl", stored.read_application)
+    tasks = stored.read_lines(folder / FILES["tasks"], NEEDED["tasks"])
+    return {agent.id: agent for agent in agents}, tasks
 
 
 class _Pipeline:
@@ -201,7 +209,8 @@ class _Pipeline:
         self.verdicts: list[Any] = []
 
     def _write(self, stage: str, items: Callable[[int], Iterable[Any]]) -> list[Any]:
-        return stored.write_stage(self.folder / FILES.get(stage, f"{stage}.jsonl"), items)
+        path = self.folder / FILES.get(stage, f"{stage}.jsonl")
+        return stored.write_stage(path, items, NEEDED.get(stage, ()))
 
     def make_tools(self) -> None:
         domains, tools = list(load_domains()), []
@@ -226,9 +235,7 @@ class _Pipeline:
                 for i in range(start, agents)
             ),
         )
-        applications = [
-            stored.read_application(one) for one in stored.read_lines(self.folder / "agents.jsonl")
-        ]
+        applications = stored.read_all(self.folder / "agents.jsonl", stored.read_application)
         self.agents = {agent.id: agent for agent in applications}
 
         def tasks(start: int) -> Iterator[Task]:

@@ -14,7 +14,7 @@ MANNERS: dict[str, dict[str, list[str]]] = {
         "yes": ["yes", "ok do it", "confirmed"],
         "no": ["no, leave it", "no. changed my mind", "don't"],
         "next": ["also: {core}.", "next: {core}."],
-        "thanks": ["thanks", "ok, bye"],
+        "pity": ["too bad. then {core}.", "ok. {core} instead."],
     },
     "chatty": {
         "ask": [
@@ -26,7 +26,7 @@ MANNERS: dict[str, dict[str, list[str]]] = {
         "yes": ["Yes, that sounds perfect, please go ahead!", "Yes please, do it, and thank you!"],
         "no": ["Hmm, you know what, no. I talked it over and would rather leave it as it is."],
         "next": ["Wonderful! While I have you here, could you also {core}?"],
-        "thanks": ["You've been a great help, thank you so much! Have a nice day."],
+        "pity": ["Oh, what a pity! Never mind. Could you {core}, then?"],
     },
     "formal": {
         "ask": [
@@ -37,7 +37,7 @@ MANNERS: dict[str, dict[str, list[str]]] = {
         "yes": ["Yes, I confirm. Please proceed.", "That is correct; you may proceed."],
         "no": ["No, thank you. On reflection I do not wish to proceed."],
         "next": ["I appreciate it. Furthermore, please {core}."],
-        "thanks": ["Thank you for your assistance. That will be all."],
+        "pity": ["That is regrettable, but I understand. In that case, please {core}."],
     },
     "hurried": {
         "ask": ["Quick one, I'm on the run: {core} asap?", "no time, pls {core} right now"],
@@ -45,7 +45,7 @@ MANNERS: dict[str, dict[str, list[str]]] = {
         "yes": ["yes yes go", "yep, now please"],
         "no": ["no wait, don't. skip it", "no, cancel that idea"],
         "next": ["good. and {core}, quickly", "ok now {core}"],
-        "thanks": ["gotta go, thx"],
+        "pity": ["ugh. fine. then {core}"],
     },
     "anxious": {
         "ask": [
@@ -56,7 +56,7 @@ MANNERS: dict[str, dict[str, list[str]]] = {
         "yes": ["Yes, please, I'm sure. Go ahead.", "Okay, yes. You may do that."],
         "no": ["Oh no, then please don't. I'd rather not risk it."],
         "next": ["Phew. One more thing, if I may: could you {core}?"],
-        "thanks": ["That's a relief, thank you."],
+        "pity": ["Oh dear. I hope that is no problem. Could you {core} at least?"],
     },
     "plain": {
         "ask": ["Could you {core}?", "Please {core}.", "Hello, I want you to {core}."],
@@ -64,7 +64,7 @@ MANNERS: dict[str, dict[str, list[str]]] = {
         "yes": ["Yes, please go ahead.", "Yes, that's right.", "Go ahead."],
         "no": ["No, please leave everything as it is.", "No, I changed my mind."],
         "next": ["Thanks. Now please {core}.", "And could you {core}?"],
-        "thanks": ["Thank you, that's all.", "Great, nothing else."],
+        "pity": ["I see. Then please {core}.", "That's a pity. Could you {core}?"],
     },
 }
 

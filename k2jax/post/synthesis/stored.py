@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from k2jax.config import ConfigError
 from k2jax.post.synthesis.applications import Application
 from k2jax.post.synthesis.toolset import Tool
 from k2jax.post.synthesis.world_file import Domain, Effect, Entity, Field, Operation
+
+T = TypeVar("T")
 
 
 def to_line(value: Any) -> str:
@@ -19,18 +21,37 @@ def to_line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(", ", ": "))
 
 
-def read_lines(path: Path) -> list[Any]:
+def read_lines(path: Path, needed: Sequence[str] = ()) -> list[Any]:
     """All whole lines of a stage file.
+
+    Args:
+        path: of the file.
+        needed: members that each line must have.
 
     Raises:
         ConfigError: it is missing, or a line is damaged; it is named.
     """
     if not path.exists():
         raise ConfigError(f"{path} is missing; run its stage first")
-    return [value for value, _ in _parse_lines(path)]
+    return [value for value, _ in _parse_lines(path, needed)]
 
 
-def _parse_lines(path: Path) -> Iterator[tuple[Any, int]]:
+def read_all(path: Path, reader: Callable[[Any], T]) -> list[T]:
+    """All whole lines of a stage file, each read into what it was written from.
+
+    Raises:
+        ConfigError: it is missing, or a line is damaged; it is named.
+    """
+    out = []
+    for number, value in enumerate(read_lines(path), start=1):
+        try:
+            out.append(reader(value))
+        except (KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{path} line {number} is damaged; delete the file") from None
+    return out
+
+
+def _parse_lines(path: Path, needed: Sequence[str]) -> Iterator[tuple[Any, int]]:
     """Values with the byte behind their lines; a last line without its end is left out."""
     end = 0
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
@@ -38,22 +59,25 @@ def _parse_lines(path: Path) -> Iterator[tuple[Any, int]]:
             return
         end += len(line)
         try:
-            yield json.loads(line), end
-        except ValueError:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
             raise ConfigError(f"{path} line {number} is not JSON; delete the file") from None
+        if needed and not (isinstance(value, dict) and all(name in value for name in needed)):
+            raise ConfigError(f"{path} line {number} is of no such stage; delete the file")
+        yield value, end
 
 
 def write_stage(
-    path: Path, items: Callable[[int], Iterable[Any]], show: Callable[[int], None] = lambda _: None
+    path: Path, items: Callable[[int], Iterable[Any]], needed: Sequence[str] = ()
 ) -> list[Any]:
     """Write the lines of a stage that are not there yet; all lines.
 
     Args:
         path: of the file.
         items: the stage's values from that number on.
-        show: reports how many lines there are.
+        needed: members that each line must have.
     """
-    parsed = list(_parse_lines(path)) if path.exists() else []
+    parsed = list(_parse_lines(path, needed)) if path.exists() else []
     values = [value for value, _ in parsed]
     with path.open("ab") as file:
         file.truncate(parsed[-1][1] if parsed else 0)
@@ -62,7 +86,6 @@ def write_stage(
             file.write(line.encode() + b"\n")
             file.flush()
             values.append(json.loads(line))
-            show(len(values))
     return values
 
 

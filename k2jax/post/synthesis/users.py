@@ -18,6 +18,7 @@ YES = re.compile(
     r"|right)\b"
 )
 NO = re.compile(r"\b(no|don't|do not|rather not|leave|changed my mind|skip it|stop|not wish)\b")
+REFUSED = re.compile(r"\b(could not|cannot|can't|couldn't|unable|not possible)\b")
 PATIENCE = 3  # questions without an answer that a user takes
 
 JOBS = (
@@ -98,7 +99,7 @@ class ScriptedUser:
         if self.together or self.current + 1 >= len(self.goals):
             return None
         self.current += 1
-        return self._ask("next")
+        return self._ask("pity" if REFUSED.search(flatten(text)) else "next")
 
     def _answer(self, text: str) -> str | None:
         named = [label for label in self.untold if is_written([label], text)]
