@@ -1,6 +1,7 @@
 """What every process computes in a step: latents, logits, and the tokens that are chosen."""
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from k2jax.inference.sampler import (
     take_rows,
 )
 from k2jax.inference.scheduler import Part, is_drafted
+from k2jax.runtime import memory
 
 REJECTED = -3  # in place of a token: what was drafted before it was not chosen
 
@@ -109,6 +111,8 @@ class Executor:
         with _keep_small_programs():
             self.runner.warm_up()
             self._run_all()
+        gc.collect()
+        memory.trim_malloc()  # of loading and compiling
 
     def _run_all(self) -> None:
         block, page = self.runner.block, self.runner.page

@@ -18,11 +18,12 @@ from k2jax.config import ModelConfig
 from k2jax.inference import draft
 from k2jax.inference.cache import Pool
 from k2jax.inference.layer import apply_layer, describe
-from k2jax.inference.paged_attention import Chunks
+from k2jax.inference.paged_attention import Chunks, lay_out_up
 from k2jax.inference.placement import batch_ways
 from k2jax.model.logits import head, pick_tokens
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import Policy, look_up
+from k2jax.ops.lowbit import LowBit
 from k2jax.params.arrays import Params, bind
 from k2jax.params.kimi import Kimi
 from k2jax.sharding import meshless, reshard
@@ -31,7 +32,7 @@ from k2jax.sharding import meshless, reshard
 # excepted; XLA would otherwise copy each layer's weights out of the stack in every call. Deeper
 # stacks would compile too long, and layers that are split off are in memory twice.
 MAX_UNSTACKED_LAYERS = 16
-EXPERTS, MOE = "moe.experts.", "moe.router"
+EXPERTS, MOE, KV_UP = "moe.experts.", "moe.router", "attention.kv_up"
 
 
 class Weights(NamedTuple):
@@ -43,7 +44,10 @@ class Weights(NamedTuple):
 
 
 def split_weights(params: Params, cfg: ModelConfig) -> Weights:
-    """Take the stacks apart that are not too deep; experts stay in theirs."""
+    """Take the stacks apart that are not too deep; experts stay in theirs.
+
+    On one device the layers' weights are laid out as their products read them.
+    """
     whole, stacks = dict(params), []
     for prefix, depth in _list_stacks(cfg):
         names = [name for name in params if name.startswith(prefix) and EXPERTS not in name]
@@ -51,9 +55,20 @@ def split_weights(params: Params, cfg: ModelConfig) -> Weights:
         stacks.append(
             stack
             if depth > MAX_UNSTACKED_LAYERS
-            else tuple(jax.tree.map(operator.itemgetter(i), stack) for i in range(depth))
+            else tuple(_lay_out(_take_layer(stack, i), cfg) for i in range(depth))
         )
     return Weights(whole, tuple(stacks))
+
+
+def _take_layer(stack: Params, index: int) -> Params:
+    return jax.tree.map(operator.itemgetter(index), stack)
+
+
+def _lay_out(layer: Params, cfg: ModelConfig) -> Params:
+    up = layer[KV_UP]
+    if not meshless() or isinstance(up, LowBit):
+        return layer
+    return layer | {KV_UP: lay_out_up(up, cfg)}
 
 
 def list_depths(cfg: ModelConfig) -> list[int]:

@@ -57,11 +57,11 @@ def apply_layer(
     at = index[0] if index[1] else None
     u_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, policy)
     new_BTM = latents_of(w, u_BTD, reading, cfg, policy)
-    q_BHTM, up_RHW = absorb_queries(w.attention, u_BTD, reading.turn, cfg, policy)
+    q_BHTM, up = absorb_queries(w.attention, u_BTD, reading.turn, cfg, policy)
     mixed_BHTR, latents = attend_pages(
         q_BHTM, new_BTM, latents, at, reading.chunks, cfg, reading.first
     )
-    x_BTD += project_values(w.attention, mixed_BHTR, up_RHW, cfg, policy)
+    x_BTD += project_values(w.attention, mixed_BHTR, up, cfg, policy)
     u_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, policy)
     if hasattr(w, "moe"):
         y_BTD = moe_for_inference(w.moe, index[0], u_BTD, reading.valid_BT, cfg, policy)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from k2jax.config import ModelConfig
 from k2jax.inference.cache import pool_spec, read_pages, write_latents
-from k2jax.model.attention import project_queries
+from k2jax.model.attention import compress_queries
 from k2jax.model.projection import Policy, gather_weight, project
-from k2jax.model.rope import Rotation
+from k2jax.model.rope import Rotation, rotate
 from k2jax.ops.collectives import all_to_all
 from k2jax.params.kimi import Attention
-from k2jax.sharding import meshless, reshard, spec, storage_spec
+from k2jax.sharding import is_for_cpu, meshless, reshard, spec, storage_spec
 
 KEY_BLOCK = 64  # keys that queries meet at a time
 CHUNKS_AT_ONCE = 4  # chunks of several tokens that go through the same blocks of keys
@@ -40,23 +40,53 @@ class Chunks(NamedTuple):
     wanted_N: Int  # tokens of which logits are wanted: chunk * T + token; then -1
 
 
+class HeadUp(NamedTuple):
+    """The up-projection of latents by head, as products read it without transposing it."""
+
+    key_HRU: jax.Array
+    value_HVR: jax.Array
+
+
+def lay_out_up(up_RHW: jax.Array, cfg: ModelConfig) -> HeadUp:
+    """Lay a layer's up-projection out by head."""
+    return HeadUp(
+        up_RHW[..., : cfg.nope].transpose(1, 0, 2), up_RHW[..., cfg.nope :].transpose(1, 2, 0)
+    )
+
+
 def absorb_queries(
     w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig, policy: Policy
-) -> tuple[jax.Array, jax.Array]:
-    """Project to queries that meet latents, `q_BHTM`; also the up-projection `up_RHW`."""
-    q_BHTU, q_BHTP = project_queries(w, x_BTD, turn, cfg, policy)
-    up_RHW = gather_weight(w.kv_up, policy)
-    key_RHU = up_RHW[..., : cfg.nope]
-    q_BHTR = jnp.einsum("bhtu,rhu->bhtr", q_BHTU, key_RHU, out_sharding=spec(*HEADS))
-    return jnp.concatenate([q_BHTR, q_BHTP], axis=-1), up_RHW
+) -> tuple[jax.Array, HeadUp]:
+    """Project to queries that meet latents, `q_BHTM`; also the up-projection.
+
+    Args:
+        w: weights of one layer; `kv_up` may be laid out already.
+        x_BTD: normed activations.
+        turn: rotation of each position.
+        cfg: sizes.
+        policy: how weights are read.
+    """
+    up = w.kv_up.get_value()
+    if isinstance(up, HeadUp):
+        up = HeadUp(*(a.astype(policy.compute_dtype) for a in up))
+    else:
+        up = lay_out_up(gather_weight(w.kv_up, policy), cfg)
+    q_BTI, weight = compress_queries(w, x_BTD, cfg, policy)
+    rows = ("batch", "length", "heads", None)
+    q_BTHC = project("bti,ihc->bthc", q_BTI, weight, rows, policy)
+    if is_for_cpu():  # else XLA puts heads first in the product, and transposes the weight for it
+        q_BTHC = jax.lax.optimization_barrier(q_BTHC)
+    q_BHTC = q_BTHC.swapaxes(1, 2)
+    q_BHTU, q_BHTP = q_BHTC[..., : cfg.nope], rotate(q_BHTC[..., cfg.nope :], turn)
+    q_BHTR = jnp.einsum("bhtu,hru->bhtr", q_BHTU, up.key_HRU, out_sharding=spec(*HEADS))
+    return jnp.concatenate([q_BHTR, q_BHTP], axis=-1), up
 
 
 def project_values(
-    w: Attention, mixed_BHTR: jax.Array, up_RHW: jax.Array, cfg: ModelConfig, policy: Policy
+    w: Attention, mixed_BHTR: jax.Array, up: HeadUp, cfg: ModelConfig, policy: Policy
 ) -> jax.Array:
     """Project mixed latents to values, and those to the output `y_BTD`."""
-    value_RHV = up_RHW[..., cfg.nope :]
-    y_BHTV = jnp.einsum("bhtr,rhv->bhtv", mixed_BHTR, value_RHV, out_sharding=spec(*HEADS))
+    y_BHTV = jnp.einsum("bhtr,hvr->bhtv", mixed_BHTR, up.value_HVR, out_sharding=spec(*HEADS))
     return project("bhtv,hvd->btd", y_BHTV, w.out, ("batch", "length", None), policy)
 
 

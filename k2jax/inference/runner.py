@@ -254,6 +254,7 @@ class Runner:
         depths = network.list_depths(cfg)
         self._pool = make_pool(cfg, depths, self.pages, self.page, dtype, self.drafts)
         self._weights, self._tree = jax.tree.flatten(_split_weights(self._params, cfg))
+        del self._params  # stacks that were taken apart go, unless the caller keeps them
 
     def _list_sizes(self, least: int, most: int) -> tuple[int, ...]:
         """Sizes of programs: powers of 2 times `least` up to `most`, of each part of the pool."""

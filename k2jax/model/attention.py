@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from k2jax.config import ModelConfig
 from k2jax.model.norm import rms_norm
@@ -15,17 +16,23 @@ from k2jax.sharding import axes_of, meshless, reshard, storage_spec
 INNER_EPS = 1e-6  # of the two norms in here, whatever the config says [JLE modeling 665, 675]
 
 
+def compress_queries(
+    w: Attention, x_BTD: jax.Array, cfg: ModelConfig, policy: Policy
+) -> tuple[jax.Array, nnx.Variable]:
+    """Compute what the last projection of the queries reads, `q_BTI`, and find its weight."""
+    if not cfg.q_rank:
+        return x_BTD, w.q
+    q_BTQ = project("btd,dq->btq", x_BTD, w.q_down, ("batch", "length", None), policy)
+    return rms_norm(q_BTQ, w.q_norm, INNER_EPS, policy), w.q_up
+
+
 def project_queries(
     w: Attention, x_BTD: jax.Array, turn: Rotation, cfg: ModelConfig, policy: Policy
 ) -> tuple[jax.Array, jax.Array]:
     """Project to every head's queries: content part `q_BHTU` and rotated part `q_BHTP`."""
+    q_BTI, weight = compress_queries(w, x_BTD, cfg, policy)
     heads = ("batch", "heads", "length", None)
-    if cfg.q_rank:
-        q_BTQ = project("btd,dq->btq", x_BTD, w.q_down, ("batch", "length", None), policy)
-        q_BTQ = rms_norm(q_BTQ, w.q_norm, INNER_EPS, policy)
-        q_BHTC = project("btq,qhc->bhtc", q_BTQ, w.q_up, heads, policy)
-    else:
-        q_BHTC = project("btd,dhc->bhtc", x_BTD, w.q, heads, policy)
+    q_BHTC = project("bti,ihc->bhtc", q_BTI, weight, heads, policy)
     return q_BHTC[..., : cfg.nope], rotate(q_BHTC[..., cfg.nope :], turn)
 
 

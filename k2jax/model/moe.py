@@ -35,8 +35,6 @@ from k2jax.ops.moe import (
 from k2jax.params.kimi import Moe
 from k2jax.sharding import axes_of, meshless, spec, storage_spec
 
-SMALL_BATCH_TOKENS = 16  # on a device; an expert has few rows of so few tokens
-
 
 class RouterStats(NamedTuple):
     """Statistics of one layer's router."""
@@ -110,10 +108,9 @@ def moe_for_inference(
         routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
         expert_NK = jnp.where(valid_BT.reshape(-1, 1), routing.expert_NK, cfg.experts)
         hidden = () if meshless() else axes_of("expert_ffw")
-        few = len(x_ND) <= SMALL_BATCH_TOKENS
 
         def run(x_MD, weight_M1, size_E):
-            return resident_mlp(x_MD, weight_M1, stacks, layer, size_E, hidden, few)
+            return resident_mlp(x_MD, weight_M1, stacks, layer, size_E, hidden)
 
         y_ND = dispatch_to_resident(x_ND, expert_NK, routing.weight_NK, cfg.experts, run)
         return sum_over(y_ND, hidden).reshape(x_BTD.shape)

@@ -18,10 +18,9 @@ from k2jax.ops.moe.tiles import cut_into_tiles
 Stack = jax.Array | LowBit
 Stacks = tuple[Stack, Stack, Stack]  # gate_LEDF, up_LEDF, down_LEFD
 
-# Rows of one expert that CPUs multiply at a time, for few tokens and for many: few rows leave most
-# of a block empty, and many would read an expert's weights too often. An argument and no rule on
-# the number of rows: a row has other bits in blocks of another size.
-FEW_ROWS, MANY_ROWS = 4, 32
+# Rows of one expert that CPUs multiply at a time. One number for all calls: a row has other bits in
+# blocks of another size.
+ROWS = 8
 GPU_ROWS = 64  # of a tile; an expert has few
 
 
@@ -32,7 +31,6 @@ def resident_mlp(
     layer: jax.Array | int,
     size_E: jax.Array,
     hidden: tuple[str, ...] = (),
-    few: bool = False,
 ) -> jax.Array:
     """Run rows through the expert of their group, times their weight; it has no gradient.
 
@@ -43,7 +41,6 @@ def resident_mlp(
         layer: int32, index into the stacks.
         size_E: int32, rows of each expert.
         hidden: mesh axes of which each device has a part of the hidden width.
-        few: whether the rows are of few tokens: CPUs then multiply fewer at a time.
     """
     return jax.lax.platform_dependent(
         x_MD,
@@ -51,7 +48,7 @@ def resident_mlp(
         stacks,
         jnp.int32(layer),
         size_E,
-        cpu=functools.partial(_run_blocks, hidden=hidden, block=FEW_ROWS if few else MANY_ROWS),
+        cpu=functools.partial(_run_blocks, hidden=hidden),
         default=functools.partial(_run_groups, hidden=hidden),
     )
 
@@ -100,24 +97,32 @@ def _gpu_product(x_MK, w_XKN, layer, size_E, *, experts: int):
     return gpu.grouped_matmul(x_MK, w_XKN, size_E, first=layer * experts, rows=GPU_ROWS)
 
 
-def _run_blocks(x_MD, weight_M1, stacks: Stacks, layer, size_E, hidden=(), block=MANY_ROWS):
-    """Compute `resident_mlp` by blocks; the next expert overwrites what is written in its rows."""
-    layouts = P(None, hidden), P(None, hidden), P(hidden, None)
-    most = x_MD.shape[0] // block + min(size_E.shape[0], x_MD.shape[0])
-    expert_I, first_I, _ = cut_into_tiles(size_E, block, most)
-    x_MD, weight_M1 = (jnp.pad(a, ((0, block), (0, 0))) for a in (x_MD, weight_M1))
+def _run_blocks(x_MD, weight_M1, stacks: Stacks, layer, size_E, hidden=()):
+    """Compute `resident_mlp` by blocks; the next expert overwrites what is written in its rows.
 
-    def run_block(i, y_MD):
-        x_GD, weight_G1 = (
-            jax.lax.dynamic_slice_in_dim(a, first_I[i], block) for a in (x_MD, weight_M1)
-        )
+    An expert is taken out of its stack once, in cache, for all of its blocks.
+    """
+    layouts = P(None, hidden), P(None, hidden), P(hidden, None)
+    rows = x_MD.shape[0]
+    expert_I, first_I, end_I = cut_into_tiles(size_E, rows, min(size_E.shape[0], rows))
+    x_MD, weight_M1 = (jnp.pad(a, ((0, ROWS), (0, 0))) for a in (x_MD, weight_M1))
+
+    def run_expert(i, y_MD):
         gate_DF, up_DF, down_FD = (
             take_matrix(w, (layer, expert_I[i]), layout, x_MD.dtype)
             for w, layout in zip(stacks, layouts, strict=True)
         )
-        y_GD = (jax.nn.silu(x_GD @ gate_DF) * (x_GD @ up_DF)) @ down_FD
-        y_GD = (y_GD.astype(jnp.float32) * weight_G1).astype(y_MD.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(y_MD, y_GD, first_I[i], axis=0)
 
-    count = (-(-size_E // block)).sum()
-    return jax.lax.fori_loop(0, count, run_block, jnp.zeros_like(x_MD))[:-block]
+        def run_block(block, y_MD):
+            first = first_I[i] + block * ROWS
+            x_GD, weight_G1 = (
+                jax.lax.dynamic_slice_in_dim(a, first, ROWS) for a in (x_MD, weight_M1)
+            )
+            y_GD = (jax.nn.silu(x_GD @ gate_DF) * (x_GD @ up_DF)) @ down_FD
+            y_GD = (y_GD.astype(jnp.float32) * weight_G1).astype(y_MD.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(y_MD, y_GD, first, axis=0)
+
+        blocks = -(-(end_I[i] - first_I[i]) // ROWS)
+        return jax.lax.fori_loop(0, blocks, run_block, y_MD)
+
+    return jax.lax.fori_loop(0, (size_E > 0).sum(), run_expert, jnp.zeros_like(x_MD))[:-ROWS]
