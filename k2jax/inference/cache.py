@@ -28,7 +28,7 @@ def make_pool(
         depths: of each stack; 0 and below: a stack that is taken apart, of so many layers.
         pages: of the pool, scratch included.
         page: tokens of a page.
-        dtype: of the latents, the one that is computed in.
+        dtype: of the latents, the one that is computed in or a wider one.
         drafts: whether to add what `draft` needs: outputs of the network, and latents.
     """
 
@@ -72,7 +72,7 @@ def write_latents(
     page_BT = jnp.take_along_axis(table, position_BT // page, axis=1, mode="clip")
     page_BT = jnp.where(order_T < count_B[:, None], page_BT, 0)
     at = (page_BT, position_BT % page) if index is None else (index, page_BT, position_BT % page)
-    return layer.at[at].set(new_BTM, mode="promise_in_bounds")
+    return layer.at[at].set(new_BTM.astype(layer.dtype), mode="promise_in_bounds")
 
 
 def read_pages(layer: jax.Array, pages: jax.Array, index: jax.Array | None = None) -> jax.Array:

@@ -87,7 +87,8 @@ def _join(w: Any, mtp: Any, outputs: jax.Array, reading: Reading, cfg, policy: P
     """Join each token's embedding with the output of the place before."""
     e_BTD = look_up(w.embed, reading.chunks.token_BT, policy)
     e_BTD = rms_norm(e_BTD, mtp.embed_norm, cfg.norm_eps, policy)
-    x_BTD = rms_norm(_read_before(outputs, reading), mtp.hidden_norm, cfg.norm_eps, policy)
+    x_BTD = _read_before(outputs, reading).astype(e_BTD.dtype)
+    x_BTD = rms_norm(x_BTD, mtp.hidden_norm, cfg.norm_eps, policy)
     both_BTJ = jnp.concatenate([e_BTD, x_BTD], axis=-1)
     return project("btj,jd->btd", both_BTJ, mtp.join, ("batch", "length", None), policy)
 

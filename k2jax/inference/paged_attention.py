@@ -189,7 +189,7 @@ def _mix_by_blocks(
         # What was never written is selected away: it may be anything, and 0 x NaN is NaN. The
         # barrier keeps the gathered block one array: both products would else gather it.
         written_BS1 = (place_S < end_B[:, None])[..., None]
-        latent_BSM = jnp.where(written_BS1, read_pages(latents, block, index), 0)
+        latent_BSM = jnp.where(written_BS1, read_pages(latents, block, index), 0).astype(dtype)
         latent_BSM = jax.lax.optimization_barrier(latent_BSM)
         # The latents are the first factor: a CPU then reads their rows in order of memory. Their
         # rotary part is mixed too and dropped at the end, which is cheaper than to cut it off here.

@@ -35,7 +35,7 @@ from k2jax.inference.placement import batch_ways, decoding
 from k2jax.model import Model
 from k2jax.model.projection import Policy
 from k2jax.params.arrays import Params
-from k2jax.runtime.versions import row_exact_flags
+from k2jax.runtime.versions import cpu_flags
 from k2jax.sharding import meshless, reshard, use_mesh_of
 
 # Rows of programs that decode, at least and at most, and least rows of those that read prompts, on
@@ -250,7 +250,9 @@ class Runner:
 
     def _prepare(self) -> None:
         """Put the weights in order and make the pool."""
-        cfg, dtype = self._cfg, self._policy.compute_dtype
+        cfg = self._cfg
+        # XLA's CPU backend would convert a pool of bfloat16 as a whole to write one token to it.
+        dtype = "float32" if self._cpu else self._policy.compute_dtype
         depths = network.list_depths(cfg)
         self._pool = make_pool(cfg, depths, self.pages, self.page, dtype, self.drafts)
         self._weights, self._tree = jax.tree.flatten(_split_weights(self._params, cfg))
@@ -290,7 +292,7 @@ def _compile(
 
     arrays = jax.tree.unflatten(layout, described)
     lowered = jax.jit(run, donate_argnums=1).lower(*arrays)
-    return lowered.compile(row_exact_flags() if net.row_exact else None)
+    return lowered.compile(cpu_flags() if net.row_exact else None)
 
 
 def _put_in_order(

@@ -71,11 +71,17 @@ def fast_compile_flags() -> dict[str, str | bool]:
     return flags
 
 
-def row_exact_flags() -> dict[str, str | bool]:
-    """XLA's, for CPUs: products by YNN, but sums by XLA, whose order no other row decides."""
+def cpu_flags() -> dict[str, str | bool]:
+    """XLA's, for inference on CPUs.
+
+    Products are YNN's, but sums XLA's, whose order no other row decides. And nothing is moved out
+    of loops: it would be the conversion of all experts to float32, in every call, where those that
+    a row chose are converted one by one.
+    """
+    flags: dict[str, str | bool] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
     if _numbers(importlib.metadata.version("jax")) < (0, 11):
-        return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
-    return {}
+        flags["xla_cpu_experimental_ynn_fusion_type"] = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    return flags
 
 
 def pallas_triton() -> ModuleType | None:
