@@ -32,13 +32,15 @@ class Planner:
         self.is_broken = False  # a goal came out otherwise than it was meant to
         self.steps: list[Step] = []
         self.answers: list[str] = []
+        self.searched: set[tuple[str, str]] = set()  # searches that need not be repeated
 
     def add(self, goal: Goal) -> str:
         """Plan one goal; the answer to the user."""
         if goal.facts and self.persona["disclosure"] == "asked":
             self._say(f"Of course. Could you tell me the {join(list(goal.facts))}?")
-        if goal.lookups:
-            self._call(*((tool, {"query": query}) for tool, query in goal.lookups))
+        if lookups := [one for one in goal.lookups if one not in self.searched]:
+            self._call(*((tool, {"query": query}) for tool, query in lookups))
+            self.searched |= set(lookups)
         tool = self.world.tools[goal.tool]
         answer = self._write(goal, tool) if tool.writes else self._read(goal, tool)
         if self.persona["disclosure"] == "all at once":

@@ -66,8 +66,8 @@ def asks_confirmation(text: str) -> bool:
 class ScriptedUser:
     """Plays a task's user: asks, answers what it is asked, agrees or not, ends.
 
-    It knows `goals` and nothing of the world. Whatever the agent, it answers by what the agent's
-    text asks for: a fact that is named, consent, else what it has not yet told.
+    It knows `goals` and nothing of the world. Whatever the agent, it answers its questions: with
+    what it has not told yet, else with consent or refusal.
     """
 
     name = "scripted"
@@ -102,12 +102,10 @@ class ScriptedUser:
         return self._ask("pity" if REFUSED.search(flatten(text)) else "next")
 
     def _answer(self, text: str) -> str | None:
-        named = [label for label in self.untold if is_written([label], text)]
-        consent = asks_confirmation(text)
-        if named or (self.untold and not consent):
-            shown = named or list(self.untold)
-            return self._say("fact", facts=", ".join(f"{x}: {self.untold.pop(x)}" for x in shown))
-        if not consent:
+        if self.untold:
+            facts, self.untold = self.untold, {}
+            return self._say("fact", facts=", ".join(f"{x}: {y}" for x, y in facts.items()))
+        if not asks_confirmation(text):
             return None
         goal = self._meant(text)
         return self._say("no" if goal["declines"] else "yes")
