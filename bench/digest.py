@@ -18,6 +18,7 @@ from pathlib import Path
 
 PROMPTS = ("import os", "def main():", "class Tree:", "# the", "for i in range(")
 ONE_DEVICE = ("--mesh.data", "1", "--mesh.expert", "1", "--mesh.model", "1")
+EIGHT_DEVICES = ("--mesh.data", "2", "--mesh.expert", "2", "--mesh.model", "2")
 KEYS = ("loss", "grad_norm", "update_norm", "logit_max", "load_max")
 
 
@@ -46,9 +47,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         one = train(Path(folder) / "one", steps, *ONE_DEVICE)
         mesh = Path(folder) / "mesh"
-        eight = train(mesh, steps)
+        eight = train(mesh, steps, *EIGHT_DEVICES)
         shutil.rmtree(mesh / "checkpoints" / str(steps))
-        resumed = train(mesh, steps)
+        resumed = train(mesh, steps, *EIGHT_DEVICES)
         prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
         text = k2jax("generate", str(mesh), *prompts, "--json")
     samples = [sample["ids"] for sample in json.loads(text)["samples"]]

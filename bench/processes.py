@@ -66,8 +66,9 @@ def metrics(out: Path) -> list[dict]:
 
 def main(steps: int, settings: list[str]) -> None:
     """Run both and print how far they are apart."""
+    mesh = ["--mesh.data", "2", "--mesh.expert", "2", "--mesh.model", "2"]
     order = ["--mesh.data", "8", "--mesh.expert", "1", "--mesh.model", "1"]
-    runs = {"one": (1, []), "processes": (PROCESSES, []), "other_order": (1, order)}
+    runs = {"one": (1, mesh), "processes": (PROCESSES, mesh), "other_order": (1, order)}
     with tempfile.TemporaryDirectory() as folder:
         seconds, lines = {}, {}
         for name, (processes, more) in runs.items():

@@ -1,6 +1,6 @@
 """What saving every 50 steps costs training of `tiny`: `python bench/save_cost.py [PAIRS]`.
 
-Blocks of real steps (MuonClip, 8 emulated devices) in turn without and with one save, which begins
+Blocks of real steps (MuonClip, mesh of `tiny`) in turn without and with one save, which begins
 after the block's first step and is written while the others run; the block ends when that is done.
 The difference of a pair is what a save takes of the machine; it is set against 50 steps of the same
 run. Prints one JSON line.

@@ -6,9 +6,9 @@ from k2jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, RunCo
 def tiny() -> RunConfig:
     """26M parameters, 8M of them active with the head; `make train`, 2 CPU cores.
 
-    Experts and attention heads are really split, over 8 devices that the CPU emulates. What is
-    learned in so few steps is which tokens follow which, and longer tokens say more: the vocabulary
-    is a third of the model. `docs/training.md` has what was tried.
+    Two devices that the CPU emulates have half of the batch and of the experts each, and keep a
+    core busy each. What is learned in so few steps is which tokens follow which, and longer tokens
+    say more: the vocabulary is a third of the model. `docs/training.md` has what was tried.
     """
     return RunConfig(
         name="tiny",
@@ -42,15 +42,14 @@ def tiny() -> RunConfig:
         train=TrainConfig(
             steps=150, dtype="float32", remat="none", eval_every=25, eval_rows=16, save_every=50
         ),
-        mesh=MeshConfig(data=2, expert=2, model=2),
+        mesh=MeshConfig(expert=2),
     )
 
 
 def small() -> RunConfig:
     """86M parameters, meant for an evening on 2 CPU cores or a GPU; not run by us yet.
 
-    `k2jax train small`; on one GPU add `--mesh.data 1 --mesh.expert 1 --mesh.model 1
-    --train.dtype bfloat16`.
+    `k2jax train small`; on one GPU add `--mesh.expert 1 --train.dtype bfloat16`.
     """
     return RunConfig(
         name="small",
@@ -74,5 +73,5 @@ def small() -> RunConfig:
         data=DataConfig(rows=32, context=512),
         optim=OptimConfig(learning_rate=1e-2, warmup=50, decay=0.5, ns_dtype="float32"),
         train=TrainConfig(steps=1_000, dtype="float32", remat="none", eval_every=100, eval_rows=32),
-        mesh=MeshConfig(data=2, expert=2, model=2),
+        mesh=MeshConfig(expert=2),
     )

@@ -1,6 +1,7 @@
 """`k2jax train`: train a named or published model, or resume the run in a folder."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -8,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k2jax import cluster, configs
-from k2jax.config import ConfigError, RunConfig, each_knob, to_json
+from k2jax.config import ConfigError, MeshConfig, RunConfig, each_knob, to_json
 
 if TYPE_CHECKING:
     from k2jax.model import Model
 
 PROMPT = "def "  # of the sample at a run's end
+MOST_EMULATED = 8  # devices that a suggestion has; more were never measured
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,10 +114,42 @@ def main(args: argparse.Namespace) -> int:
         from k2jax.checkpoint import Checkpoints
         from k2jax.training import loop
 
+        if not place and not any(name.startswith("mesh.") for name in args.settings):
+            _suggest_mesh_here(run)
         loop.train(run, out, init=args.init, say=_say, began=began, closing=_print_sample)
         stopped = (Checkpoints(out).latest() or 0) < run.train.steps
     # Schedulers start a job again only where its processes fail.
     return cluster.EXIT_RETRY if stopped and group.count > 1 else 0
+
+
+def suggest_mesh(run: RunConfig, cores: int) -> str:
+    """Name the mesh that gives each of a CPU's cores a device; empty: the run has no other.
+
+    One device leaves a fifth of two cores idle, and more devices than cores only add work.
+    """
+    rows = run.data.rows // run.train.accumulate
+    devices = 1
+    while 2 * devices <= min(cores, MOST_EMULATED) and not (
+        run.model.experts % (2 * devices) or rows % (2 * devices)
+    ):
+        devices *= 2
+    if devices in (1, run.mesh.devices):
+        return ""
+    better = MeshConfig(expert=devices).sizes
+    words = [f"--mesh.{axis} {n}" for axis, n in better.items() if n != run.mesh.sizes[axis]]
+    return (
+        f"this machine has {cores} cores: {' '.join(words)} is usually faster than {run.mesh}"
+        f" ({devices} emulated devices)"
+    )
+
+
+def _suggest_mesh_here(run: RunConfig) -> None:
+    import jax
+
+    if jax.default_backend() == "cpu":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if line := suggest_mesh(run, cores or 1):
+            _say(line)
 
 
 def _print_sample(model: "Model") -> None:
