@@ -91,7 +91,7 @@ def test_every_recorded_value_has_its_plot(page):
 
 def test_the_page_says_what_the_run_is_and_how_it_stands(page):
     text = page.read_text()
-    for part in ("tiny", "50 of 150", "at step 50", "26.", "parameters", "data=2 expert=2 model=2",
+    for part in ("tiny", "50 of 150", "at step 50", "26.", "parameters", "expert=2",
                  "8 x 256 tokens", "102k", "1 skipped, 1 rewound", "left out 36 to 39",
                  "loss not finite", "optim.tau = 100.0", "2.00 GB"):  # fmt: skip
         assert part in text, part
