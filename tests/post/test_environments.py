@@ -5,11 +5,16 @@ import json
 import pytest
 
 from k2jax.config import ConfigError
+from k2jax.inference.request import Result, TokenLogprob
 from k2jax.post.environment import Reply, open_environment
 from k2jax.post.graded_tasks import GradedTasks
 from k2jax.post.reasoning import ReasoningGym
+from k2jax.post.rollouts import Sampler, Try
 from k2jax.post.synthesis.oracle import Oracle
+from k2jax.post.synthesis.pipeline import FILES
+from k2jax.post.synthesis.stored import read_lines
 from k2jax.post.tool_worlds import ToolWorlds
+from k2jax.text.kimi_tokenizer import Tokenizer
 
 
 def follow_oracle(environment, split, number):
@@ -42,6 +47,45 @@ def test_the_oracle_earns_all_and_silence_nothing(made):
         while result.observation is not None:
             result = episode.step(Reply("Done."))
         assert sum(result.reward.values()) == 0
+
+
+class Planned:
+    """Stands in for an engine: writes a plan's steps as a model does, in tokens."""
+
+    context = 65536
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
+
+    def __init__(self, plan):
+        self.steps, self.calls = list(plan), 0
+
+    def run(self, requests):
+        return [self.write(request) for request in requests]
+
+    def write(self, request):
+        step = self.steps.pop(0)
+        text = step.get("say", "")
+        for i, (name, arguments) in enumerate(step.get("calls", ())):
+            text += "" if i else "<|tool_calls_section_begin|>"
+            text += f"<|tool_call_begin|>functions.{name}:{self.calls}"
+            text += f"<|tool_call_argument_begin|>{json.dumps(arguments)}<|tool_call_end|>"
+            self.calls += 1
+        text += "<|tool_calls_section_end|>" if "calls" in step else ""
+        ids = tuple(self.tokenizer.encode(text + "<|im_end|>", special=True))
+        logprobs = tuple(TokenLogprob(i, -0.5) for i in ids)
+        return Result(ids, logprobs=logprobs, finish_reason="stop")
+
+
+def test_the_trainers_rollouts_play_tool_worlds(made):
+    """Token ids all the way: what the engine writes is parsed, acted on and judged."""
+    environment = ToolWorlds(made[0], budget=20_000)
+    calls = {one["task"]: one["calls"] for one in read_lines(made[0] / FILES["run"])}
+    for number, task in enumerate(environment._tasks["train"][:6]):
+        if "unavailable" in json.dumps(calls[task["id"]]):
+            continue
+        sampler = Sampler(Planned(task["plan"]), Planned.tokenizer, environment)
+        (rollout,) = sampler.sample("train", [Try(number, 0)], 1.0)
+        assert rollout.reward == 1, rollout.failure
+        assert not rollout.is_truncated
 
 
 def test_results_bear_the_ids_of_the_models_calls(made):
