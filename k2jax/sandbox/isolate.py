@@ -28,6 +28,8 @@ DEVICES = ("null", "zero", "full", "random", "urandom")
 NEW_ROOT = "/tmp"  # only a place to mount on, in a mount namespace of its own
 libc = ctypes.CDLL(None, use_errno=True)
 FILTER = seccomp.make_filter()
+CAPABILITIES_OF_THIS = struct.pack("=Ii", 0x20080522, 0)  # version 3, this process
+NO_CAPABILITIES = bytes(24)
 
 
 def make_root(read_only: list[str]) -> None:
@@ -85,8 +87,8 @@ def leave_processes() -> None:
 
 
 def enter() -> None:
-    """Give this process, number 1 of its namespace, mounts, a /proc and a network of its own."""
-    _call("unshare", CLONE_NEWNS | CLONE_NEWNET)
+    """Give this process, number 1 of its namespace, mounts, /proc, network and IPC of its own."""
+    _call("unshare", CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC)
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=4k")
     _call("umount2", b"/proc", MNT_DETACH)
     # Processes only: nothing of the machine, no /proc/sys.
@@ -94,14 +96,13 @@ def enter() -> None:
 
 
 def renew(disk: int) -> None:
-    """Give the next program an empty /tmp, in which this process then is, and new IPC.
+    """Give the next program an empty /tmp, in which this process then is.
 
     Args:
         disk: bytes of everything that can be written.
     """
     os.chdir("/")
     _call("umount2", b"/tmp", MNT_DETACH)
-    _call("unshare", CLONE_NEWIPC)
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk},nr_inodes=8192,mode=1777")
     os.chdir("/tmp")
 
@@ -119,8 +120,7 @@ def become_nobody(number: int) -> None:
     else:
         user = os.getuid()
     os.setresuid(user, user, user)
-    header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0))
-    _call("capset", header, ctypes.create_string_buffer(24))
+    _call("capset", CAPABILITIES_OF_THIS, NO_CAPABILITIES)
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)  # its own /proc/self/fd, and with it /dev/stdin
 

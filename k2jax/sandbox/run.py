@@ -169,7 +169,7 @@ class Sandbox:
             request = {
                 "argv": argv,
                 "main": "main.py",
-                "files": files | {"stdin": stdin},
+                "files": files | ({"stdin": stdin} if stdin else {}),
                 "limits": dataclasses.asdict(limits),
                 "folder": folder,
                 "number": next(self._numbers),

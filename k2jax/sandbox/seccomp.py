@@ -3,7 +3,8 @@
 Run without the package (`zygote.py`): standard library only.
 
 Namespaces and the lack of capabilities already stop most of these calls. The filter is there for
-the parts of a kernel in which holes are found: other namespaces, eBPF, io_uring, keys, tracing.
+the parts of a kernel in which holes are found: other namespaces, eBPF, io_uring, keys, tracing; and
+for System V's memory and messages, which outlive the program that a worker runs.
 Source: seccomp(2), linux/filter.h, linux/audit.h.
 """
 
@@ -14,7 +15,9 @@ import struct
 
 PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 22, 2
 ALLOW, FAIL = 0x7FFF0000, 0x00050000  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO
-LOAD, JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+LOAD, JUMP, RETURN = 0x20, 0x05, 0x06
+JUMP_EQUAL, JUMP_AT_LEAST, JUMP_ANY_BIT = 0x15, 0x35, 0x45
+Instruction = tuple[int, int, int, int]  # code, jump if so, jump if not, value
 AT_NUMBER, AT_ARCH, AT_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 NEW_NAMESPACES = 0x7E020080  # CLONE_NEW*: time, mounts, cgroup, uts, ipc, user, pid, net
 X32 = 0x40000000  # numbers of x86-64's second table of calls
@@ -48,6 +51,8 @@ DENIED = {
     "mount": (165, 40),
     "mount_setattr": (442, 442),
     "move_mount": (429, 429),
+    "mq_open": (240, 180),
+    "msgget": (68, 186),
     "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265),
     "open_tree": (428, 428),
@@ -61,8 +66,10 @@ DENIED = {
     "quotactl": (179, 60),
     "reboot": (169, 142),
     "request_key": (249, 218),
+    "semget": (64, 190),
     "setns": (308, 268),
     "settimeofday": (164, 170),
+    "shmget": (29, 194),
     "swapoff": (168, 225),
     "swapon": (167, 224),
     "syslog": (103, 116),
@@ -84,33 +91,44 @@ def make_filter() -> bytes:
     """The filter as instructions of classic BPF."""
     column, arch = ARCHES[platform.machine()]
     fail = [FAIL | code for code in (errno.EPERM, errno.ENOSYS, errno.EAFNOSUPPORT)]
-    program = [(LOAD, 0, 0, AT_ARCH), (JUMP_EQUAL, 1, 0, arch), (RETURN, 0, 0, fail[0])]
-    program += [(LOAD, 0, 0, AT_NUMBER), (JUMP_AT_LEAST, 0, 1, X32), (RETURN, 0, 0, fail[1])]
-    for numbers in DENIED.values():
-        if (number := numbers[column]) is not None:
-            program += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, fail[0])]
+    denied = [numbers[column] for numbers in DENIED.values()]
+    actions = {number: [(RETURN, 0, 0, fail[0])] for number in denied if number is not None}
     # clone3 has its flags in memory, which a filter cannot read: libc falls back to clone.
-    program += [(JUMP_EQUAL, 0, 1, CLONE3[column]), (RETURN, 0, 0, fail[1])]
-    program += [
-        (JUMP_EQUAL, 0, 4, CLONE[column]),
+    actions[CLONE3[column]] = [(RETURN, 0, 0, fail[1])]
+    actions[CLONE[column]] = [
         (LOAD, 0, 0, AT_ARGUMENT),
         (JUMP_ANY_BIT, 0, 1, NEW_NAMESPACES),
         (RETURN, 0, 0, fail[0]),
         (RETURN, 0, 0, ALLOW),
     ]
-    program += [(JUMP_EQUAL, 0, 2 + len(FAMILIES), SOCKET[column]), (LOAD, 0, 0, AT_ARGUMENT)]
-    program += [(JUMP_EQUAL, len(FAMILIES) - i, 0, family) for i, family in enumerate(FAMILIES)]
-    program += [(RETURN, 0, 0, fail[2]), (RETURN, 0, 0, ALLOW)]
+    actions[SOCKET[column]] = [
+        (LOAD, 0, 0, AT_ARGUMENT),
+        *((JUMP_EQUAL, len(FAMILIES) - i, 0, family) for i, family in enumerate(FAMILIES)),
+        (RETURN, 0, 0, fail[2]),
+        (RETURN, 0, 0, ALLOW),
+    ]
+    program = [(LOAD, 0, 0, AT_ARCH), (JUMP_EQUAL, 1, 0, arch), (RETURN, 0, 0, fail[0])]
+    program += [(LOAD, 0, 0, AT_NUMBER), (JUMP_AT_LEAST, 0, 1, X32), (RETURN, 0, 0, fail[1])]
+    program += _search(sorted(actions), actions)
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def _search(numbers: list[int], actions: dict[int, list[Instruction]]) -> list[Instruction]:
+    """Find a call's number by halves: the kernel runs the filter for each of its calls at once."""
+    if len(numbers) == 1:
+        action = actions[numbers[0]]
+        return [(JUMP_EQUAL, 0, len(action), numbers[0]), *action, (RETURN, 0, 0, ALLOW)]
+    middle = len(numbers) // 2
+    below, above = (_search(half, actions) for half in (numbers[:middle], numbers[middle:]))
+    return [(JUMP_AT_LEAST, 0, 1, numbers[middle]), (JUMP, 0, 0, len(below)), *below, *above]
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
 def install(libc: ctypes.CDLL, program: bytes) -> None:
     """Filter the calls of this process and of all that it starts; `no_new_privs` must be set."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
-    loaded = Program(len(program) // 8, ctypes.addressof(buffer))
+    loaded = _Program(len(program) // 8, ctypes.cast(program, ctypes.c_void_p))
     if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(loaded), 0, 0):
         raise OSError(ctypes.get_errno(), "seccomp filter refused")

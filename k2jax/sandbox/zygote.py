@@ -9,7 +9,7 @@ loaded already. Three kinds of process take part:
     program   the untrusted code, without rights, as a user of its own
 
 What a worker keeps between programs is its namespaces of processes, mounts and network. Each
-program gets an empty /tmp, a new IPC namespace and a user that no other program has.
+program gets an empty /tmp and a user that no other program has; nothing else outlives one.
 """
 
 import gc
@@ -55,6 +55,8 @@ def serve(control: socket.socket, isolated: bool, read_only: list[str]) -> None:
     except OSError as error:
         control.sendall(str(error).encode())
         return
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT)
     control.sendall(b"ready")
     gc.collect()
     gc.freeze()  # forks share the pages of what is here now
@@ -89,6 +91,7 @@ def _become_worker(connection: socket.socket, isolated: bool) -> None:
 def work(connection: socket.socket, isolated: bool) -> None:
     """Run programs until the other side is gone."""
     try:
+        os.umask(0o022)
         if isolated:
             isolate.enter()
             isolate.hide_memory()
@@ -228,12 +231,13 @@ def _set_up(request: dict, isolated: bool) -> None:
     if not isolated:
         os.chdir(request["folder"])
     for name, text in request["files"].items():
-        with open(name, "wb") as out:
-            out.write(text.encode("utf-8", "surrogateescape"))
-        os.chmod(name, 0o644)
-    nothing = os.open("stdin", os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+        file = os.open(name, os.O_CREAT | os.O_WRONLY, 0o644)
+        _write_all(file, text.encode("utf-8", "surrogateescape"))
+        os.close(file)
+    if "stdin" in request["files"]:  # without input it is /dev/null, as in the zygote
+        file = os.open("stdin", os.O_RDONLY)
+        os.dup2(file, 0)
+        os.close(file)
     os.setsid()
     if isolated:
         isolate.become_nobody(request["number"])
@@ -267,16 +271,19 @@ def _be_program(isolated: bool, files: list[int], setup: int, finished: int) -> 
         os._exit(code)
 
 
+def _write_all(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
 def _run_python(main: str, token: str) -> int:
     """Run a Python file as `python FILE` would; its exit code."""
-    os.environ.clear()
-    os.environ.update(ENVIRONMENT)
     sys.argv, sys.path[0] = [main], "/tmp"
     namespace = {"__name__": "__main__", "__file__": main, "__builtins__": __builtins__}
     code = 0
     try:
-        with open(main, "rb") as file:
-            exec(compile(file.read(), main, "exec"), namespace)
+        source = _read_all(os.open(main, os.O_RDONLY))
+        exec(compile(source, main, "exec"), namespace)
         os.write(FINISHED, token.encode())
     except SystemExit as leaving:
         code = _exit_code(leaving.code)
