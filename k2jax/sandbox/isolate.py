@@ -95,16 +95,27 @@ def enter() -> None:
     _mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "subset=pid")
 
 
-def renew(disk: int) -> None:
+def renew(disk: int, is_new: bool) -> None:
     """Give the next program an empty /tmp, in which this process then is.
 
     Args:
         disk: bytes of everything that can be written.
+        is_new: False: the last program had as many; what is empty but for its source can stay.
     """
+    os.chdir("/tmp")
+    if not is_new and _is_emptied():
+        return
     os.chdir("/")
     _call("umount2", b"/tmp", MNT_DETACH)
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk},nr_inodes=8192,mode=1777")
     os.chdir("/tmp")
+
+
+def _is_emptied() -> bool:
+    for name in ("main.py", "stdin"):
+        if os.path.lexists(name) and not os.path.isdir(name):
+            os.unlink(name)
+    return not os.listdir(".")
 
 
 def become_nobody(number: int) -> None:

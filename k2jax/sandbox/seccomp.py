@@ -124,11 +124,11 @@ def _search(numbers: list[int], actions: dict[int, list[Instruction]]) -> list[I
 
 
 class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
 def install(libc: ctypes.CDLL, program: bytes) -> None:
     """Filter the calls of this process and of all that it starts; `no_new_privs` must be set."""
-    loaded = _Program(len(program) // 8, ctypes.cast(program, ctypes.c_void_p))
+    loaded = _Program(len(program) // 8, program)
     if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(loaded), 0, 0):
         raise OSError(ctypes.get_errno(), "seccomp filter refused")

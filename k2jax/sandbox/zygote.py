@@ -14,6 +14,7 @@ program gets an empty /tmp and a user that no other program has; nothing else ou
 
 import gc
 import json
+import marshal
 import os
 import select
 import signal
@@ -99,11 +100,16 @@ def work(connection: socket.socket, isolated: bool) -> None:
             isolate.adopt_orphans()
         # A program with this process's user could change the limits of the next one.
         serves_many = os.getuid() == 0
+        disk = 0
         while True:
             message, files, _, _ = socket.recv_fds(connection, 4096, 3)
             if not message:
                 break
-            report = _run(json.loads(message), files, connection, isolated)
+            limits = json.loads(message)
+            if isolated:
+                isolate.renew(limits["disk"], limits["disk"] != disk)
+            disk = limits["disk"]
+            report = _run(limits, files, connection, isolated)
             connection.sendall(json.dumps(report | {"is_last": not serves_many}).encode())
             if not serves_many:
                 break
@@ -123,8 +129,6 @@ def _refuse(connection: socket.socket, error: BaseException) -> None:
 
 def _run(limits: dict, files: list[int], connection: socket.socket, isolated: bool) -> dict:
     """Run one program, and see that nothing of it is left; how it ended."""
-    if isolated:
-        isolate.renew(limits["disk"])
     began = time.monotonic()
     setup_in, setup_out = os.pipe()
     finished_in, finished_out = os.pipe()
@@ -252,7 +256,7 @@ def _be_program(isolated: bool, files: list[int], setup: int, finished: int) -> 
     code = 1
     try:
         try:
-            request = json.loads(_read_all(files[0]))
+            request = marshal.loads(_read_all(files[0]))
             _set_up(request, isolated)
         except BaseException as error:
             os.write(setup, f"{type(error).__name__}: {error}".encode())
