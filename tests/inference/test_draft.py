@@ -74,6 +74,17 @@ def test_tokens_and_log_probabilities_are_those_without_drafts_to_the_bit(random
 
 
 @pytest.mark.slow
+def test_a_mesh_drafts_and_gives_the_same_tokens(random_model):
+    requests = requests_of(20)
+    alone = Engine(random_model, PLAIN).run(requests)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(expert=4, model=2))):
+        params = initial(specs(Kimi(SMALL)), seed=3, std=SMALL.init_std)
+        engine = Engine(Model(SMALL, params, BYTES), EngineSettings(rows=8))
+        assert [r.ids for r in engine.run(requests)] == [r.ids for r in alone]
+    assert engine.stats().drafted_tokens_total > 30
+
+
+@pytest.mark.slow
 def test_a_trained_layers_drafts_save_steps(tmp_path):
     (tmp_path / "text").mkdir()
     lines = "def add(x): return x + 1\n" * 200

@@ -29,12 +29,14 @@ def requests_of(count: int, greedy: bool = False) -> list[Request]:
         sampling = (
             Sampling(1.0, top_p=0.9, seed=number) if number % 2 and not greedy else Sampling()
         )
-        made.append(Request(prompt, draw.randint(1, 12), sampling, logprobs=0))
+        stops = frozenset(draw.sample(range(512), draw.choice([0, 0, 60])))
+        texts = draw.choice([(), (), tuple("etaoin")])
+        made.append(Request(prompt, draw.randint(1, 12), sampling, stops, texts, logprobs=0))
     return made
 
 
 def check_greedy(model: Model, requests: list[Request], results) -> None:
-    """Every token is the argmax of the full forward, with its log-probability."""
+    """Every token is the argmax of the full forward, with its log-probability, up to a stop."""
     rows = [[*request.prompt, *r.ids] for request, r in zip(requests, results, strict=True)]
     token_BT = np.zeros((len(rows), CFG.context), np.int32)
     for row, ids in zip(token_BT, rows, strict=True):
@@ -46,6 +48,9 @@ def check_greedy(model: Model, requests: list[Request], results) -> None:
         assert y_TX[places, : BYTES.vocab].argmax(axis=-1).tolist() == list(r.ids)
         expected = own_TX[places, list(r.ids)]
         np.testing.assert_allclose([e.logprob for e in r.logprobs], expected, atol=1e-5)
+        assert not request.stop_ids & set(r.ids[:-1])
+        whole = {"length": request.max_new_tokens, "stop": max(len(r.ids), 1)}
+        assert len(r.ids) == whole.get(r.finish_reason, len(r.ids))
 
 
 def test_greedy_tokens_are_the_full_forwards(model):
