@@ -8,17 +8,15 @@ when every checkpoint is reached and nothing is violated.
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k2jax.post.synthesis.grounding import find_invention
 from k2jax.post.synthesis.speech import flatten, is_written
-from k2jax.post.synthesis.users import asks_confirmation, is_consent
+from k2jax.post.synthesis.users import QUESTION, asks_confirmation, is_consent
 from k2jax.post.synthesis.world import World, find_changes
 
 NEAR = 0.005  # dollars
-QUESTION = re.compile(r"[^.!?\n]*\?")  # names nothing to a user who waits for an answer
 
 Message = Mapping[str, Any]
 

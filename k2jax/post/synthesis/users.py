@@ -10,14 +10,21 @@ from k2jax.post.synthesis.words import draw_word
 
 DISCLOSURES = ("upfront", "asked", "all at once")
 ASKS_CONFIRMATION = re.compile(
-    r"go ahead|proceed|confirm|shall i|should i|do you want me|would you like me|is that (ok|right)"
-    r"|are you sure|may i"
+    r"go ahead|proceed|confirm|shall i|should i|do you want me|would you like me|are you sure|may i"
+    r"|is (this|that) (ok|okay|right|correct)"
 )
+QUESTION = re.compile(r"(?:[^.!?\n]|\.(?=\d))*\?")  # a sentence; points in numbers do not end it
+TELLS_TO_CONFIRM = re.compile(r"please confirm (that|whether|if)|(reply|answer|say) \W?yes")
+ASKS = re.compile(r"\b(provide|tell me|let me know|specify|need to know|i need)\b")
+OFFERS = re.compile(r"(anything|something) (else|more)|further (help|assist)|assist you further")
 YES = re.compile(
     r"\b(yes|yep|yeah|ok|okay|sure|confirm|confirmed|go ahead|proceed|please do|do it|correct"
     r"|right)\b"
 )
-NO = re.compile(r"\b(no|don't|do not|rather not|leave|changed my mind|skip it|stop|not wish)\b")
+NO = re.compile(
+    r"^(oh,? |well,? |sorry,? )?(no|nope)\b|\bno[.,!]|\bdon't\b|\bdo not\b|rather (not|leave)"
+    r"|changed my mind|skip it|not wish|\bstop\b"
+)
 REFUSED = re.compile(r"\b(could not|cannot|can't|couldn't|unable|not possible)\b")
 PATIENCE = 3  # questions without an answer that a user takes
 
@@ -60,7 +67,8 @@ def is_consent(text: str) -> bool:
 def asks_confirmation(text: str) -> bool:
     """Whether an agent's text asks the user to agree to something."""
     plain = flatten(text)
-    return "?" in plain and bool(ASKS_CONFIRMATION.search(plain))
+    asked = any(ASKS_CONFIRMATION.search(sentence) for sentence in QUESTION.findall(plain))
+    return asked or bool(TELLS_TO_CONFIRM.search(plain))
 
 
 class ScriptedUser:
@@ -90,7 +98,7 @@ class ScriptedUser:
 
     def reply(self, text: str) -> str | None:
         """Answer the agent; None: the conversation is over."""
-        if "?" in text:
+        if self._is_asked(text):
             answer = self._answer(text)
             if answer is None:
                 self.idle += 1
@@ -100,6 +108,13 @@ class ScriptedUser:
             return None
         self.current += 1
         return self._ask("pity" if REFUSED.search(flatten(text)) else "next")
+
+    def _is_asked(self, text: str) -> bool:
+        """Whether the agent waits for an answer; an offer of more help is none."""
+        plain = flatten(text)
+        if self.untold:
+            return "?" in plain or bool(ASKS.search(plain))
+        return asks_confirmation(text) or ("?" in plain and not OFFERS.search(plain))
 
     def _answer(self, text: str) -> str | None:
         if self.untold:
