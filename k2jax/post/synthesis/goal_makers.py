@@ -13,6 +13,36 @@ from k2jax.post.synthesis.words import POOLS
 from k2jax.post.synthesis.world import Record
 from k2jax.post.synthesis.world_file import Entity, Field
 
+# Ways to say one thing; what is asked for follows "could you".
+WORDS = {
+    "update": (
+        "change the {field} of the {record}",
+        "correct the {field} of the {record}",
+        "enter a new {field} for the {record}",
+    ),
+    "delete": ("delete the {record} for good", "remove the {record} completely"),
+    "add": (
+        "add to the {field} of the {record}",
+        "raise the {field} of the {record}",
+        "put more on the {field} of the {record}",
+    ),
+    "take": (
+        "take something from the {field} of the {record}",
+        "lower the {field} of the {record}",
+        "reduce the {field} of the {record}",
+    ),
+    "assign": ("change the {field} of the {record}", "give the {record} another {field}"),
+    "note": ("leave a note on the {record}", "write a note for the staff on the {record}"),
+    "count": (
+        'tell me how many {many} have the {field} "{value}"',
+        'count the {many} whose {field} is "{value}"',
+    ),
+}
+
+
+def _word(scene: Scene, kind: str, **parts: str) -> str:
+    return scene.rng.choice(WORDS[kind]).format(**parts)
+
 
 def make_goal(scene: Scene, tool: Tool, refusable: bool = True) -> Goal | None:
     """Make a goal for a tool in the world as it is; None: it has none now.
@@ -113,7 +143,7 @@ def _update(scene: Scene, tool: Tool) -> Goal | None:
     goal, named = _on_record(scene, tool, record)
     nested = "changes" in tool.parameters.get("properties", {})
     goal.arguments |= {"changes": {field.name: value}} if nested else {field.name: value}
-    goal.core = f"change the {field.label} of the {named}"
+    goal.core = _word(scene, "update", field=field.label, record=named)
     goal.facts[f"new {field.label}"] = speak(value, field)
     return goal
 
@@ -164,7 +194,7 @@ def _delete(scene: Scene, tool: Tool) -> Goal | None:
     if record is None:
         return None
     goal, named = _on_record(scene, tool, record)
-    goal.core = f"delete the {named} for good"
+    goal.core = _word(scene, "delete", record=named)
     for entity, field in scene.world.referrers[tool.entity]:
         if any(one[field] == record["id"] for one in scene.world.state[entity].values()):
             goal.refused = "conflict"
@@ -187,8 +217,8 @@ def _adjust(scene: Scene, tool: Tool) -> Goal | None:
     amount = amount + (int(stored) + 1 if too_much else 0)
     goal, named = _on_record(scene, tool, record)
     goal.arguments["amount"] = amount
-    done = ("add to", "take something from")[tool.sign < 0]
-    goal.core = f"{done} the {field.label} of the {named}"
+    kind = "take" if tool.sign < 0 else "add"
+    goal.core = _word(scene, kind, field=field.label, record=named)
     goal.facts["amount"] = speak(amount, field)
     if tool.operation.role and tool.operation.role not in scene.world.roles:
         goal.refused = "permission"
@@ -234,7 +264,7 @@ def _assign(scene: Scene, tool: Tool) -> Goal | None:
     )
     if record.get("status") in GONE or clash:
         goal.refused = "conflict"
-    goal.core = f"change the {field.label} of the {named}"
+    goal.core = _word(scene, "assign", field=field.label, record=named)
     goal.facts[f"new {field.label}"] = scene.point_to(goal, field.target, target)
     return goal
 
@@ -259,7 +289,7 @@ def _note(scene: Scene, tool: Tool) -> Goal | None:
         return None
     goal, named = _on_record(scene, tool, record)
     goal.arguments["text"] = scene.rng.choice(POOLS["remark"])
-    goal.core = f"leave a note on the {named}"
+    goal.core = _word(scene, "note", record=named)
     goal.facts["text of the note"] = f'"{goal.arguments["text"]}"'
     return goal
 
@@ -296,7 +326,7 @@ def _count(scene: Scene, tool: Tool) -> Goal | None:
     goal.arguments["filters"] = {field.name: value}
     records = [r for r in scene.world.state[tool.entity].values() if r[field.name] == value]
     many = entity.plural.replace("_", " ")
-    goal.core = f'tell me how many {many} have the {field.label} "{value}"'
+    goal.core = _word(scene, "count", many=many, field=field.label, value=value)
     number = len(records)
     if tool.kind == "total":
         added = entity.field(tool.field)
