@@ -20,7 +20,7 @@ from k2jax.sandbox import Limits, Sandbox
 
 FIELDS = ("task_id", "prompt", "entry_point", "test", "canonical_solution")
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # [Codex] sec. 2.1: a completion's end
-SECONDS = 5.0  # for the tests of a problem
+SECONDS = 5.0  # of CPU, for the tests of a problem
 # Ours: the report does not publish its prompt.
 CHAT = (
     "Complete the following Python function. Answer with the whole function, with the imports that"
@@ -129,7 +129,7 @@ class HumanEval(Task):
         else:
             return Verdict(0.0, UNPARSED, "", "no code block in the answer")
         sandbox = self._sandbox or code_runs.shared_sandbox()
-        return grade_program(program, sandbox, code_runs.python_limits(SECONDS))
+        return grade_program(program, sandbox, code_runs.limit_time(SECONDS, Limits()))
 
 
 def grade(problem: Problem, completion: str, sandbox: Sandbox, limits: Limits) -> Verdict:

@@ -1,12 +1,16 @@
 """Programs of models, run in the sandbox: what benchmarks of code share."""
 
+import dataclasses
+import math
 import re
+import signal
 import threading
 
 from k2jax.evals.task import FAILED, PASSED, TIMED_OUT, Verdict
 from k2jax.sandbox import Limits, Outcome, Sandbox
 
 REASON = 300  # characters of an error that are kept
+BUSY = 4  # times as slow as alone; a program that only waits is given that long
 BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n]*\n(.*?)^[ \t]*```[ \t]*$", re.DOTALL | re.M)
 
 _lock = threading.Lock()
@@ -54,12 +58,22 @@ def to_verdict(outcome: Outcome, has_passed: bool, program: str) -> Verdict:
     if has_passed:
         return Verdict(1.0, PASSED, program)
     named = {"timeout": TIMED_OUT, "exited": FAILED, "signal": FAILED, "killed": FAILED}
-    return Verdict(0.0, named.get(outcome.status, outcome.status), program, describe_end(outcome))
+    result = named.get(outcome.status, outcome.status)
+    if has_used_its_time(outcome):
+        result = TIMED_OUT
+    return Verdict(0.0, result, program, describe_end(outcome))
+
+
+def has_used_its_time(outcome: Outcome) -> bool:
+    """Whether the limit of CPU seconds ended a program."""
+    return outcome.status == "signal" and outcome.code == signal.SIGXCPU
 
 
 def describe_end(outcome: Outcome) -> str:
     """One line: why a program that should have passed did not."""
     lines = outcome.stderr.decode("utf-8", "replace").strip().splitlines()
+    if has_used_its_time(outcome):
+        return "used its seconds of CPU"
     if outcome.status == "signal":
         return f"signal {outcome.code}"
     if outcome.status != "exited":
@@ -67,6 +81,6 @@ def describe_end(outcome: Outcome) -> str:
     return lines[-1][:REASON] if lines else f"left with exit code {outcome.code} before its tests"
 
 
-def python_limits(seconds: float) -> Limits:
-    """Limits of a program of a benchmark: `seconds` of the clock and of each process."""
-    return Limits(wall=seconds, cpu=int(seconds) + 1)
+def limit_time(seconds: float, limits: Limits) -> Limits:
+    """Limits with `seconds` of CPU, which on a busy machine are as many, and more by the clock."""
+    return dataclasses.replace(limits, wall=BUSY * seconds, cpu=math.ceil(seconds))

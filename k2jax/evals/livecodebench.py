@@ -6,8 +6,10 @@ benchmark's runner; each test is a run of its own, graded by its output from out
 Source: [LCB] "LiveCodeBench: Holistic and Contamination Free Evaluation", 2403.07974.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from k2jax.evals.task import (
 )
 from k2jax.sandbox import Limits, Outcome, Sandbox
 
-SECONDS = 6.0  # for each test
+SECONDS = 6.0  # of CPU, for each test
 FILE = "custom_outputs.json"
 SYSTEM = (
     "You are an expert Python programmer. You will be given a question (problem specification) and"
@@ -108,6 +110,19 @@ class LiveCodeBench(Task):
                 return Verdict(0.0, verdict.result, code, reason)
         return Verdict(1.0, PASSED, code)
 
+    def grade_file(self, path: str | Path, threads: int = 2) -> dict[str, list[Verdict]]:
+        """Grade the programs of a `custom_evaluator` file; verdicts by `question_id`.
+
+        Raises:
+            ConfigError: the file is malformed, or its problems are others.
+        """
+        codes = read_custom_outputs(path, [item.id for item in self._items])
+        with ThreadPoolExecutor(threads) as pool:
+            return {
+                item.id: list(pool.map(functools.partial(self.grade_code, item), codes[item.id]))
+                for item in self._items
+            }
+
     def write_files(self, verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, str]:
         """The programs as LiveCodeBench's `custom_evaluator` reads them."""
         codes = {id_: [one.extracted for one in all_] for id_, all_ in verdicts.items()}
@@ -167,7 +182,7 @@ def run_test(code: str, test: Case, function: str, sandbox: Sandbox) -> Verdict:
         function: that is called, where the test is of a function.
         sandbox: where it runs.
     """
-    limits = Limits(wall=SECONDS, cpu=int(SECONDS) + 1, output=16 << 20)
+    limits = code_runs.limit_time(SECONDS, Limits(output=16 << 20))
     program = PRELUDE + code
     if test.kind == "functional":
         program += CALL.format(name=function, mark=MARK)

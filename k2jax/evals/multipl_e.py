@@ -18,7 +18,7 @@ from k2jax.evals.task import ERROR, Answer, Generate, Item, Task, TaskSettings, 
 from k2jax.sandbox import Limits, Sandbox
 
 SEARCH = "/usr/local/bin:/usr/bin:/bin"  # of programs in the sandbox
-LIMITS = Limits(wall=15.0, cpu=15, memory=2 << 30, disk=256 << 20, processes=64)
+LIMITS = code_runs.limit_time(15, Limits(memory=2 << 30, disk=256 << 20, processes=64))
 
 
 class Language(NamedTuple):
@@ -69,8 +69,6 @@ ALIASES |= {"perl": "pl", "ruby": "rb", "julia": "jl", "rust": "rs", "go_test.go
 class MultiplE(Task):
     """A file of MultiPL-E: one language or several."""
 
-    settings = TaskSettings(max_new_tokens=1024)
-
     def __init__(self, path: str | Path, sandbox: Sandbox | None = None):
         """Read problems and see that their languages can be run.
 
@@ -89,6 +87,8 @@ class MultiplE(Task):
             require_language(language)
         self.name = f"multipl-e-{'-'.join(languages)}"
         self.digest = digest_files(path, more=repr([LANGUAGES[one] for one in languages]))
+        stops = set.intersection(*(set(item.target["stops"]) for item in self._items))
+        self.settings = TaskSettings(max_new_tokens=1024, stop=tuple(sorted(stops)))
         self._sandbox = sandbox
 
     def items(self) -> Sequence[Item]:

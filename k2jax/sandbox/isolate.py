@@ -148,19 +148,20 @@ def hide_memory() -> None:
 
 def set_limits(limits: dict) -> None:
     """Set the limits of a process: CPU seconds, memory, processes, files, no core dumps."""
-    for kind, value in (
-        (resource.RLIMIT_CPU, limits["cpu"]),
-        (resource.RLIMIT_DATA, limits["memory"]),  # not the address space: V8 reserves much of it
-        (resource.RLIMIT_NPROC, limits["processes"]),
-        (resource.RLIMIT_FSIZE, limits["disk"]),
-        (resource.RLIMIT_NOFILE, 256),
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_MSGQUEUE, 0),
-        (resource.RLIMIT_MEMLOCK, 0),
+    for kind, soft, hard in (
+        (resource.RLIMIT_CPU, limits["cpu"], limits["cpu"] + 1),  # SIGXCPU, then SIGKILL
+        # Not the address space: V8 reserves much of it.
+        (resource.RLIMIT_DATA, limits["memory"], limits["memory"]),
+        (resource.RLIMIT_NPROC, limits["processes"], limits["processes"]),
+        (resource.RLIMIT_FSIZE, limits["disk"], limits["disk"]),
+        (resource.RLIMIT_NOFILE, 256, 256),
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_MSGQUEUE, 0, 0),
+        (resource.RLIMIT_MEMLOCK, 0, 0),
     ):
-        hard = resource.getrlimit(kind)[1]
-        most = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (most, most))
+        most = resource.getrlimit(kind)[1]
+        top = hard if most == resource.RLIM_INFINITY else min(hard, most)
+        resource.setrlimit(kind, (min(soft, top), top))
 
 
 def _list_sources(read_only: list[str]) -> list[str]:

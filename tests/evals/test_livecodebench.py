@@ -112,6 +112,10 @@ def test_files_of_the_custom_evaluator_go_out_and_in(task, tmp_path):
     path.write_text(write_custom_outputs(codes))
     assert json.loads(path.read_text())[0] == {"question_id": "pair", "code_list": ["z"]}
     assert read_custom_outputs(path, ["sum", "pair"]) == codes
+    sums = "print(sum(map(int, input().split())))"
+    path.write_text(write_custom_outputs({"sum": [sums, "x"], "pair": ["def pair(*a): return a"]}))
+    verdicts = {name: [v.score for v in each] for name, each in task.grade_file(path).items()}
+    assert verdicts == {"sum": [1, 0], "pair": [1]}
     path.write_text('[["z"], ["x", "y"]]')
     assert read_custom_outputs(path, ["sum", "pair"]) == codes
     with pytest.raises(ConfigError, match="differ in 'more'"):

@@ -312,7 +312,9 @@ def test_endless_programs_end(sandbox):
     asleep = f"import signal, time\n{block}\ntime.sleep(60)"
     assert run(sandbox, asleep, wall=0.5).status == "timeout"
     spent = run(sandbox, "while True: pass", cpu=1)
-    assert (spent.status, spent.code) == ("signal", signal.SIGKILL)
+    assert (spent.status, spent.code) == ("signal", signal.SIGXCPU)
+    block = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
+    assert run(sandbox, block, cpu=1).code == signal.SIGKILL
 
 
 def test_namespaces_and_mounts_cannot_be_changed(sandbox):
