@@ -25,6 +25,8 @@ from k2jax.weights.hf_config import from_published, published_fields
 NAMES = {
     "tiny": "tiny",
     "small": "tiny",
+    "toy": "toy",
+    "toy_rl": "toy",
     "kimi_k2": "kimi",
     "kimi_k2_pretrain": "kimi",
     "kimi_k2_anneal": "kimi",

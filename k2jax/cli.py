@@ -16,6 +16,7 @@ CLOSE = 0.75  # difflib's ratio from which an option counts as meant
 # Each verb's module has `add_arguments(parser)` and `main(args) -> exit code`.
 VERBS = {
     "train": ("k2jax.commands.train", "train a model, or resume a run"),
+    "finetune": ("k2jax.commands.finetune", "learn from conversations, from weights that exist"),
     "rl": ("k2jax.commands.rl", "improve a model by rewards for its own samples"),
     "data": ("k2jax.commands.data", "tokenise a data set once, in parallel, for fast training"),
     "evaluate": ("k2jax.commands.evaluate", "score text: perplexity and bits per byte"),

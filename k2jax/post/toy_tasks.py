@@ -1,15 +1,22 @@
 """Two small tasks that a model of a million parameters learns by trying, in minutes on a CPU.
 
 An eighth of the prompts is held out, by a hash of the prompt: none of them is ever trained on.
+`python -m k2jax.post.toy_tasks sum2 FOLDER` writes answers to learn from before that.
 """
 
 import functools
 import hashlib
 import itertools
+import json
+import random
+import sys
+from pathlib import Path
 
 from k2jax.post.environment import SingleTurn
+from k2jax.runtime.files import write_atomic
 
 HELD_OUT = 8  # one prompt in so many
+MOST_EXAMPLES = 20_000
 
 
 def is_held_out(prompt: str) -> bool:
@@ -48,3 +55,24 @@ def _single_turn(name, budget, answers):
         return float(reply == answers()[prompt])
 
     return SingleTurn(name, budget, prompts, reward)
+
+
+def write_examples(task: str, folder: str) -> Path:
+    """Write right answers to prompts that are not held out, as text to learn from first.
+
+    Args:
+        task: "sum2" or "sort6".
+        folder: `<task>.jsonl` is written there.
+    """
+    answers = {"sum2": list_sums, "sort6": list_sortings}[task]()
+    texts = [prompt + answer for prompt, answer in answers.items() if not is_held_out(prompt)]
+    random.Random(0).shuffle(texts)
+    path = Path(folder) / f"{task}.jsonl"
+    lines = [json.dumps({"text": text}) + "\n" for text in texts[:MOST_EXAMPLES]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "".join(lines))
+    return path
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{write_examples(*sys.argv[1:])}\n")

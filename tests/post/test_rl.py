@@ -2,13 +2,24 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 from small_model import SIZES
 
 from k2jax.checkpoint import Checkpoints
-from k2jax.config import ConfigError, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from k2jax.config import (
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    to_json,
+)
 from k2jax.inference.engine import Engine
 from k2jax.inference.request import EngineSettings, Request, Sampling
 from k2jax.model import Model
@@ -18,6 +29,7 @@ from k2jax.post.environment import SingleTurn
 from k2jax.post.rl import train_rl
 from k2jax.post.rl_config import RlConfig
 from k2jax.text.kimi_tokenizer import Tokenizer
+from k2jax.weights.source import load
 
 MODEL = ModelConfig(**SIZES)
 # A drawn model writes odd lengths often: rewards differ, and there is something to learn.
@@ -40,19 +52,11 @@ def init(tmp_path_factory):
     """A run's folder with drawn weights and byte tokens."""
     folder = tmp_path_factory.mktemp("init")
     params = initial(declare_kimi(MODEL), 0, 0.3)
-    from k2jax.config import to_json
-
     with Checkpoints(folder) as saved:
         saved.save(1, {"params": params}, {"config": to_json(make_run())})
+    (folder / "config.json").write_text(json.dumps(to_json(make_run(steps=40))))
     Tokenizer({bytes([i]): i for i in range(256)}).save(folder / "tiktoken.model")
     return str(folder)
-
-
-def params_of(folder, step):
-    from k2jax.params.arrays import abstract
-
-    with Checkpoints(folder) as saved:
-        return saved.restore_params(step, abstract(declare_kimi(MODEL)))
 
 
 def require_equal(a, b):
@@ -77,8 +81,7 @@ def test_a_killed_run_ends_with_the_same_weights_and_ratios_are_one(init, tmp_pa
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
     again = train_rl(run, rl, ENV, tmp_path / "killed", init=init, say=lambda _: None)
     require_equal(whole.params, again.params)
-    ours = [{**line, "seconds": 0} for line in lines]
-    assert len(read(tmp_path / "killed")) == len(ours)
+    assert [line["loss"] for line in read(tmp_path / "killed")] == [line["loss"] for line in lines]
     with pytest.raises(ConfigError, match=r"tau 0.1, not 0.2"):
         train_rl(
             run, RlConfig(group=4, eval_prompts=2, tau=0.2), ENV, tmp_path / "whole", init=init
@@ -112,3 +115,34 @@ def test_an_engine_with_new_weights_answers_as_one_made_of_them():
     engine.submit(requests[0], lambda _: None)
     with pytest.raises(RuntimeError, match="open"):
         engine.set_weights(first)
+
+
+OWN = """
+from k2jax.post.environment import SingleTurn
+
+def odd():
+    reward = lambda prompt, reply: float(len(reply) % 2)
+    return SingleTurn("odd", 3, lambda split: list("abcdefgh"), reward)
+"""
+
+
+@pytest.mark.slow
+def test_a_command_killed_at_any_moment_ends_as_one_left_alone(init, tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+
+    def start(out):
+        words = [sys.executable, "-m", "k2jax.cli", "rl", init, "--init", init]
+        words += ["--env", f"{tmp_path / 'own.py'}:odd", "--out", str(tmp_path / out)]
+        return subprocess.Popen([*words, "--rl.group", "4", "--rl.eval_prompts", "2"])
+
+    assert start("whole").wait(500) == 0
+    for saved in (2, 10, 24):
+        process = start("killed")
+        deadline = time.monotonic() + 500
+        while not (tmp_path / "killed/checkpoints" / str(saved)).is_dir():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert start("killed").wait(500) == 0
+    require_equal(load(tmp_path / "whole").params, load(tmp_path / "killed").params)
