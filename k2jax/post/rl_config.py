@@ -9,7 +9,7 @@ from k2jax.config.knob import check_fields, each_knob
 LOSSES = ("squared", "grpo", "token_clip")
 BASELINES = ("mean", "log_mean_exp")
 CONTROLS = ("none", "shuffled_rewards")
-GRPO = {"loss": "grpo"}
+SQUARED, GRPO = {"loss": "squared"}, {"loss": "grpo"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class RlConfig:
     """How a model learns from its own samples. The report publishes no value of any of these."""
 
     loss: str = knob("squared", "the loss (squared: K1.5's and K2's)", choices=LOSSES)
-    baseline: str = knob("mean", "what a reward is compared with", choices=BASELINES)
+    baseline: str = knob("mean", "what a reward is compared with", choices=BASELINES, unless=GRPO)
     tau: float = knob(0.1, "how much the policy is held back", above=0, unless=GRPO)
     group: int = knob(8, "samples of each prompt", low=2)
     temperature: float = knob(1.0, "of the first step's samples", above=0)
@@ -45,10 +45,13 @@ class RlConfig:
         unless={"toggle": 0},
     )
     updates: int = knob(1, "steps with the samples of one policy; 1: on policy", low=1)
-    clip_low: float = knob(0.2, "how far a ratio may fall below 1", low=0, high=1)
-    clip_high: float = knob(0.2, "how far a ratio may rise above 1", low=0)
+    clip_low: float = knob(0.2, "how far a ratio may fall below 1", low=0, high=1, unless=SQUARED)
+    clip_high: float = knob(0.2, "how far a ratio may rise above 1", low=0, unless=SQUARED)
     band: float = knob(
-        0.5, "largest log-ratio of a token whose reward still has a gradient", above=0
+        0.5,
+        "largest log-ratio of a token whose reward still has a gradient",
+        above=0,
+        unless=SQUARED,
     )
     ptx: float = knob(0.0, "weight of the loss on data.path (PTX); 0: none", low=0)
     ptx_rows: int = knob(8, "rows of data.path in every step", low=1, unless={"ptx": 0})
