@@ -132,7 +132,8 @@ def compile_on(
         inference: the mesh is one for inference.
 
     Raises:
-        ConfigError: the compiler is not installed, or knows no such topology.
+        ConfigError: the compiler is not installed, knows no such topology, or has too little memory
+            on a device.
     """
     versions.warn_if_untested()
     memory.limit_malloc_arenas()  # before jax starts its threads
@@ -150,7 +151,13 @@ def compile_on(
     with jax.set_mesh(mesh):
         lowered = trace(mesh).lower(lowering_platforms=(platform,))
         began = time.perf_counter()
-        compiled = lowered.compile(GPU_OPTIONS if platform == "cuda" else None)
+        try:
+            compiled = lowered.compile(GPU_OPTIONS if platform == "cuda" else None)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            why = one_line(error).removeprefix("RESOURCE_EXHAUSTED: ")
+            raise ConfigError(f"it does not fit {target.name}, says its compiler: {why}") from None
         seconds = time.perf_counter() - began
     return Compiled(
         memory=_memory(compiled.memory_analysis()),

@@ -28,6 +28,10 @@ PAGE = 64  # tokens
 KEY_BLOCK = 128  # keys that queries meet at a time
 # Assumed: a collective of few bytes takes so long whatever it carries. NCCL's are 10 to 30 us.
 LATENCY = 10e-6
+# tpu7x: its compiler wants bfloat16 in tiles of 16 rows and gets arguments in tiles of 8, so that
+# every call copies the stacks of layers. A layout that it chose (`Layout.AUTO`) was the same, and
+# with xla_tpu_enable_large_2nd_minor_layout_for_x16 off it did not end (libtpu 0.0.42.1).
+RETILES = "tpu7x"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +168,21 @@ def decode(call: Call) -> Decode:
     absorbed = counted["absorbed_attention_flops_per_token_per_key"]
     flops = call.rows * (counted["matmul_flops_per_token"] - head + absorbed * call.keys)
     temporaries = _temporaries(call)
+    plain = (n for name, n in held.items() if forms[name] == "plain" and name.startswith("layers."))
+    copied = sum(plain) if call.target.generation == RETILES else 0.0
     wire, collectives = _wire(call)
     return Decode(
         call=call,
-        memory={"weights": sum(held.values()), "cache": cache, "temporaries": temporaries},
+        memory={
+            "weights": sum(held.values()),
+            "cache": cache,
+            "temporaries": temporaries + copied,
+        },
         flops=(flops + head * call.wanted_here) / call.mesh.model,
-        memory_traffic=read + latents + 2 * temporaries * (1 if call.tokens == 1 else cfg.layers),
+        memory_traffic=read
+        + latents
+        + 2 * copied
+        + 2 * temporaries * (1 if call.tokens == 1 else cfg.layers),
         wire=wire,
         collectives=collectives,
     )
