@@ -32,7 +32,7 @@ WRONG = {
 
 def test_right_programs_pass_and_wrong_ones_say_why(sandbox):
     work = [(PROBLEM, text) for text in (PROBLEM.canonical_solution, *WRONG)]
-    verdicts = grade_all(work, sandbox, Limits(wall=1.0), threads=2)
+    verdicts = grade_all(work, sandbox, Limits(wall=60, cpu=1), threads=2)
     assert [verdict.result for verdict in verdicts] == ["passed", *WRONG.values()]
     assert verdicts[0].reason == ""
     assert verdicts[1].reason == "TypeError: can't multiply sequence by non-int of type 'str'"

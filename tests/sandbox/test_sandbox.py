@@ -13,7 +13,7 @@ from k2jax.config import ConfigError
 from k2jax.sandbox import Limits, Sandbox, SandboxError
 
 MB = 1 << 20
-LIMITS = Limits(wall=5, cpu=4, memory=256 * MB, disk=16 * MB, processes=16, output=100_000)
+LIMITS = Limits(wall=20, cpu=10, memory=256 * MB, disk=16 * MB, processes=16, output=100_000)
 
 
 def run(sandbox, program, **limits):
@@ -65,7 +65,7 @@ def test_programs_of_many_threads_do_not_meet(sandbox):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert numbers == {i: f"{i}\n".encode() for i in range(12)}
 
 
@@ -208,7 +208,7 @@ print("left one")
 """
     began = time.monotonic()
     assert says(sandbox, daemon) == "left one"
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 60
     for worker in children(sandbox._zygote.pid):
         while children(worker) and time.monotonic() - began < 30:
             time.sleep(0.01)  # another test's program may be ending
@@ -311,10 +311,10 @@ def test_endless_programs_end(sandbox):
     block = "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))"
     asleep = f"import signal, time\n{block}\ntime.sleep(60)"
     assert run(sandbox, asleep, wall=0.5).status == "timeout"
-    spent = run(sandbox, "while True: pass", cpu=1)
+    spent = run(sandbox, "while True: pass", cpu=1, wall=120)
     assert (spent.status, spent.code) == ("signal", signal.SIGXCPU)
     block = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"
-    assert run(sandbox, block, cpu=1).code == signal.SIGKILL
+    assert run(sandbox, block, cpu=1, wall=120).code == signal.SIGKILL
 
 
 def test_namespaces_and_mounts_cannot_be_changed(sandbox):
@@ -365,7 +365,7 @@ def test_closing_ends_what_runs(sandbox):
     thread.start()
     time.sleep(0.3)
     one.close()
-    thread.join(5)
+    thread.join(60)
     assert errors and not thread.is_alive()
     with pytest.raises(SandboxError, match="has ended"):
         one.run_python("")
