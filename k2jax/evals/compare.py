@@ -13,6 +13,7 @@ from k2jax.evals.task import PASSED
 
 SHOWN = 20  # samples that are described
 LENGTH = 60  # characters of what is quoted
+COMPARED = ("parts", "extracted", "score", "result", "reason")
 
 Parts = Sequence[dict[str, Any]]
 
@@ -68,7 +69,7 @@ def compare_ledgers(first: str | Path, second: str | Path) -> Comparison:
         raise ConfigError(
             f"{first} is of task {header_a.get('task')}, {second} of {header_b.get('task')}"
         )
-    a, b = _by_key(records_a), _by_key(records_b)
+    a, b = _by_key(first, records_a), _by_key(second, records_b)
     both = [key for key in a if key in b]
     pairs = [(a[key], b[key]) for key in both]
     return Comparison(
@@ -85,8 +86,12 @@ def compare_ledgers(first: str | Path, second: str | Path) -> Comparison:
     )
 
 
-def _by_key(records: Sequence[Record]) -> dict[Key, Record]:
-    return {(r["item"], r["sample"]): r for r in records if "score" in r}
+def _by_key(path: str | Path, records: Sequence[Record]) -> dict[Key, Record]:
+    judged = [record for record in records if "score" in record]  # others wait for their verdict
+    for record in judged:
+        if missing := [name for name in COMPARED if name not in record]:
+            raise ConfigError(f"{path}: sample {record['item']!r} has no {missing[0]!r}")
+    return {(record["item"], record["sample"]): record for record in judged}
 
 
 def _mean(records: Sequence[Record]) -> float:

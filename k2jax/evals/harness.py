@@ -208,11 +208,11 @@ class HarnessModel(TemplateLM):
 
 
 def name_requests(requests: Sequence[Instance]) -> list[str]:
-    """Name each request of a task by its document, its place there, and its repeat."""
+    """Name each request of a task by its document, its place and kind there, and its repeat."""
     seen: dict[str, int] = {}
     names = []
     for request in requests:
-        name = f"{request.task_name}/{request.doc_id}/{request.idx}"
+        name = f"{request.task_name}/{request.doc_id}/{request.idx}.{request.request_type}"
         repeat = seen[name] = seen.get(name, -1) + 1
         names.append(f"{name}/{repeat}")
     return names

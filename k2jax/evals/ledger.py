@@ -121,14 +121,19 @@ def parse_ledger(path: Path, content: bytes) -> tuple[Record, list[Record]]:
             record = json.loads(line)
         except ValueError:
             raise ConfigError(f"{path}, line {number} is damaged: it is not JSON") from None
-        needed = ("k2jax_ledger",) if number == 1 else ("item", "sample")
-        if not isinstance(record, dict) or any(name not in record for name in needed):
+        if not isinstance(record, dict) or not _is_whole(record, number == 1):
             kind = "no ledger of an evaluation" if number == 1 else f"damaged in line {number}"
             raise ConfigError(f"{path} is {kind}")
         records.append(record)
     if not records:
         raise ConfigError(f"{path} is empty")
     return records[0], records[1:]
+
+
+def _is_whole(record: Record, is_header: bool) -> bool:
+    if is_header:
+        return "k2jax_ledger" in record
+    return isinstance(record.get("item"), str) and isinstance(record.get("sample"), int)
 
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
