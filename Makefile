@@ -3,8 +3,6 @@
 # The first Python of at least 3.11 that really starts.
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-# A step takes and returns half a gigabyte of memory; by 4 KiB pages that is a tenth of its time.
-HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 VENV := .venv
 RUN := $(VENV)/bin
 # The newest tested Python (README, "Versions"), with the newest jax that setup.cfg allows.
@@ -17,7 +15,7 @@ NEWEST_TESTS := tests/ops tests/model tests/planner tests/training/test_step.py 
 	clean
 
 train: $(VENV)/installed  ## Install, train the small model on real text, print a sample.
-	$(HUGE_PAGES) $(RUN)/k2jax train tiny
+	$(RUN)/k2jax train tiny
 
 test: $(VENV)/installed-dev  ## Install what tests need and run all but the slow ones.
 	$(RUN)/python -m pytest -q -n 2 -W error -W ignore::ResourceWarning -m "not slow and not parity and not compiles"

@@ -43,7 +43,7 @@ from k2jax.training.callbacks import (
     Track,
     WriteMetrics,
 )
-from k2jax.training.compile import Programs, wait_until_all_compiled
+from k2jax.training.compile import Programs, reserve_temporaries, wait_until_all_compiled
 from k2jax.training.dashboard import Dashboard
 from k2jax.training.metrics import METRICS, metrics_to_host, plot_metrics
 from k2jax.training.profiling import Profiler, make_speed, time_waits
@@ -286,10 +286,14 @@ class _Training:
         """Take steps until the last one or a signal; the state is saved at the end."""
         run, recovery, saver = self.run, self.recovery, Saver(checkpoints, self.say)
         compiled = wait_until_all_compiled(programs.step, "compiled step")
+        temporaries = reserve_temporaries(compiled)
 
         def take(state: State, rows: dict[str, np.ndarray]) -> tuple[State, dict[str, jax.Array]]:
             batch = to_devices(rows, run.train.accumulate)
-            return compiled(state, batch, np.float32(recovery.health.ceiling))
+            ceiling = np.float32(recovery.health.ceiling)
+            with temporaries.lend():
+                state, metrics = compiled(state, batch, ceiling)
+                return state, jax.block_until_ready(metrics)
 
         def score(params: Any) -> dict[str, float]:
             return self._score(params, data, programs, run.train.eval_rows)
@@ -314,14 +318,15 @@ class _Training:
             StopOnSignal(signals),
             Save(saver, run.train.save_every, checkpoint_meta),
         ]
-        return fit(
-            state,
-            take,
-            lambda start: self._read_batches(data, start),
-            callbacks,
-            start=start,
-            restore=lambda step: self._restore(checkpoints, step),
-        )
+        with contextlib.closing(temporaries):
+            return fit(
+                state,
+                take,
+                lambda start: self._read_batches(data, start),
+                callbacks,
+                start=start,
+                restore=lambda step: self._restore(checkpoints, step),
+            )
 
     def _read_batches(self, data: Data, start: int) -> Iterator[dict[str, np.ndarray]]:
         """Prefetch, in a thread, the batches after `start`, skipping those left out."""

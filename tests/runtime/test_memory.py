@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from k2jax.runtime import memory
 from k2jax.runtime.memory import resident, trim_malloc
 
 
@@ -37,6 +38,43 @@ def test_arrays_go_back_to_the_system_as_they_are_freed():
     )
     assert not done.returncode, done.stderr
 
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere nothing is done")
+def test_steps_take_the_same_pages_of_the_heap_again_and_other_arrays_none_of_it():
+    done = subprocess.run([sys.executable, "-c", KEPT], check=False, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
+def test_without_glibc_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
+    memory.limit_malloc_arenas()
+    reserve = memory.Reserve(2**20)
+    with reserve.lend():
+        memory.trim_malloc()
+    reserve.close()
+
+
+KEPT = """
+import resource
+import numpy as np
+from k2jax.runtime.memory import Reserve, limit_malloc_arenas, resident
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+limit_malloc_arenas()
+reserve = Reserve(2**27)
+began = resident()
+for step in range(5):
+    before = faults()
+    with reserve.lend():
+        assert np.ones(2**24).sum() == 2**24  # 128 MiB, 32,768 pages
+    taken = faults() - before
+    kept = [np.ones(2**18) for _ in range(100)]  # 2 MiB each, between steps
+assert taken < 1_000, taken
+kept.clear()
+assert 120e6 < resident() - began < 150e6
+reserve.close()
+assert resident() - began < 20e6
+"""
 
 FREED = """
 import numpy as np
