@@ -112,11 +112,19 @@ def main(args: argparse.Namespace) -> int:
     facts = to_json(run) | {"--out": str(out.absolute()), "--init": args.init}
     with cluster.member(place, facts, run.mesh, _say, out) as group:
         from k2jax.checkpoint import Checkpoints
-        from k2jax.training import loop
+        from k2jax.training import loop, program_cache
 
         if not place and not any(name.startswith("mesh.") for name in args.settings):
             _suggest_mesh_here(run)
-        loop.train(run, out, init=args.init, say=_say, began=began, closing=_print_sample)
+        loop.train(
+            run,
+            out,
+            init=args.init,
+            say=_say,
+            began=began,
+            closing=_print_sample,
+            kept=program_cache.folder_for(group.count),
+        )
         stopped = (Checkpoints(out).latest() or 0) < run.train.steps
     # Schedulers start a job again only where its processes fail.
     return cluster.EXIT_RETRY if stopped and group.count > 1 else 0

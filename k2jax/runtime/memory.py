@@ -76,9 +76,11 @@ class Reserve:
             trim_malloc()
 
     def _take_back(self) -> None:
-        self.block = self.libc.malloc(self.size)
+        before, self.block = self.block, self.libc.malloc(self.size)
         self.libc.mallopt(M_TRIM_THRESHOLD, 2**17)  # glibc's defaults
         self.libc.mallopt(M_MMAP_MAX, 2**16)
+        if before != self.block:  # another thread left something where it was
+            trim_malloc()
 
 
 def trim_malloc() -> None:

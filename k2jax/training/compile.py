@@ -3,12 +3,15 @@
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from k2jax import cluster
 from k2jax.runtime import memory
+from k2jax.training.program_cache import load_or_compile
 from k2jax.training.step import Program
 
 Compiled = jax.stages.Compiled
@@ -17,12 +20,21 @@ Compiled = jax.stages.Compiled
 class Programs:
     """The step, compiled from now on, and the evaluation, from when it is asked for."""
 
-    def __init__(self, program: Program, pool: ThreadPoolExecutor):
-        """Start to compile the step for the mesh in use, in a thread of `pool`."""
+    def __init__(self, program: Program, pool: ThreadPoolExecutor, kept: Path | None = None):
+        """Start to compile the step for the mesh in use, in a thread of `pool`.
+
+        Programs in the folder `kept` are loaded instead, and others kept there.
+        """
         mesh = jax.sharding.get_mesh()
-        self.step: Future[Compiled] = pool.submit(compile_step, program, mesh)
+        devices = list(mesh.devices.flat)
+
+        def start(name: str, compile_it: Callable[..., Compiled]) -> Future[Compiled]:
+            compiling = functools.partial(compile_it, program, mesh)
+            return pool.submit(load_or_compile, kept, name, program.run, devices, compiling)
+
+        self.step = start("step", compile_step)
         self.start_evaluation: Callable[[], Future[Compiled]] = functools.cache(
-            functools.partial(pool.submit, compile_evaluation, program, mesh)
+            lambda: start("evaluate", compile_evaluation)
         )
 
 
@@ -37,11 +49,24 @@ def wait_until_all_compiled(program: Future[Compiled], topic: str) -> Compiled:
     return compiled
 
 
-def reserve_temporaries(compiled: jax.stages.Compiled) -> memory.Reserve:
-    """Keep memory for what a program takes and frees at every call on CPU; elsewhere none."""
-    cpu = jax.default_backend() == "cpu"
-    analysis = compiled.memory_analysis() if cpu else None
-    return memory.Reserve(analysis.temp_size_in_bytes * jax.local_device_count() if analysis else 0)
+class InReserve:
+    """A program whose temporaries take the same memory at every call on CPU; elsewhere only it."""
+
+    def __init__(self, compiled: Compiled):
+        """Reserve the memory."""
+        self.compiled, cpu = compiled, jax.default_backend() == "cpu"
+        analysis = compiled.memory_analysis() if cpu else None
+        size = analysis.temp_size_in_bytes * jax.local_device_count() if analysis else 0
+        self.temporaries = memory.Reserve(size)
+
+    def __call__(self, *args: Any) -> Any:
+        """Call it and wait for it."""
+        with self.temporaries.lend():
+            return jax.block_until_ready(self.compiled(*args))
+
+    def close(self) -> None:
+        """Give the memory back to the system."""
+        self.temporaries.close()
 
 
 def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Compiled:

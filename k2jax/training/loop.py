@@ -43,7 +43,7 @@ from k2jax.training.callbacks import (
     Track,
     WriteMetrics,
 )
-from k2jax.training.compile import Programs, reserve_temporaries, wait_until_all_compiled
+from k2jax.training.compile import InReserve, Programs, wait_until_all_compiled
 from k2jax.training.dashboard import Dashboard
 from k2jax.training.metrics import METRICS, metrics_to_host, plot_metrics
 from k2jax.training.profiling import Profiler, make_speed, time_waits
@@ -142,6 +142,7 @@ def train(
     say: Say = print,
     began: float | None = None,
     closing: Callable[[Model], None] | None = None,
+    kept: Path | None = None,
 ) -> Model:
     """Train to `run.train.steps`, or resume from the newest checkpoint in `out`.
 
@@ -156,6 +157,7 @@ def train(
         began: when the command started, on `time.perf_counter`'s clock; default: now.
         closing: called with the trained model, on all processes, when the run has come to its end
             and before its plot is drawn. What it leaves undone is done when the run is resumed.
+        kept: folder of compiled programs, as for `load_or_compile`; None where code is patched.
 
     Returns:
         The trained model, on the mesh of the run.
@@ -167,7 +169,7 @@ def train(
     began = time.perf_counter() if began is None else began
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
         try:
-            return _Training(run, out, say, began).run_to_end(init, closing)
+            return _Training(run, out, say, began, kept).run_to_end(init, closing)
         except OSError as error:
             if error.errno not in OUTSIDE:
                 raise
@@ -177,11 +179,9 @@ def train(
 class _Training:
     """One call of `train`: what its parts share."""
 
-    def __init__(self, run: RunConfig, out: Path, say: Say, began: float):
-        self.run, self.out, self.began = run, out, began
-        self.is_main = (
-            jax.process_index() == 0
-        )  # the others print and write nothing but checkpoints
+    def __init__(self, run: RunConfig, out: Path, say: Say, began: float, kept: Path | None):
+        self.run, self.out, self.began, self.kept = run, out, began, kept
+        self.is_main = jax.process_index() == 0  # the others write nothing but checkpoints
         self.say = say if self.is_main else _say_nothing
         self.program = build(run)
         sharding.check_divisible(self.program.specs, run.mesh.sizes, run.data.context)
@@ -200,7 +200,7 @@ class _Training:
             named = identity.choose_tokenizer(run, self.out, init, latest is not None, self.say)
             self._preflight(init, latest, named)
             # Compiling takes longest, so it starts first, and the data is read meanwhile.
-            programs = Programs(self.program, pool)
+            programs = Programs(self.program, pool, self.kept)
             preload_orbax()
             data = self._open_data(named)
             if latest is not None:
@@ -285,15 +285,11 @@ class _Training:
     ) -> tuple[State, int]:
         """Take steps until the last one or a signal; the state is saved at the end."""
         run, recovery, saver = self.run, self.recovery, Saver(checkpoints, self.say)
-        compiled = wait_until_all_compiled(programs.step, "compiled step")
-        temporaries = reserve_temporaries(compiled)
+        compiled = InReserve(wait_until_all_compiled(programs.step, "compiled step"))
 
         def take(state: State, rows: dict[str, np.ndarray]) -> tuple[State, dict[str, jax.Array]]:
             batch = to_devices(rows, run.train.accumulate)
-            ceiling = np.float32(recovery.health.ceiling)
-            with temporaries.lend():
-                state, metrics = compiled(state, batch, ceiling)
-                return state, jax.block_until_ready(metrics)
+            return compiled(state, batch, np.float32(recovery.health.ceiling))
 
         def score(params: Any) -> dict[str, float]:
             return self._score(params, data, programs, run.train.eval_rows)
@@ -318,7 +314,7 @@ class _Training:
             StopOnSignal(signals),
             Save(saver, run.train.save_every, checkpoint_meta),
         ]
-        with contextlib.closing(temporaries):
+        with contextlib.closing(compiled):
             return fit(
                 state,
                 take,
