@@ -305,7 +305,7 @@ class _Training:
             Profile(Profiler(run, self.out, recovery.events)),
             CompileEarly(programs.start_evaluation),
             MeasureSpeed(make_speed(run), saver),
-            Recover(recovery, saver, self.program.schedule),
+            Recover(recovery, saver, jax.jit(self.program.schedule)),
             ScoreHeldout(score, run.train.eval_every, run.train.steps),
             WriteMetrics(metrics_file, self.say),
             ShowProgress(dashboard, recovery),
