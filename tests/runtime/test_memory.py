@@ -45,6 +45,14 @@ def test_steps_take_the_same_pages_of_the_heap_again_and_other_arrays_none_of_it
     assert not done.returncode, done.stderr
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="elsewhere nothing is done")
+def test_where_an_array_stays_in_the_block_the_rest_of_it_is_given_back():
+    done = subprocess.run(
+        [sys.executable, "-c", MOVED], check=False, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
+
+
 def test_without_glibc_nothing_is_done(monkeypatch):
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
     memory.limit_malloc_arenas()
@@ -74,6 +82,22 @@ kept.clear()
 assert 120e6 < resident() - began < 150e6
 reserve.close()
 assert resident() - began < 20e6
+"""
+
+MOVED = """
+import numpy as np
+from k2jax.runtime.memory import Reserve, limit_malloc_arenas, resident
+limit_malloc_arenas()
+reserve = Reserve(2**27)
+began = resident()
+with reserve.lend():
+    assert np.ones(2**24).sum() == 2**24
+with reserve.lend():
+    below = np.ones(2**23)
+    kept = np.ones(2**18)  # 2 MiB, in the middle of the block
+    del below
+assert resident() - began < 100e6, resident() - began
+assert kept.sum() == 2**18
 """
 
 FREED = """
