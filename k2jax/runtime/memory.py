@@ -5,6 +5,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 STATM = Path("/proc/self/statm")  # sizes of this process in pages
 # Of malloc.h.
@@ -43,8 +44,9 @@ class Reserve:
 
     def __init__(self, size: int):
         """Take `size` bytes, which are in memory once they are used; 0: none."""
-        libc = ctypes.CDLL(None) if os.name == "posix" else None
-        self.libc, self.block = libc if size and hasattr(libc, "mallopt") else None, None
+        libc: Any = ctypes.CDLL(None) if os.name == "posix" else None
+        self.libc: Any = libc if size and hasattr(libc, "mallopt") else None
+        self.block: int | None = None
         # Aligned blocks need a few bytes more than they leave free, and small arrays may stay.
         self.size = size + size // 4
         if self.libc is not None:

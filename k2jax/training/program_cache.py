@@ -47,8 +47,10 @@ def load_or_compile(
         return compile_it()
     path = folder / f"{name}-{_key(name, run)}"
     try:
-        stored = pickle.loads(path.read_bytes())
-        return serialize_executable.deserialize_and_load(*stored, execution_devices=devices)
+        content, inputs, outputs = pickle.loads(path.read_bytes())
+        return serialize_executable.deserialize_and_load(
+            content, inputs, outputs, execution_devices=devices
+        )
     except Exception:  # absent, truncated or of another JAX: it is written again
         compiled = compile_it()
     try:
@@ -69,7 +71,15 @@ def _key(name: str, run: RunConfig) -> str:
     }
     flags = {k: v for k, v in sorted(os.environ.items()) if k in ("XLA_FLAGS", "PJRT_NPROC")}
     devices = [str(device.device_kind) for device in jax.devices()]
-    parts = [name, to_json(run), source_hash(), versions(PACKAGES), config, flags, devices]
+    parts: list[Any] = [
+        name,
+        to_json(run),
+        source_hash(),
+        versions(PACKAGES),
+        config,
+        flags,
+        devices,
+    ]
     parts += [platform.python_version(), platform.machine(), _processor(), os.cpu_count()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -94,7 +104,7 @@ def folder_for(processes: int) -> Path | None:
 
     It is next to the programs of JAX's own cache.
     """
-    shared: Any = jax.config.jax_compilation_cache_dir
+    shared: Any = jax.config.values["jax_compilation_cache_dir"]
     if processes > 1 or jax.default_backend() != "cpu" or not shared or "://" in str(shared):
         return None
     return Path(shared) / "steps"
