@@ -38,7 +38,7 @@ def ours(steps: int, devices: int) -> list[float]:
     from k2jax.model.batch import to_devices
     from k2jax.params.arrays import initial
     from k2jax.runtime.memory import limit_malloc_arenas
-    from k2jax.training.compile import InReserve
+    from k2jax.training.compile import InReserve, compile_lowered
     from k2jax.training.step import build
 
     limit_malloc_arenas()
@@ -61,7 +61,7 @@ def ours(steps: int, devices: int) -> list[float]:
         state = program.init(initial(program.specs, 0, run.model.init_std))
         batch = to_devices(rows, 1)
         step = jax.jit(program.step, donate_argnums=0)
-        step = InReserve(step.lower(state, batch).compile())
+        step = InReserve(compile_lowered(step.lower(state, batch)))
         seconds = []
         for _ in range(steps):
             batch = to_devices(rows, 1)
