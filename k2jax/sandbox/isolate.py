@@ -90,8 +90,8 @@ def enter() -> None:
     """Give this process, number 1 of its namespace, mounts, /proc, network and IPC of its own."""
     _call("unshare", CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC)
     _mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=4k")
-    _call("umount2", b"/proc", MNT_DETACH)
-    # Processes only: nothing of the machine, no /proc/sys.
+    # Processes only: nothing of the machine, no /proc/sys. It covers the machine's own, which has
+    # to be there for users who are not root: they may mount no more than they can see.
     _mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, "subset=pid")
 
 
