@@ -3,6 +3,9 @@
 import pytest
 from serving import NAME, serving, tool, user
 
+from k2jax.serve.body import Body
+from k2jax.serve.chat_request import FIELDS, read_variables
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 F = tool("f")
 
@@ -221,3 +224,24 @@ def test_the_model_is_named_or_left_out(server):
     assert post(server, CHAT, messages=user("ok"))[0] == 200
     assert post(server, CHAT, messages=user("ok"), model=NAME)[0] == 200
     assert post(server, CHAT, messages=user("ok"), model="kimi")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "variables"),
+    [
+        ({"preserve_thinking": True}, {"preserve_thinking": True}),
+        (
+            {"thinking": {"type": "enabled", "keep": "all", "effort": "low"}},
+            {"thinking": True, "preserve_thinking": True, "thinking_effort": "low"},
+        ),
+        (
+            {"chat_template_kwargs": {"thinking": True, "preserve_thinking": True, "x": 1}},
+            {"thinking": True, "preserve_thinking": True, "x": 1},
+        ),
+        ({"thinking": {"type": "disabled"}}, {"thinking": False}),
+        ({"reasoning_effort": "none"}, {"thinking": False}),
+        ({"reasoning_effort": "high"}, {"thinking_effort": "high"}),
+    ],
+)
+def test_thought_is_set_as_kimi_s_api_and_as_open_source_servers_have_it(fields, variables):
+    assert read_variables(Body(fields, FIELDS, {})) == variables

@@ -14,7 +14,7 @@ from streams import compare, draw_for_model
 
 from k2jax.config import ModelConfig
 from k2jax.inference.engine import Engine
-from k2jax.inference.request import EngineSettings
+from k2jax.inference.request import EngineSettings, Request
 from k2jax.model import Kimi, Model
 from k2jax.params.arrays import initial
 from k2jax.params.declare import specs
@@ -174,6 +174,33 @@ def test_scores_of_a_prompt_are_the_model_s(served):
     assert scored["token_logprobs"][3:] == pytest.approx(
         new["logprobs"]["token_logprobs"], abs=1e-4
     )
+
+
+def test_lm_eval_gets_the_model_s_scores_over_http(served):
+    pytest.importorskip("lm_eval", reason="needs lm-eval (extra `eval`)")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    url, engine = served
+    pairs = [("ab", "c"), ("\u6f22", " d"), ("import", " os\n"), ("x", "y z")]
+    model = LocalCompletionsAPI(
+        model=NAME,
+        base_url=f"{url}/v1/completions",
+        tokenizer_backend="remote",
+        num_concurrent=4,
+        max_length=engine.context,
+    )
+    asked = [Instance("loglikelihood", {}, pair, n) for n, pair in enumerate(pairs)]
+    answers = model.loglikelihood(asked, disable_tqdm=True)
+    assert model.eot_token_id == BYTES.eos
+    for (context, continuation), (logprob, greedy) in zip(pairs, answers, strict=True):
+        # lm-eval moves white space at a context's end to the continuation; there is none.
+        begun, ids = BYTES.encode(context), tuple(BYTES.encode(context + continuation))
+        request = Request(ids, 0, prompt_logprobs=1, prompt_logprobs_from=len(begun))
+        (result,) = engine.run([request])
+        entries = [entry for entry in result.prompt_logprobs if entry]
+        assert logprob == pytest.approx(sum(entry.logprob for entry in entries), abs=1e-6)
+        assert greedy == all(entry.top[0][1] == entry.logprob for entry in entries)
 
 
 def test_the_slots_are_free_in_the_end(served):
