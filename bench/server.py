@@ -27,6 +27,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 STREAMS = 16
 # New tokens of each request: unequal, so that they end and begin at any time, in both loads alike.
 LENGTHS = [32 + 37 * i % 97 for i in range(3 * STREAMS)]
+FAR = 110  # tokens that an answer is left from its limit; they fit the context of `tiny`
 
 
 def body(length: int) -> dict[str, Any]:
@@ -72,21 +73,29 @@ def read_streams(url: str) -> None:
         sys.stdout.flush()
 
 
-def run_alone(engine: Any, make_request: Callable[[int], Any]) -> None:
-    """The load without a server: each next request is submitted from the event that ends one."""
+def run_alone(engine: Any, make_request: Callable[[int], Any], far: int = 0) -> None:
+    """The load without a server: each next request is submitted from the event that ends one.
+
+    With `far` each request may have so many tokens more, and is ended before them.
+    """
     left, running, ended = list(LENGTHS), [0], threading.Event()
 
     def submit() -> None:
         running[0] += 1
-        engine.submit(make_request(left.pop()), on_output)
+        length, number, count = left.pop(), [], [0]
 
-    def on_output(output: Any) -> None:
-        if output.finish_reason:
-            running[0] -= 1
-            if left:
-                submit()
-            elif not running[0]:
-                ended.set()
+        def on_output(output: Any) -> None:
+            count[0] += len(output.ids)
+            if output.finish_reason:
+                running[0] -= 1
+                if left:
+                    submit()
+                elif not running[0]:
+                    ended.set()
+            elif far and count[0] == length and number:
+                engine.abort(number[0])
+
+        number.append(engine.submit(make_request(length + far), on_output))
 
     for _ in range(STREAMS):
         submit()
@@ -94,9 +103,10 @@ def run_alone(engine: Any, make_request: Callable[[int], Any]) -> None:
 
 
 def compare_schemas(path: str, pairs: int) -> None:
-    """Print what constraints cost: CPU seconds and tokens a second with and without, engine alone.
+    """Print what constraints cost the engine alone, against the same load without them.
 
-    Answers are lists of objects that end only because their tokens do.
+    Answers are lists of objects that never end by themselves: once they are left far from their
+    limit, where only the grammar holds them, and once they go to it and are closed there.
     """
     import k2jax
     from k2jax.constrain import make_constraint
@@ -106,8 +116,7 @@ def compare_schemas(path: str, pairs: int) -> None:
     model = k2jax.load(path)
     item = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
     form = {"type": "json_schema", "json_schema": {"schema": {"type": "array", "items": item}}}
-    prompt = tuple(body(1)["prompt"])
-    stops = frozenset(model.tokenizer.stops)
+    prompt, stops = tuple(body(1)["prompt"]), frozenset(model.tokenizer.stops)
 
     def make_free(length: int) -> Request:
         return Request(prompt, length)
@@ -116,25 +125,30 @@ def compare_schemas(path: str, pairs: int) -> None:
         held = make_constraint(model.tokenizer, response_format=form)
         return Request(prompt, length, stop_ids=stops, constraint=held)
 
+    def measure(make: Callable[[int], Request], far: int) -> tuple[float, float]:
+        tokens, wall, cpu = (
+            engine.stats().new_tokens_total,
+            time.perf_counter(),
+            time.process_time(),
+        )
+        run_alone(engine, make, far)
+        tokens = engine.stats().new_tokens_total - tokens
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        return round(tokens / wall, 1), round(1e3 * cpu / tokens, 4)
+
     with Engine(model, EngineSettings(rows=STREAMS)) as engine:
-        ratios = []
+        rows = []
         for pair in range(-1, pairs):
-            figures = []
-            for make in (make_free, make_held):
-                tokens, wall, cpu = (
-                    engine.stats().new_tokens_total,
-                    time.perf_counter(),
-                    time.process_time(),
-                )
-                run_alone(engine, make)
-                tokens = engine.stats().new_tokens_total - tokens
-                wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-                figures.append((round(tokens / wall, 1), round(1e3 * cpu / tokens, 4)))
+            figures = [measure(make_free, FAR), measure(make_held, FAR), measure(make_held, 0)]
             if pair >= 0:
-                ratios.append([b / a for a, b in zip(*figures, strict=True)])
-                print(pair, "free, held: tokens/s, CPU ms a token", figures, flush=True)
-        speed, cpu = (statistics.median(r) for r in zip(*ratios, strict=True))
-        print(json.dumps({"speed_ratio": round(speed, 3), "cpu_ratio": round(cpu, 3)}))
+                rows.append(figures)
+                print(pair, "free, far, closed: tokens/s, CPU ms a token", figures, flush=True)
+        line = {}
+        for place, name in ((1, "far"), (2, "closed")):
+            for at, what in enumerate(("speed", "cpu")):
+                ratio = statistics.median(row[place][at] / row[0][at] for row in rows)
+                line[f"{name}_{what}_ratio"] = round(ratio, 3)
+        print(json.dumps(line))
 
 
 def compare(path: str, pairs: int) -> None:

@@ -29,7 +29,7 @@ class JsonValue:
     def __init__(self, schema: Schema):
         """Start before the value."""
         self._schema = schema
-        self._words = schema.vocabulary
+        self._words, self._shortest = schema.vocabulary, schema.shortest.begin()
         self._matcher = schema.matcher.deep_copy()
         self._bytes = schema.byte_matcher.deep_copy()  # lags behind by `_pending`
         self._position = Position()
@@ -129,7 +129,7 @@ class JsonValue:
         """Tokens that end the value from here."""
         if self._closing is None:
             self._catch_up()
-            text = self._schema.shortest.complete(self._bytes, self._position)
+            text = self._shortest.complete(self._bytes, self._position)
             self._closing = None if text is None else self._words.split(text)
             self._most = len(self._closing) if self._closing is not None else self._most
         return self._closing
@@ -221,7 +221,7 @@ class JsonValue:
         matcher, position = self._bytes.deep_copy(), self._position.copy()
         matcher.consume_tokens(list(text))
         position.feed(text)
-        end = self._schema.shortest.complete(matcher, position, EFFORT)
+        end = self._shortest.complete(matcher, position, EFFORT)
         if end is None:
             return None
         tokens = self._words.split(end)

@@ -8,6 +8,7 @@ member is met again. The result is a text that the grammar accepts: it bounds th
 above, and in practice it is the shortest.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -61,6 +62,12 @@ class Shortest:
         self._allowed: dict[bytes, tuple[int, ...]] = {}
         self._chosen: dict[tuple[int, ...], list[int]] = {}
         self._effort = 0
+
+    def begin(self) -> "Shortest":
+        """One for a value of its own, so that how it is closed depends on that value alone."""
+        other = copy.copy(self)
+        other._known = {}
+        return other
 
     def complete(self, matcher: Any, position: Position, effort: int = EFFORT) -> bytes | None:
         """A short text that ends the value; None where none was found.
