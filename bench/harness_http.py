@@ -1,10 +1,10 @@
 """lm-eval's `local-completions` against our server, and our engine in process: the same scores.
 
 `python bench/harness_http.py RUN TASKS [--limit N]`: RUN is what `k2jax serve` takes, TASKS a
-folder of lm-eval's tasks. Needs the extras `eval` and `serve`. One JSON line: for each task its
-metrics and seconds over HTTP and in process, and the names of metrics that differ. Over HTTP
-lm-eval asks for a new token behind each text that it scores, so windows are one token shorter than
-the context, in process too.
+folder of lm-eval's tasks. Needs the extras `eval` and `serve`, and `lm-eval[api]`. One JSON line:
+for each task its metrics and seconds over HTTP and in process, and the names of metrics that
+differ. Over HTTP lm-eval asks for a new token behind each text that it scores, so windows are one
+token shorter than the context, in process too.
 """
 
 import argparse

@@ -177,7 +177,8 @@ def test_scores_of_a_prompt_are_the_model_s(served):
 
 
 def test_lm_eval_gets_the_model_s_scores_over_http(served):
-    pytest.importorskip("lm_eval", reason="needs lm-eval (extra `eval`)")
+    pytest.importorskip("lm_eval", reason="needs lm-eval[api]")
+    pytest.importorskip("tenacity", reason="needs lm-eval[api]")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
