@@ -1,17 +1,19 @@
 """Our engine as a model of lm-eval, beside lm-eval's own `hf` model: answers and speed.
 
-`python bench/harness.py RUN EXPORT TASKS [--limit N] [--rows 8]`: RUN is a run's folder, EXPORT its
-export (`k2jax convert RUN EXPORT --format float32`), TASKS a folder of lm-eval's tasks. Needs the
-extras `eval` and `parity`. One JSON line: for each task tokens a second of both, as many tokens as
-`hf` reads (context and continuation of every request), the ratio, the largest difference of a
-log-likelihood over 1e-4 + 1e-6 times its size (below 1: as near as that), greedy flags and metrics
-that differ. `--seconds` of both are of the model's calls alone, after one small call that compiles.
+`python bench/harness.py RUN EXPORT TASKS [--limit N] [--rows 8] [--only TASK ...]`: RUN is a run's
+folder, EXPORT its export (`k2jax convert RUN EXPORT --format float32`), TASKS a folder of lm-eval's
+tasks. Needs the extras `eval` and `parity`. One JSON line: for each task tokens a second of both,
+counted as `hf` reads them (context and continuation of every request), the ratios of wall and of
+CPU time, the largest difference of a log-likelihood over 1e-4 + 1e-6 times its size (below 1: as
+near as that), greedy flags and metrics that differ. Times are those of the model's calls alone,
+after one small call that compiles.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -121,10 +123,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", nargs="*", default=[])
     args = parser.parse_args()
     folder = Path(args.tasks).resolve()
-    names = [args.only] if args.only else sorted(path.stem for path in folder.glob("*.yaml"))
+    names = args.only or sorted(path.stem for path in folder.glob("*.yaml"))
     ours = open_ours(args.run, args.rows, args.length)
     theirs = open_theirs(str(Path(args.export).resolve()), args.rows, args.length)
     line: dict[str, Any] = {"bench": "harness", "rows": args.rows}
@@ -150,6 +152,7 @@ def main() -> None:
                 if abs(numbers[0][k] - numbers[1][k]) > 1e-5 * abs(numbers[1][k])
             ],
         }
+        sys.stderr.write(f"{name}: {json.dumps(line[name])}\n")
     print(json.dumps(line), flush=True)
 
 

@@ -184,9 +184,8 @@ def _evaluate_harness(
 
     if options.settings:
         name = next(iter(options.settings))
-        raise ConfigError(
-            f"--{name.replace('_', '-')} is for tasks of ours; {task.name} says its own"
-        )
+        option = name.replace("_", "-")
+        raise ConfigError(f"--{option} is for our own tasks; {task.name} of lm-eval has its own")
     settings = {"add_bos": options.add_bos, "context": scorer.context}
     header = {
         "task": task.name,
