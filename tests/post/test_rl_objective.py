@@ -81,7 +81,7 @@ def test_micro_batches_add_up_and_ptx_is_the_loss_of_pretraining():
 def test_a_mesh_gives_the_gradients_of_one_device(loss):
     rl, rows = RlConfig(ptx=0.5, loss=loss), add_curated(draw_rows(), draw_curated(), 1)
     one = gradients(RUN, rl, rows, params_of())
-    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, context=2, model=2))):
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, expert=2, context=2))):
         many = gradients(RUN, rl, rows, params_of())
     for name, grad in one[0].items():
         np.testing.assert_allclose(many[0][name], grad, atol=5e-5 * np.abs(grad).max())
