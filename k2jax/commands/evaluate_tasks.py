@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from k2jax.weights.source import Source
 
 OUT = "evals"
+NO_ISOLATION = "run_code_without_isolation"
 # Options that replace a task's own settings; each is a field of `TaskSettings`.
 SETTINGS = ("samples", "max_new_tokens", "temperature", "top_p")
 
@@ -44,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-tokens", type=int, default=0, metavar="N", help="in memory; default: as of `serve`"
     )
     add("--graders", type=int, default=2, metavar="N", help="threads that grade; default: 2")
+    add(
+        "--run-code-without-isolation",
+        action="store_true",
+        help="run what the model wrote as you: it can read your files and use the network",
+    )
     add("--add-bos", action="store_true", help="lm-eval's tasks: put [BOS] before texts")
     add(
         "--max-length", type=int, default=0, metavar="N", help="lm-eval's tasks: tokens of a window"
@@ -62,7 +68,7 @@ def refuse_without_tasks(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: names the first.
     """
-    for name in ("limit", *SETTINGS, "add_bos", "max_length", "cache_tokens"):
+    for name in ("limit", *SETTINGS, "add_bos", "max_length", "cache_tokens", NO_ISOLATION):
         if getattr(args, name):
             raise ConfigError(f"--{name.replace('_', '-')} needs --tasks")
 
@@ -83,6 +89,10 @@ def evaluate(args: argparse.Namespace) -> int:
     check_options(options)
     if not args.tasks and args.preset:
         raise ConfigError(f"--preset {args.preset} needs --tasks FILE")
+    if args.run_code_without_isolation:
+        from k2jax.evals.code_runs import shared_sandbox
+
+        shared_sandbox(isolated=False)
     # Before the weights are read, which takes longest.
     tasks = open_all(open_tasks(args.tasks, args.preset))
     with loading.opened(args, loading.read_mesh(args), inference=True) as (group, source):

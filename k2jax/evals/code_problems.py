@@ -97,7 +97,7 @@ class HumanEval(Task):
             sandbox: where programs run; None: this process's.
 
         Raises:
-            ConfigError: the data is missing or malformed.
+            ConfigError: the data is missing or malformed, or programs cannot be isolated here.
         """
         path = path or find_data()
         self.problems = {one.task_id: one for one in read_problems(path)}
@@ -107,7 +107,7 @@ class HumanEval(Task):
         self.settings = TaskSettings(
             max_new_tokens=8192 if chat else 512, stop=() if chat else STOPS
         )
-        self._chat, self._sandbox = chat, sandbox
+        self._chat, self._sandbox = chat, sandbox or code_runs.shared_sandbox()
 
     def items(self) -> Sequence[Item]:
         """All problems, in the order of the file."""
@@ -128,8 +128,7 @@ class HumanEval(Task):
             program = problem.program_of(blocks[-1])
         else:
             return Verdict(0.0, UNPARSED, "", "no code block in the answer")
-        sandbox = self._sandbox or code_runs.shared_sandbox()
-        return grade_program(program, sandbox, code_runs.limit_time(SECONDS, Limits()))
+        return grade_program(program, self._sandbox, code_runs.limit_time(SECONDS, Limits()))
 
 
 def grade(problem: Problem, completion: str, sandbox: Sandbox, limits: Limits) -> Verdict:

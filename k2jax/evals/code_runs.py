@@ -17,15 +17,18 @@ _lock = threading.Lock()
 _shared: list[Sandbox] = []
 
 
-def shared_sandbox() -> Sandbox:
+def shared_sandbox(isolated: bool = True) -> Sandbox:
     """The sandbox of this process, started when it is first needed.
+
+    Args:
+        isolated: False, in the first call: programs run with limits only, as the user.
 
     Raises:
         SandboxError: programs cannot be isolated here.
     """
     with _lock:
         if not _shared:
-            _shared.append(Sandbox())
+            _shared.append(Sandbox(isolated=isolated))
         return _shared[0]
 
 

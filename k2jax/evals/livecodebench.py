@@ -81,10 +81,10 @@ class LiveCodeBench(Task):
             sandbox: where programs run; None: this process's.
 
         Raises:
-            ConfigError: the file is missing or malformed.
+            ConfigError: the file is missing or malformed, or programs cannot be isolated here.
         """
         records = read_records(path, ("question_id", "question_content"))
-        self.name, self._sandbox = "livecodebench", sandbox
+        self.name, self._sandbox = "livecodebench", sandbox or code_runs.shared_sandbox()
         self._items = [_make_item(record) for record in records]
         require_unique([item.id for item in self._items], path)
         self.digest = digest_files(path, more=f"{SYSTEM}{WITH_STARTER}{WITHOUT_STARTER}{SECONDS}")
@@ -102,9 +102,8 @@ class LiveCodeBench(Task):
 
     def grade_code(self, item: Item, code: str) -> Verdict:
         """Run a program on all tests of a problem."""
-        sandbox = self._sandbox or code_runs.shared_sandbox()
         for number, test in enumerate(item.target["tests"], start=1):
-            verdict = run_test(code, test, item.target["function"], sandbox)
+            verdict = run_test(code, test, item.target["function"], self._sandbox)
             if verdict.result != PASSED:
                 reason = f"test {number} of {len(item.target['tests'])}: {verdict.reason}"
                 return Verdict(0.0, verdict.result, code, reason)

