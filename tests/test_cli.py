@@ -42,7 +42,7 @@ MISTAKES = [
     (["train", "tiny", "--optim.name", "adamw", "--optim.tau", "9"], "has no effect with"),
     (["train", "tiny", "--model.yarn.beta_fast", "32"], "has no effect with model.yarn.factor 1"),
     (["describe", "kimi_k3"], "did you mean 'kimi_k2'?"),
-    (["evaluate"], "the following arguments are required: checkpoint"),
+    (["evaluate"], "evaluate needs a checkpoint"),
     (["generate", "runs/x"], "generate needs --prompt TEXT or --messages FILE, one of them"),
     (["generate", "runs/x", "--prompt", "a", "--topp", "1"], "did you mean '--top-p'?"),
     (["describe", "tiny", "--json=1"], "ignored explicit argument"),
