@@ -1,10 +1,11 @@
 """lm-eval's `local-completions` against our server, and our engine in process: the same scores.
 
-`python bench/harness_http.py RUN TASKS [--limit N]`: RUN is what `k2jax serve` takes, TASKS a
-folder of lm-eval's tasks. Needs the extras `eval` and `serve`, and `lm-eval[api]`. One JSON line:
-for each task its metrics and seconds over HTTP and in process, and the names of metrics that
-differ. Over HTTP lm-eval asks for a new token behind each text that it scores, so windows are one
-token shorter than the context, in process too.
+`python bench/harness_http.py RUN TASKS [--limit N] [--task NAME]`: RUN is what `k2jax serve` takes,
+TASKS a folder of lm-eval's tasks. Needs the extras `eval` and `serve`, and `lm-eval[api]`. One JSON
+line: for each task its metrics and seconds over HTTP and in process, and the names of metrics that
+differ. Over HTTP lm-eval asks for a new token behind each text that it scores, so a text may be one
+token shorter than the context, and a window of a rolling score two; here they are so in process
+too.
 """
 
 import argparse
@@ -68,13 +69,23 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("tasks")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--task", default="*")
     args = parser.parse_args()
     folder = Path(args.tasks).resolve()
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    names = sorted(path.stem for path in folder.glob(f"{args.task}.yaml"))
     loaded = k2jax.load(args.run)
     line: dict[str, Any] = {"bench": "harness_http"}
     over_http = evaluate_http(loaded, folder, names, args.limit)
-    inside = HarnessModel(Scorer(loaded, ROWS, over_http[0][2]))
+
+    class Inside(HarnessModel):
+        def loglikelihood_rolling(self, *args: Any, **options: Any) -> list[float]:
+            self.max_length -= 1
+            try:
+                return super().loglikelihood_rolling(*args, **options)
+            finally:
+                self.max_length += 1
+
+    inside = Inside(Scorer(loaded, ROWS, over_http[0][2]))
     for name, (numbers, seconds, _) in zip(names, over_http, strict=True):
         same, in_process = evaluate(inside, folder, name, args.limit)
         line[name] = {
