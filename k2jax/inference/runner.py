@@ -196,7 +196,7 @@ class Runner:
             self._params = placed
         if self._pool is not None:
             with self._on_mesh():
-                self._weights = jax.tree.leaves(_split_weights(self._params, self._cfg))
+                self._order_weights()
 
     def _part(self, chunk: Chunk) -> int:
         return int(chunk.pages[0]) * self.shards // self.pages
@@ -255,8 +255,12 @@ class Runner:
         dtype = "float32" if self._cpu else self._policy.compute_dtype
         depths = network.list_depths(cfg)
         self._pool = make_pool(cfg, depths, self.pages, self.page, dtype, self.drafts)
-        self._weights, self._tree = jax.tree.flatten(_split_weights(self._params, cfg))
-        del self._params  # stacks that were taken apart go, unless the caller keeps them
+        self._order_weights()
+
+    def _order_weights(self) -> None:
+        """Take stacks apart; they themselves go, unless the caller keeps them."""
+        self._weights, self._tree = jax.tree.flatten(_split_weights(self._params, self._cfg))
+        del self._params
 
     def _list_sizes(self, least: int, most: int) -> tuple[int, ...]:
         """Sizes of programs: powers of 2 times `least` up to `most`, of each part of the pool."""
