@@ -58,4 +58,7 @@ def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
         return {name: mean, f"{name}_low": max(low, 0.0), f"{name}_high": min(high, 1.0)}
     variance = sum((value - mean) ** 2 for value in values) / max(count - 1, 1)
     half = Z95 * math.sqrt(variance / count)
-    return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}
+    low, high = mean - half, mean + half
+    if all(0 <= value <= 1 for value in values):  # shares: so is their mean
+        low, high = max(low, 0.0), min(high, 1.0)
+    return {name: mean, f"{name}_low": low, f"{name}_high": high}

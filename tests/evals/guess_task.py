@@ -43,7 +43,7 @@ CFG = ModelConfig(
 )
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 ITEMS = 8
-STOPS = "abcdefghijklmnopqrstuvwxyz0123456789"  # so many that some answers end
+STOPS = "aeiou"  # some answers end by one, and some by their length
 
 
 def drawn(tokenizer: Tokenizer | None = BYTES) -> Model:
@@ -55,7 +55,7 @@ class Guess(Task):
 
     name, digest = "guess", "0"
     settings = TaskSettings(
-        samples=2, max_new_tokens=12, temperature=1.0, top_p=0.95, stop=tuple(STOPS)
+        samples=2, max_new_tokens=3, temperature=1.0, top_p=0.95, stop=tuple(STOPS)
     )
 
     def items(self):
@@ -80,7 +80,8 @@ class Guess(Task):
             raise ValueError("a grader that fails")
         if not text.isascii():
             return Verdict(0.0, UNPARSED, text, "no ASCII")
-        return Verdict(float(len(text) % 2), PASSED if len(text) % 2 else FAILED, text)
+        is_right = len(text) % 3 == 1
+        return Verdict(float(is_right), PASSED if is_right else FAILED, text)
 
 
 def evaluate(out: Path, rows: int = 8, model: Model | None = None, **options) -> Outcome:
