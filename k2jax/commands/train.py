@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> int:
     facts = to_json(run) | {"--out": str(out.absolute()), "--init": args.init}
     with cluster.member(place, facts, run.mesh, _say, out) as group:
         from k2jax.checkpoint import Checkpoints
-        from k2jax.training import loop, program_cache
+        from k2jax.training import loop
 
         if not place and not any(name.startswith("mesh.") for name in args.settings):
             _suggest_mesh_here(run)
@@ -123,7 +123,6 @@ def main(args: argparse.Namespace) -> int:
             say=_say,
             began=began,
             closing=_print_sample,
-            kept=program_cache.folder_for(group.count),
         )
         stopped = (Checkpoints(out).latest() or 0) < run.train.steps
     # Schedulers start a job again only where its processes fail.

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import numpy as np
 
 from k2jax import cluster
 from k2jax.runtime import memory
-from k2jax.training.program_cache import load_or_compile
 from k2jax.training.step import Program
 
 Compiled = jax.stages.Compiled
@@ -20,21 +18,12 @@ Compiled = jax.stages.Compiled
 class Programs:
     """The step, compiled from now on, and the evaluation, from when it is asked for."""
 
-    def __init__(self, program: Program, pool: ThreadPoolExecutor, kept: Path | None = None):
-        """Start to compile the step for the mesh in use, in a thread of `pool`.
-
-        Programs in the folder `kept` are loaded instead, and others kept there.
-        """
+    def __init__(self, program: Program, pool: ThreadPoolExecutor):
+        """Start to compile the step for the mesh in use, in a thread of `pool`."""
         mesh = jax.sharding.get_mesh()
-        devices = list(mesh.devices.flat)
-
-        def start(name: str, compile_it: Callable[..., Compiled]) -> Future[Compiled]:
-            compiling = functools.partial(compile_it, program, mesh)
-            return pool.submit(load_or_compile, kept, name, program.run, devices, compiling)
-
-        self.step = start("step", compile_step)
+        self.step = pool.submit(compile_step, program, mesh)
         self.start_evaluation: Callable[[], Future[Compiled]] = functools.cache(
-            lambda: start("evaluate", compile_evaluation)
+            lambda: pool.submit(compile_evaluation, program, mesh)
         )
 
 

@@ -142,7 +142,6 @@ def train(
     say: Say = print,
     began: float | None = None,
     closing: Callable[[Model], None] | None = None,
-    kept: Path | None = None,
 ) -> Model:
     """Train to `run.train.steps`, or resume from the newest checkpoint in `out`.
 
@@ -157,7 +156,6 @@ def train(
         began: when the command started, on `time.perf_counter`'s clock; default: now.
         closing: called with the trained model, on all processes, when the run has come to its end
             and before its plot is drawn. What it leaves undone is done when the run is resumed.
-        kept: folder of compiled programs, as for `load_or_compile`; None where code is patched.
 
     Returns:
         The trained model, on the mesh of the run.
@@ -169,7 +167,7 @@ def train(
     began = time.perf_counter() if began is None else began
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
         try:
-            return _Training(run, out, say, began, kept).run_to_end(init, closing)
+            return _Training(run, out, say, began).run_to_end(init, closing)
         except OSError as error:
             if error.errno not in OUTSIDE:
                 raise
@@ -179,8 +177,8 @@ def train(
 class _Training:
     """One call of `train`: what its parts share."""
 
-    def __init__(self, run: RunConfig, out: Path, say: Say, began: float, kept: Path | None):
-        self.run, self.out, self.began, self.kept = run, out, began, kept
+    def __init__(self, run: RunConfig, out: Path, say: Say, began: float):
+        self.run, self.out, self.began = run, out, began
         self.is_main = jax.process_index() == 0  # the others write nothing but checkpoints
         self.say = say if self.is_main else _say_nothing
         self.program = build(run)
@@ -200,7 +198,7 @@ class _Training:
             named = identity.choose_tokenizer(run, self.out, init, latest is not None, self.say)
             self._preflight(init, latest, named)
             # Compiling takes longest, so it starts first, and the data is read meanwhile.
-            programs = Programs(self.program, pool, self.kept)
+            programs = Programs(self.program, pool)
             preload_orbax()
             data = self._open_data(named)
             if latest is not None:
