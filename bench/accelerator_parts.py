@@ -16,6 +16,10 @@ from typing import Any
 
 Line = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
+SMALL_RUN = [
+    *("--data.path=docs", "--data.rows=2", "--data.context=64", "--model.vocab=1024"),
+    *("--model.moe_layers=1", "--model.experts=8", "--model.embed=64"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +334,8 @@ def train_small(small: bool, dense: float) -> Iterator[Line]:
             process.wait()
         losses = {key: _read_losses(out) for key, (out, _) in started.items()}
         for (name, platform), curve in losses.items():
+            if len(curve) < steps:
+                raise RuntimeError(f"{name} took {len(curve)} of {steps} steps")
             line = {"config": name, "on": platform or "device", "steps": len(curve)}
             peer = losses.get((name, "cpu"))
             if peer and not platform and curve:
@@ -341,7 +347,7 @@ def train_small(small: bool, dense: float) -> Iterator[Line]:
 
 def _start_training(name: str, platform: str, steps: int, out: Path) -> subprocess.Popen:
     axes = [f"--mesh.{axis}=1" for axis in ("data", "expert", "model")]
-    sizes = ["--data.rows=2", "--data.context=64"] if steps < 10 else []
+    sizes = SMALL_RUN if steps < 10 else []
     command = [sys.executable, "-m", "k2jax.cli", "train", name, f"--train.steps={steps}"]
     more = [*axes, *sizes, "--train.eval_every=0", f"--out={out}"]
     env = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
