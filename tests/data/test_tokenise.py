@@ -125,7 +125,7 @@ def test_processes_end_with_the_one_that_started_them(tokenizer, tmp_path):
     command = [sys.executable, "-m", "k2jax.cli", "data", str(file), str(tmp_path / "dst")]
     main = subprocess.Popen([*command, "--tokenizer", tokenizer, "--workers", "2"])
     try:
-        for _ in range(600):
+        for _ in range(2400):
             if list((tmp_path / "dst").glob(".train-*")):
                 break
             time.sleep(0.05)
@@ -134,7 +134,7 @@ def test_processes_end_with_the_one_that_started_them(tokenizer, tmp_path):
     finally:
         main.send_signal(signal.SIGKILL)
         main.wait()
-    for _ in range(200):
+    for _ in range(1200):
         if not any(map(_alive, children)):
             break
         time.sleep(0.05)

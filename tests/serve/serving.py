@@ -1,6 +1,7 @@
 """A server thread over a scripted engine, for the tests of the protocol."""
 
 import contextlib
+import time
 from typing import NamedTuple
 
 import httpx
@@ -36,6 +37,14 @@ def serving(script, tokenizer=BYTES, context=4096, limits=None, engine=None, **r
                 yield Serving(url, made, client, http, service)
     finally:
         made.close()
+
+
+def wait_until(is_so, seconds=60):
+    """Wait for what a server does after an answer: its own thread learns of it later."""
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def _as_function(script, tokenizer):

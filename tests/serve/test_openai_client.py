@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from serving import NAME, say_what_user_says, section, serving, tool, user
+from serving import NAME, say_what_user_says, section, serving, tool, user, wait_until
 
 WEATHER = tool("get_weather", city={"type": "string"})
 PARIS = '{"city": "Paris"}'
@@ -142,10 +142,7 @@ def test_a_stream_that_is_closed_ends_its_sequence():
         stream = ask(server, "x", stream=True)
         next(iter(stream))
         stream.close()
-        for _ in range(200):
-            if server.engine.stats().running == 0:
-                break
-            server.http.get("/health")
+        wait_until(lambda: server.engine.stats().running == 0)
         assert server.engine.aborted == [1] and server.engine.new_tokens < 1000
 
 

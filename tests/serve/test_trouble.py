@@ -8,18 +8,11 @@ import time
 
 import httpx
 import pytest
-from serving import BYTES, serving, user
+from serving import BYTES, serving, user, wait_until
 
 from k2jax.serve.service import Limits
 
 CHAT = "/v1/chat/completions"
-
-
-def wait_until(is_so, seconds=60):
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def endless(request):
@@ -107,7 +100,7 @@ def test_pages_of_other_sites_are_refused():
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_slot_of_a_client_that_left_is_free_within_a_step(stream):
-    with serving(endless, engine={"seconds": 0.02}) as server:
+    with serving(endless, engine={"seconds": 0.3}) as server:
         with open_socket(server.url) as client:
             client.sendall(raw_request(stream=stream))
             wait_until(lambda: server.engine.new_tokens > 2)
