@@ -29,19 +29,8 @@ SCRIPT_TYPES: dict[str, type] = {
 }
 BOOLEANS = {"true": True, "false": False}
 WHOLE, NUMBER = r"-?\d+", r"-?\d+(\.\d+)?([eE][+-]?\d+)?"
-# Of each type, what its source looks like, letters of a suffix, and what reads it.
-Literal = tuple[str, str, Callable[[str], Any]]
-JAVA: dict[str, Literal] = {
-    **dict.fromkeys(("byte", "short", "integer"), (WHOLE, "", int)),
-    "long": (WHOLE, "lL", int),
-    "float": (NUMBER, "fF", float),
-    "double": (NUMBER, "", float),
-}
-SCRIPT: dict[str, Literal] = {
-    "integer": (WHOLE, "", int),
-    "float": (r"-?\d+(\.\d+)?", "", float),
-    "Bigint": (WHOLE, "n", int),
-}
+# Reads a value from source text and the type of its items; what is none stays the text.
+Reader = Callable[[str, str | None], Any]
 
 
 def convert_java(source: str, kind: str, inner: str | None = None) -> Any:
@@ -52,26 +41,36 @@ def convert_java(source: str, kind: str, inner: str | None = None) -> Any:
         kind: one of `JAVA_TYPES`.
         inner: type of the items, where there are some.
     """
-    if kind in JAVA:
-        return _read_literal(source, *JAVA[kind])
-    if kind == "boolean":
-        return BOOLEANS.get(source, source)
-    if kind == "ArrayList":
-        return _read_array_list(source, inner)
-    if kind == "Array":
-        match = re.search(r"new\s+\w+\[\]\s*\{(.*?)\}", source)
-        if not match:
-            return source
-        items = [item.strip() for item in match.group(1).split(",") if item.strip()]
-        return [convert_java(one, inner) if inner else guess_java(one) for one in items]
-    return _read_hash_map(source) if kind == "HashMap" else source
+    return JAVA[kind](source, inner) if kind in JAVA else source
 
 
-def _read_literal(source: str, pattern: str, suffix: str, read: Callable[[str], Any]) -> Any:
+def convert_script(source: str, kind: str, inner: str | None = None) -> Any:
+    """A JavaScript value of one of `SCRIPT_TYPES`, as `convert_java` does it."""
+    return SCRIPT[kind](source, inner) if kind in SCRIPT else source
+
+
+def _make_reader(pattern: str, suffix: str, read: Callable[[str], Any]) -> Reader:
+    """Return a reader of literals that match a pattern and end by one letter of `suffix`."""
     end = f"[{suffix}]" if suffix else ""
-    if not re.match(f"^{pattern}{end}$", source):
+
+    def read_literal(source: str, _: str | None) -> Any:
+        if not re.match(f"^{pattern}{end}$", source):
+            return source
+        return read(source[: -1 if suffix else None])
+
+    return read_literal
+
+
+def _read_boolean(source: str, _: str | None) -> Any:
+    return BOOLEANS.get(source, source)
+
+
+def _read_java_array(source: str, inner: str | None) -> Any:
+    match = re.search(r"new\s+\w+\[\]\s*\{(.*?)\}", source)
+    if not match:
         return source
-    return read(source[: -1 if suffix else None])
+    items = [item.strip() for item in match.group(1).split(",") if item.strip()]
+    return [convert_java(one, inner) if inner else guess_java(one) for one in items]
 
 
 def _read_array_list(source: str, inner: str | None) -> Any:
@@ -90,7 +89,7 @@ def _read_item(source: str, inner: str | None) -> Any:
     return convert_java(source, inner) if inner else guess_java(source)
 
 
-def _read_hash_map(source: str) -> Any:
+def _read_hash_map(source: str, _: str | None) -> Any:
     filled = r"new\s+HashMap<.*?>\s*\(\)\s*\{\s*\{?\s*(.*?)\s*\}?\s*\}"
     if match := re.search(filled, source, re.DOTALL):
         pairs = re.findall(r"put\(\"(.*?)\",\s*(.*?)\)", match.group(1))
@@ -104,8 +103,8 @@ def guess_java(source: str) -> Any:
         return BOOLEANS[source]
     if source.startswith('"') and source.endswith('"'):
         return source[1:-1]
-    for literal in (JAVA["long"], JAVA["float"]):
-        if (value := _read_literal(source, *literal)) is not source:
+    for kind in ("long", "float"):
+        if (value := convert_java(source, kind)) is not source:
             return value
     return _guess_number(source)
 
@@ -117,23 +116,8 @@ def _guess_number(source: str) -> Any:
     return source
 
 
-def convert_script(source: str, kind: str, inner: str | None = None) -> Any:
-    """A JavaScript value of a type; the text itself where it is none.
-
-    Args:
-        source: an expression.
-        kind: one of `SCRIPT_TYPES`.
-        inner: type of the items, where there are some.
-    """
-    if kind in SCRIPT:
-        return _read_literal(source, *SCRIPT[kind])
-    if kind == "String":
-        return source[1:-1] if _is_quoted(source) else source
-    if kind == "Boolean":
-        return BOOLEANS.get(source, source)
-    if kind == "dict":
-        return _read_object(source.strip())
-    return _read_array(source.strip(), inner) if kind == "array" else source
+def _read_string(source: str, _: str | None) -> Any:
+    return source[1:-1] if _is_quoted(source) else source
 
 
 def _is_quoted(source: str) -> bool:
@@ -147,6 +131,7 @@ ROWS = (
 
 
 def _read_array(source: str, inner: str | None) -> Any:
+    source = source.strip()
     if match := re.match(ROWS, source):
         rows = re.findall(r"\[(.*?)\]", match.group(0))
         rows[0] = rows[0].strip().removeprefix("[")
@@ -170,7 +155,8 @@ def _convert_item(source: str, inner: str) -> Any:
     return convert_script(source, inner, "String" if source[:1] in ("'", '"') else None)
 
 
-def _read_object(source: str) -> Any:
+def _read_object(source: str, _: str | None = None) -> Any:
+    source = source.strip()
     if source == "{}":
         return {}
     match = re.match(r"\{(.*?)\}", source)
@@ -194,3 +180,24 @@ def guess_script(source: str) -> Any:
     if source in BOOLEANS:
         return BOOLEANS[source]
     return source[1:-1] if _is_quoted(source) else _guess_number(source)
+
+
+JAVA: dict[str, Reader] = {
+    **dict.fromkeys(("byte", "short", "integer"), _make_reader(WHOLE, "", int)),
+    "long": _make_reader(WHOLE, "lL", int),
+    "float": _make_reader(NUMBER, "fF", float),
+    "double": _make_reader(NUMBER, "", float),
+    "boolean": _read_boolean,
+    "Array": _read_java_array,
+    "ArrayList": _read_array_list,
+    "HashMap": _read_hash_map,
+}
+SCRIPT: dict[str, Reader] = {
+    "integer": _make_reader(WHOLE, "", int),
+    "float": _make_reader(r"-?\d+(\.\d+)?", "", float),
+    "Bigint": _make_reader(WHOLE, "n", int),
+    "String": _read_string,
+    "Boolean": _read_boolean,
+    "dict": _read_object,
+    "array": _read_array,
+}

@@ -1,9 +1,16 @@
-"""A small task over a small model, for tests; as a program it evaluates it into a folder."""
+"""A small task over a small model, for tests; as a program it evaluates it into a folder.
+
+`python guess_task.py FOLDER [ADDRESS COUNT NUMBER]`: the latter is one of several processes, which
+have four devices each.
+"""
 
 import sys
 from pathlib import Path
 
-from k2jax.config import ModelConfig
+from small_model import SIZES
+
+from k2jax import cluster
+from k2jax.config import MeshConfig, ModelConfig
 from k2jax.evals.scorer import Scorer
 from k2jax.evals.session import Options, Outcome, evaluate_one
 from k2jax.evals.task import (
@@ -21,28 +28,14 @@ from k2jax.evals.task import (
 from k2jax.model import Kimi, Model
 from k2jax.params.arrays import initial
 from k2jax.params.declare import specs
+from k2jax.runtime import backend
 from k2jax.text.kimi_tokenizer import Tokenizer
 
-CFG = ModelConfig(
-    vocab=520,
-    embed=16,
-    dense_layers=1,
-    moe_layers=1,
-    heads=2,
-    q_rank=8,
-    kv_rank=8,
-    nope=4,
-    rope=4,
-    value=4,
-    ffw=16,
-    experts=4,
-    expert_ffw=8,
-    experts_per_token=2,
-    context=96,
-    init_std=0.3,
-)
+CFG = ModelConfig(**SIZES | {"context": 96, "init_std": 0.3})
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 ITEMS = 8
+DEVICES = 4  # of a process, where there are several
+IDENTITY = {"weights": "w", "tokenizer": "t", "dtype": "float32"}
 STOPS = "aeiou"  # some answers end by one, and some by their length
 
 
@@ -86,9 +79,30 @@ class Guess(Task):
 
 def evaluate(out: Path, rows: int = 8, model: Model | None = None, **options) -> Outcome:
     scorer = Scorer(model or drawn(), rows)
-    identity = {"weights": "w", "tokenizer": "t", "dtype": "float32"}
-    return evaluate_one(Guess(), scorer, identity, Options(out, **options))
+    return evaluate_one(Guess(), scorer, IDENTITY, Options(out, **options))
+
+
+def evaluate_in_group(out: Path, address: str, count: int, number: int) -> None:
+    """Evaluate on a mesh of all processes: the first one asks, the others follow."""
+    mesh = MeshConfig(replica=count, expert=DEVICES)
+    backend.prepare(mesh.devices, count)
+    place = cluster.find(address, count, number)
+    with cluster.member(place, {}, mesh, lambda line: None) as group:
+        import jax
+
+        from k2jax import sharding
+
+        with jax.set_mesh(sharding.make_mesh(mesh)):
+            scorer = Scorer(drawn(), 8)
+            if group.number:
+                scorer.follow()
+                return
+            evaluate_one(Guess(), scorer, IDENTITY, Options(out))
+            scorer.dismiss()
 
 
 if __name__ == "__main__":
-    evaluate(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        evaluate(Path(sys.argv[1]))
+    else:
+        evaluate_in_group(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

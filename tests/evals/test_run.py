@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from guess_task import ITEMS, Guess, drawn, evaluate
+from guess_task import DEVICES, ITEMS, Guess, drawn, evaluate
 
 from k2jax import sharding
 from k2jax.config import ConfigError, MeshConfig
@@ -19,6 +20,7 @@ from k2jax.evals.compare import compare_ledgers, describe
 from k2jax.evals.ledger import read_ledger
 
 SAMPLES = 2 * (ITEMS + 2)
+LONG = 300  # seconds: machines may be slow
 
 
 @pytest.fixture(scope="module")
@@ -101,42 +103,72 @@ def test_comparing_says_which_samples_differ_and_why(model, finished, tmp_path):
         compare_ledgers(finished, tmp_path / "none")
 
 
-def start(out: Path) -> subprocess.Popen:
-    task = Path(__file__).with_name("guess_task.py")
-    return subprocess.Popen([sys.executable, str(task), str(out)], stderr=subprocess.DEVNULL)
+def start(out: Path, *words: str) -> subprocess.Popen:
+    """Start an evaluation, with `words` as one of two processes."""
+    here = Path(__file__).parent
+    flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
+    devices = f"--xla_force_host_platform_device_count={DEVICES if words else 1}"
+    environment = os.environ | {
+        "XLA_FLAGS": " ".join([*flags, devices]),
+        "PYTHONPATH": os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, str(here / "guess_task.py"), str(out), *words]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
-def kill_after(out: Path, lines: int, seconds: float) -> bool:
-    """Whether it was killed before its end, once the ledger had so many lines."""
-    process = start(out)
-    ledger = out / "guess.jsonl"
+def start_two(out: Path) -> list[subprocess.Popen]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [start(out, address, "2", str(number)) for number in range(2)]
+
+
+def start_one(out: Path) -> list[subprocess.Popen]:
+    return [start(out)]
+
+
+def is_killed(processes: list[subprocess.Popen], out: Path, lines: int, seconds: float) -> bool:
+    """Kill the first process once it has added so many lines; False: it had ended before."""
+    first, ledger = processes[0], out / "guess.jsonl"
+    lines += ledger.read_bytes().count(b"\n") if ledger.exists() else 0
     try:
-        while process.poll() is None:
-            if ledger.exists() and ledger.read_bytes().count(b"\n") > lines:
+        while first.poll() is None:
+            if ledger.exists() and ledger.read_bytes().count(b"\n") >= lines:
                 break
             time.sleep(0.005)
         time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
+        first.send_signal(signal.SIGKILL)
+        for other in processes[1:]:  # which notice that it is lost
+            other.wait(timeout=LONG)
     finally:
-        process.kill()
-        code = process.wait(timeout=60)
-    return code == -signal.SIGKILL
+        for process in processes:
+            process.kill()
+            process.wait(timeout=LONG)
+    return first.returncode == -signal.SIGKILL
 
 
 @pytest.mark.slow
 def test_a_killed_evaluation_goes_on_to_the_same_ledger(finished, tmp_path):
-    assert kill_after(tmp_path, 2, 0)
-    assert start(tmp_path).wait(timeout=300) == 0
+    assert is_killed(start_one(tmp_path), tmp_path, 3, 0)
+    assert start(tmp_path).wait(timeout=LONG) == 0
     assert (tmp_path / "guess.jsonl").read_bytes() == finished.read_bytes()
 
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_leave_the_same_ledger(finished, tmp_path):
     draw = random.Random(os.urandom(8))
-    for kill in range(10):
-        if not kill_after(tmp_path, 2 * kill - draw.randrange(3), draw.random() * 0.05):
-            break
-    assert start(tmp_path).wait(timeout=300) == 0
+    kills = 0
+    while kills < 10:  # where a process ended before its kill, another evaluation begins
+        out = tmp_path / str(kills)
+        while is_killed(start_one(out), out, draw.randrange(4), draw.random() * 0.05):
+            kills += 1
+        assert (out / "guess.jsonl").read_bytes() == finished.read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_of_8_devices_killed_and_resumed_change_no_byte(finished, tmp_path):
+    assert is_killed(start_two(tmp_path), tmp_path, SAMPLES // 2, 0)
+    assert (tmp_path / "guess.jsonl").read_bytes() != finished.read_bytes()
+    assert [process.wait(timeout=LONG) for process in start_two(tmp_path)] == [0, 0]
     assert (tmp_path / "guess.jsonl").read_bytes() == finished.read_bytes()
 
 
