@@ -11,7 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from k2jax.cluster.detect import Place
-from k2jax.cluster.rendezvous import EXIT_RETRY, Lost, accept_workers, connect_to_coordinator
+from k2jax.cluster.rendezvous import (
+    EXIT_RETRY,
+    Lost,
+    accept_workers,
+    connect_to_coordinator,
+    is_loopback,
+)
 from k2jax.cluster.wire import Message, Wire
 from k2jax.config import ConfigError
 
@@ -44,14 +50,17 @@ class Group:
 
         Raises:
             Lost: some did not come within ARRIVAL seconds, or process 0 could not be reached.
-            ConfigError: they contradict each other.
+            ConfigError: process 0 has no place for this one, or the shared key is malformed.
         """
         self.count, self.number = (place.processes, place.process) if place else (1, 0)
         self.host = socket.gethostname()
         self.wires: dict[int, Wire] = {}
+        self.refused, self.refusal = 0, ""  # connections to process 0; why the first process was
         self._end = end or _end
         self._remedy = f", and {remedy}" if remedy else ""
         self._told: dict[str, dict[int, Any]] = {}  # by topic and process
+        self._requests: list[tuple[str, str]] = []  # what was asked for, and by which process
+        self._answers: dict[str, Callable[[str], None]] = {}
         self._news = threading.Condition()
         self._over = False
         self._ended = threading.Event()
@@ -83,6 +92,29 @@ class Group:
             self._wait(lambda: topic in self._told)
             return self._told.pop(topic)[0]
 
+    def request(self, what: str) -> None:
+        """Ask process 0 for something that nobody waits for; from any thread."""
+        if self.number:
+            self.wires[0].send({"request": what})
+
+    def on_request(self, what: str, answer: Callable[[str], None]) -> None:
+        """On process 0, call `answer` with the name of each other process that asks for it.
+
+        It is called by the thread that listens, and at once for those that have asked already.
+        """
+        with self._news:
+            self._answers[what] = answer
+            asked = [name for request, name in self._requests if request == what]
+        for name in asked:
+            answer(name)
+
+    def _take_request(self, what: str, name: str) -> None:
+        with self._news:
+            self._requests.append((what, name))
+            answer = self._answers.get(what)
+        if answer is not None:
+            answer(name)
+
     def _wait(self, come: Callable[[], bool]) -> None:
         self._news.wait_for(lambda: come() or self._over)
         if not come():
@@ -105,6 +137,12 @@ class Group:
         """`process 2 (host-c)` for each; only process 0 knows all hosts."""
         hosts = {wire.number: wire.host for wire in self.wires.values()} | {self.number: self.host}
         return [f"process {number} ({hosts.get(number, '?')})" for number in range(self.count)]
+
+    def address(self) -> str:
+        """This host's, by which others reach it; of loopback, if that is all there is."""
+        names = [wire.connection.getsockname()[0] for wire in self.wires.values()]
+        names = [name.removeprefix("::ffff:") for name in names]  # an IPv4 address as IPv6
+        return next((name for name in names if not is_loopback(f"{name}:0")), names[0])
 
     def fail(self, line: str, code: int) -> None:
         """Tell the others why this process ends; afterwards nothing is watched.
@@ -179,6 +217,8 @@ class Group:
         for message in messages or ():
             if "end" in message:
                 self.stop(message["end"], message["code"])
+            if "request" in message:
+                self._take_request(message["request"], f"process {wire.number} ({wire.host})")
             if "topic" in message:
                 with self._news:
                     said = self._told.setdefault(message["topic"], {})

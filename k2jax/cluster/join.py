@@ -2,19 +2,23 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from k2jax.cluster import group as groups
 from k2jax.cluster import preflight
 from k2jax.cluster.detect import Place
 from k2jax.cluster.group import Group
-from k2jax.cluster.rendezvous import EXIT_RETRY, Lost
+from k2jax.cluster.rendezvous import EXIT_RETRY, Lost, is_loopback
 from k2jax.config import ConfigError, MeshConfig, one_line
+from k2jax.runtime.versions import set_gloo_address
 
 # What to do after a process was lost: where checkpoints are written, and where nothing is.
 RESUME = "the same command on all hosts resumes from the newest checkpoint"
@@ -31,7 +35,8 @@ def member(
 ) -> Iterator[Group]:
     """The group that runs this command: connected, compared, and known to jax.
 
-    An error inside of the block, or a lost process, ends all of them.
+    An error inside of the block, or a lost process, ends all of them; where nothing is written,
+    SIGTERM to one does too.
 
     Args:
         place: of this process; None: it is alone, and nothing happens.
@@ -55,10 +60,15 @@ def member(
             if out:
                 preflight.see_folder(group, out)
             _join(place)
+            set_gloo_address(group.address())
+            if out is None:
+                _exit_on_sigterm()
             preflight.devices(group, mesh)
             line = preflight.network(group)
             if group.number == 0:
                 say(line)
+                if group.refused:
+                    say(f"connections that were refused at {place.coordinator}: {group.refused}")
             yield group
             group.close()
         except BaseException as error:
@@ -76,7 +86,22 @@ def _join(place: Place) -> None:
         place.process,
         place.local_devices,
         cluster_detection_method="deactivate",
+        # Where all processes are on this machine, no other one can reach the service.
+        coordinator_bind_address=place.coordinator if is_loopback(place.coordinator) else None,
     )
+
+
+def _exit_on_sigterm() -> None:
+    """Where nothing is saved, SIGTERM to one process ends all.
+
+    jax's service takes it for a notice of preemption, which only a command that saves asks for.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, leave)
 
 
 def _own_stdout(first: bool) -> None:
@@ -123,5 +148,6 @@ def _said(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, SystemExit) and isinstance(error.code, int):
-        return error.code, f"exit code {error.code}"
+        by_signal = error.code > 128 and f"stopped by {signal.Signals(error.code - 128).name}"
+        return error.code, by_signal or f"exit code {error.code}"
     return 1, one_line(error, typed=True)

@@ -21,7 +21,8 @@ class Wire:
         connection.settimeout(SEND)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.heard = time.monotonic()
-        self.number, self.host = -1, ""  # who is at the other end, once it has said so
+        self.number, self.host = -1, ""  # who is at the other end, once it is known
+        self.longest = LONGEST
         self._rest = b""
         self._lock = threading.Lock()
 
@@ -47,12 +48,12 @@ class Wire:
         except OSError:
             return None
         *lines, self._rest = (self._rest + content).split(b"\n")
-        if not content or len(self._rest) > LONGEST:
+        if not content or len(self._rest) > self.longest:
             return None
         self.heard = time.monotonic()
         try:
             found = [json.loads(line) for line in lines]
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         return found if all(isinstance(message, dict) for message in found) else None
 

@@ -77,16 +77,20 @@ def main(args: argparse.Namespace) -> int:
     place = cluster.find(args.coordinator, args.processes, args.process)
     # Before the weights are read, which takes longest. Process 0 answers, the others compute.
     bound = lifecycle.bind(args.host, args.port) if place is None or not place.process else None
-    with loading.opened(args, mesh, inference=True) as (_, source):
+    with loading.opened(args, mesh, inference=True) as (group, source):
         engine = make_engine(args, source)
         if bound is None:
             engine.warm_up()
-            engine.follow()
+            with lifecycle.pass_signals_on(group, write_line):
+                engine.follow()
             return 0
         with engine:
             service = make_service(args, source, engine, keys)
-            lifecycle.run(service, bound, lambda: announce(args, service, bound))
-            engine.drain()
+
+            def on_start() -> None:
+                announce(args, service, bound)
+
+            lifecycle.run(service, bound, on_start, group, engine.drain)
     return 0
 
 

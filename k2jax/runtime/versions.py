@@ -144,3 +144,26 @@ def detect_cluster(timeout: int) -> tuple[Any, ...]:
     from jax._src.clusters import ClusterEnv
 
     return ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, timeout)
+
+
+def set_gloo_address(address: str) -> None:
+    """Let CPUs of several processes exchange numbers at an address of this host.
+
+    By itself gloo takes what the host's name stands for, which is 127.0.1.1 on many Linux machines:
+    no other host can reach that. Call it before JAX starts its backends.
+
+    Args:
+        address: as text, or a name.
+    """
+    from jax._src import config, distributed, xla_bridge
+    from jax._src.lib import _jax
+
+    if config.cpu_collectives_implementation.value != "gloo":
+        return
+
+    def make_client() -> Any:
+        client = distributed.global_state.client
+        collectives = _jax.make_gloo_tcp_collectives(distributed_client=client, hostname=address)
+        return xla_bridge.make_cpu_client(collectives=collectives)
+
+    xla_bridge.register_backend_factory("cpu", make_client, priority=0, fail_quietly=False)

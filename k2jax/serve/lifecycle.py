@@ -1,4 +1,8 @@
-"""From the socket to the last answer: a first signal drains, a second one ends at once."""
+"""From the socket to the last answer: a first signal drains, a second one ends at once.
+
+In several processes that holds for a signal to any of them: process 0 hears of it from the others,
+and all end when it has answered what runs.
+"""
 
 import contextlib
 import os
@@ -10,11 +14,13 @@ from types import FrameType
 
 import uvicorn
 
+from k2jax.cluster import Group
 from k2jax.config import ConfigError
 from k2jax.serve.app import make_app
 from k2jax.serve.service import Service
 
 BACKLOG = 2048
+DRAIN = "drain"  # what the other processes ask of process 0
 
 
 class Server(uvicorn.Server):
@@ -25,6 +31,7 @@ class Server(uvicorn.Server):
     ):
         super().__init__(config)
         self._service, self._on_start = service, on_start
+        self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so."""
@@ -34,28 +41,28 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Catch SIGTERM and SIGINT in the main thread; elsewhere nothing can be caught."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        caught = signal.SIGTERM, signal.SIGINT
-        before = {number: signal.signal(number, self.handle_exit) for number in caught}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        """Catch none: `run` does, and until the engine is empty."""
+        yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take no more requests; end at once when this comes again."""
-        if self._service.draining:
+        self._signals += 1
+        if self._signals > 1:
             os._exit(128 + sig)
         self.drain()
 
-    def drain(self) -> None:
-        """Take no more requests, and end when the running ones are answered."""
-        self._service.draining = True
-        self._service.write_log("draining: running requests are answered, new ones refused")
+    def drain(self, asked: str = "") -> None:
+        """Take no more requests, and end when the running ones are answered.
+
+        Args:
+            asked: the process that got the signal, where it is another one.
+        """
+        if not self._service.draining:
+            self._service.draining = True
+            why = f" ({asked} got a signal)" if asked else ""
+            self._service.write_log(
+                f"draining{why}: running requests are answered, new ones refused"
+            )
         self.should_exit = True
 
 
@@ -96,16 +103,68 @@ def make_server(service: Service, on_start: Callable[[], None] | None = None) ->
     return Server(service, config, on_start)
 
 
-def run(service: Service, bound: socket.socket, on_start: Callable[[], None]) -> None:
+def run(
+    service: Service,
+    bound: socket.socket,
+    on_start: Callable[[], None],
+    group: Group | None = None,
+    finish: Callable[[], None] | None = None,
+) -> None:
     """Serve until a signal, then answer what runs and return.
 
     Args:
         service: the model and its rules.
         bound: from `bind`.
         on_start: called once clients can connect.
+        group: of processes, this one first; a signal to any of them counts.
+        finish: called after the last answer, while signals are still caught.
     """
-    with bound:
-        make_server(service, on_start).run(sockets=[bound])
+    server = make_server(service, on_start)
+    with bound, _catching((signal.SIGTERM, signal.SIGINT), server.handle_exit):
+        if group is not None:
+            group.on_request(DRAIN, server.drain)
+        server.run(sockets=[bound])
+        if finish is not None:
+            finish()
+
+
+@contextlib.contextmanager
+def pass_signals_on(group: Group, log: Callable[[str], None]) -> Iterator[None]:
+    """Around all that another process than the first one computes: a signal makes all drain.
+
+    Args:
+        group: of this process.
+        log: gets one line on why this process ends.
+    """
+    signals: list[int] = []
+
+    def handle(sig: int, frame: FrameType | None) -> None:
+        signals.append(sig)
+        if len(signals) > 1:
+            os._exit(128 + sig)
+        log("draining: process 0 answers running requests and refuses new ones, then all end")
+        # In a thread: this one may be sending, and then has the lock of the connection.
+        threading.Thread(target=group.request, args=(DRAIN,)).start()
+
+    with _catching((signal.SIGTERM, signal.SIGINT), handle):
+        yield
+        if not signals:
+            log("process 0 has drained; all end")
+
+
+@contextlib.contextmanager
+def _catching(
+    numbers: tuple[int, ...], handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """Catch signals in the main thread; elsewhere nothing can be caught."""
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 @contextlib.contextmanager

@@ -234,3 +234,29 @@ def test_a_lost_process_ends_the_others_with_one_line_that_names_it(victim, numb
         for job in jobs:
             job.kill()
             job.wait()
+
+
+def test_process_0_hears_what_another_one_asks_for_before_and_after_it_listens():
+    names, all_asked = [], threading.Event()
+
+    def note(name):
+        names.append(name)
+        if len(names) == 2:
+            all_asked.set()
+
+    def run(group):
+        if group.number == 1:
+            group.request("drain")
+        group.require_equal("one has asked", {})
+        if group.number == 0:
+            group.on_request("other", note)
+            group.on_request("drain", note)
+        if group.number == 2:
+            group.request("drain")
+        if group.number == 0:
+            assert all_asked.wait(30)
+
+    found, ended = together(3, run)
+    host = socket.gethostname()
+    assert (found, ended) == ([None] * 3, [[]] * 3)
+    assert names == [f"process 1 ({host})", f"process 2 ({host})"]

@@ -1,7 +1,9 @@
 """Runs in 2 and 4 real processes over loopback: train, save, lose one, go on, restore elsewhere."""
 
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -10,94 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
+from jobs import Job, losses, write_text
 from small_model import SIZES
 
 from k2jax.checkpoint import Checkpoints
 from k2jax.cluster import EXIT_RETRY
 from k2jax.training.metrics import read_metrics
 
-# XLA's CPU products split their sums by the threads of a process: as many in every process, what
-# one process of 8 devices has anyway.
-THREADS = "8"
 HOST = socket.gethostname()
-# Two devices are enough for the test that always runs: its time is compile time.
-MESH2 = {"mesh.data": 2, "mesh.expert": 1, "mesh.model": 1}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with text, and the caches that all processes and runs of this file share."""
     folder = tmp_path_factory.mktemp("cluster")
-    (folder / "text").mkdir()
-    for number in range(30):
-        words = (f"def f{number}_{i}(x): return x + {i * number}\n" for i in range(20))
-        (folder / "text" / f"{number}.py").write_text("".join(words))
+    write_text(folder)
     return folder
-
-
-class Job:
-    """`k2jax train` in some processes of this machine."""
-
-    def __init__(self, place: Path, out: Path, count: int, steps: int, **settings):
-        with socket.create_server(("127.0.0.1", 0)) as found:
-            self.address = f"127.0.0.1:{found.getsockname()[1]}"
-        fields = {f"model.{name}": size for name, size in SIZES.items()} | MESH2
-        fields |= {
-            "data.path": place / "text",
-            "data.rows": 8,
-            "data.context": 32,
-            "optim.name": "adamw",
-            "optim.learning_rate": 1e-2,
-            "optim.warmup": 2,
-            "optim.decay": 0,
-            "train.steps": steps,
-            "train.log_every": 1,
-            "train.eval_every": 0,
-            "train.save_every": 3,
-            "train.keep": 9,
-        }
-        fields |= {name.replace("__", "."): value for name, value in settings.items()}
-        words = [str(word) for name, value in fields.items() for word in (f"--{name}", value)]
-        train = [sys.executable, "-m", "k2jax.cli", "train", "tiny", "--out", str(out), *words]
-        flags = [f for f in os.environ["XLA_FLAGS"].split() if "device_count" not in f]
-        environment = os.environ | {
-            "XLA_FLAGS": " ".join(flags),
-            "K2JAX_CACHE": str(place),
-            "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
-            "PJRT_NPROC": THREADS,
-        }
-        self.processes = []
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        for number in range(count):
-            by_hand = ["--coordinator", self.address, "--processes", count, "--process", number]
-            command = [*train, *(map(str, by_hand) if count > 1 else ())]
-            self.processes.append(subprocess.Popen(command, env=environment, **pipes))
-
-    def until(self, step: int) -> None:
-        """Read what process 0 says up to its line of a step."""
-        for line in self.processes[0].stdout:
-            if line.startswith(f"step {step}/"):
-                return
-        raise AssertionError(self.processes[0].stderr.read())
-
-    def end(self, seconds: float = 300) -> list[tuple[int, str, list[str]]]:
-        """Exit code, stdout, and our own lines of stderr, of each process."""
-        found = []
-        try:
-            for process in self.processes:
-                said, errors = process.communicate(timeout=seconds)
-                ours = [line for line in errors.splitlines() if line.startswith("k2jax: ")]
-                assert "Traceback" not in errors, errors
-                found.append((process.returncode, said, ours))
-        finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
-        return found
-
-
-def losses(out: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(out)]
 
 
 @pytest.mark.slow
@@ -220,6 +150,34 @@ def test_four_processes_train_as_one_does_bit_for_bit(place, tmp_path):
         assert [one[name] for name in exact] == [four[name] for name in exact]
         # Of more than two devices, and only told: the order of their sum shows in the last digit.
         assert [one[name] for name in sums] == pytest.approx([four[name] for name in sums], 1e-6)
+
+
+@pytest.mark.slow
+def test_strangers_who_flood_the_port_disturb_neither_the_start_nor_the_steps(
+    place, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("K2JAX_CLUSTER_KEY", "a secret of these four processes")
+    # Beyond the ports that clients get, one of which could be this one while nobody listens.
+    for port in range(23_000, 32_000, 7):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            break
+    flood = [sys.executable, str(Path(__file__).with_name("flood.py")), "127.0.0.1", str(port)]
+    strangers = subprocess.Popen(flood)
+    try:
+        mesh = {"mesh__data": 2, "mesh__expert": 2}
+        job = Job(place, tmp_path / "out", 4, 6, port=port, **mesh)
+        ended = job.end()
+        assert strangers.poll() is None
+    finally:
+        strangers.kill()
+        strangers.wait()
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    printed, (line,) = ended[0][1], ended[0][2]
+    assert line.startswith("k2jax: refused 127.0.0.1, which says that it is process ")
+    count = int(re.search(rf"connections that were refused at {job.address}: (\d+)", printed)[1])
+    assert count > 0
+    assert [ours for _, _, ours in ended[1:]] == [[]] * 3
+    assert len(losses(tmp_path / "out")) == 6
 
 
 @pytest.mark.slow

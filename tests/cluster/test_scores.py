@@ -9,32 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from jobs import write_run
 
-from k2jax.checkpoint import Checkpoints
 from k2jax.cluster import EXIT_RETRY
-from k2jax.config import ModelConfig, RunConfig, to_json
-from k2jax.params.arrays import initial
-from k2jax.params.kimi import declare_kimi
-from k2jax.text.kimi_tokenizer import FILE
-from k2jax.text.train_bpe import train_tokenizer
 
-CFG = ModelConfig(
-    vocab=576,
-    embed=16,
-    dense_layers=0,
-    moe_layers=1,
-    heads=2,
-    q_rank=8,
-    kv_rank=8,
-    nope=4,
-    rope=4,
-    value=4,
-    experts=4,
-    expert_ffw=8,
-    experts_per_token=2,
-    context=64,
-    init_std=0.3,
-)
 HOST = socket.gethostname()
 
 
@@ -42,11 +20,8 @@ HOST = socket.gethostname()
 def place(tmp_path_factory) -> Path:
     """A folder with a run, text to score, and the caches that all processes share."""
     folder = tmp_path_factory.mktemp("scores")
-    with Checkpoints(folder / "run") as checkpoints:
-        params = initial(declare_kimi(CFG), 0, CFG.init_std)
-        checkpoints.save(1, {"params": params}, {"config": to_json(RunConfig(model=CFG))})
+    write_run(folder / "run")
     line = "def f(x): return x + 1\n"
-    train_tokenizer([line * 50], 512, folder / "run" / FILE)
     (folder / "short.txt").write_text(line * 60)
     (folder / "long.txt").write_text(line * 20_000)
     return folder
