@@ -8,6 +8,9 @@ import jax
 from k2jax.runtime import memory, versions
 from k2jax.runtime.files import default_cache
 
+# Both are jax's; it refuses to start with the two of them set.
+MEMORY_SHARE = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
 
 def prepare(devices: int = 1, processes: int = 1) -> None:
     """Emulate `devices` devices where there is only a CPU, keep compiled programs and memory flat.
@@ -20,6 +23,8 @@ def prepare(devices: int = 1, processes: int = 1) -> None:
         processes: that emulate an equal share each.
     """
     versions.warn_if_untested()
+    if not any(name in os.environ for name in MEMORY_SHARE):
+        os.environ[MEMORY_SHARE[0]] = "0.95"  # of a GPU, as plans count; jax's default is 0.75
     memory.limit_malloc_arenas()  # heaps that threads have made already would stay
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # jax has started already, with its devices

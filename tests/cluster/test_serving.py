@@ -29,8 +29,8 @@ def serve(place: Path, count: int):
     """Processes that serve, where, and a client that waits for the end of a long answer."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    words = ["serve", str(place / "run"), "--port", "0", "--log", "none", "--slots", "4"]
-    words += ["--mesh.expert", str(count), "--coordinator", address, "--processes", str(count)]
+    words = ["serve", str(place / "run"), "--port", "0", "--log", "none", "--slots", "6"]
+    words += ["--mesh.replica", str(count), "--coordinator", address, "--processes", str(count)]
     command = [sys.executable, "-m", "k2jax.cli", *words, "--process"]
     environment = make_environment(place)
     return [start([*command, str(number)], environment) for number in range(count)]
