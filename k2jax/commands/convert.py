@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model-type", default="", help="of an exported config: deepseek_v3 (default), kimi_k2"
     )
+    parser.add_argument(
+        "--adapter", default="", help="merge this: a run with adapters, or a folder of PEFT's files"
+    )
     parser.add_argument("--verify", action="store_true", help="audit every tensor of the target")
     parser.add_argument("--dry-run", action="store_true", help="read headers only, print the plan")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
@@ -37,7 +40,17 @@ def main(args: argparse.Namespace) -> int:
         key: value
         for key, value in vars(args).items()
         if key
-        in ("to", "format", "mesh", "manifest", "skip_mtp", "model_type", "verify", "dry_run")
+        in (
+            "to",
+            "format",
+            "mesh",
+            "manifest",
+            "skip_mtp",
+            "model_type",
+            "adapter",
+            "verify",
+            "dry_run",
+        )
     }
     try:
         options["memory"] = float(args.memory)

@@ -159,6 +159,8 @@ def main(args: argparse.Namespace) -> int:
 
 def _make_plan(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Return the plan as JSON and as text."""
+    if run.lora.rank:
+        raise ConfigError("lora.rank must be 0: plans are of runs in which all weights learn")
     _check(args)
     target = targets.parse(args.target, args.dollars_per_hour, args.watts)
     fixed = _fixed(args.mesh)

@@ -36,6 +36,8 @@ NS_POLYNOMIALS = ("moonlight", "polar_express")  # those of optim.newton_schulz.
 MATRIX_VIEWS = ("whole", "per_head")
 ON_SPIKE = ("log", "skip", "rewind")
 TRACKERS = ("tensorboard", "wandb")
+# What adapters can be trained for; `params.adapters` says which weights each word means.
+LORA_TARGETS = ("attention", "q_a", "q_b", "q", "kv_a", "kv_b", "o", "dense", "shared", "experts")
 LEAST_WINDOW = 20  # losses from which a spike can be detected
 LEAST_EPS = 1e-18  # squares of gradients smaller than it are 0 in float32
 LEAST_TAU = 1e-6
@@ -43,6 +45,7 @@ LEAST_TAU = 1e-6
 # Values of one setting that leave others without effect.
 ADAMW = {"optim.name": "adamw"}
 NO_YARN = {"model.yarn.factor": 1}
+NO_LORA = {"lora.rank": 0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,6 +305,26 @@ class HealthConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: W + alpha / rank * A B learns A and B alone [Hu 2021]."""
+
+    rank: int = knob(0, "rank of the adapters (LoRA); 0: all weights learn", low=0)
+    alpha: float = knob(32.0, "adapters are scaled by alpha / rank", above=0, unless=NO_LORA)
+    targets: str = knob(
+        "attention",
+        "what has adapters (several: a,b)",
+        choices=LORA_TARGETS,
+        several=True,
+        unless=NO_LORA,
+    )
+
+    @property
+    def scale(self) -> float:
+        """Factor on the product of an adapter's two matrices."""
+        return self.alpha / self.rank if self.rank else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each axis; their product is the number of devices."""
 
@@ -343,3 +366,4 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     health: HealthConfig = HealthConfig()
+    lora: LoraConfig = LoraConfig()

@@ -13,7 +13,7 @@ def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
     Raises:
         ConfigError: an impossible value, or a setting that has no effect in this run.
     """
-    for section in ("data", "optim", "train", "mesh", "health"):  # a model checks itself
+    for section in ("data", "optim", "train", "mesh", "health", "lora"):  # a model checks itself
         check_fields(section, getattr(run, section))
     if run.data.context > run.model.context:
         raise ConfigError(
@@ -25,6 +25,8 @@ def validate(run: RunConfig, settings: Iterable[str] = ()) -> None:
             f"optim.mtp_loss is {run.optim.mtp_loss}; it must be above 0 to train"
             f" model.mtp_layers ({run.model.mtp_layers}), or set those to 0"
         )
+    if run.lora.rank and not run.lora.targets.strip(","):
+        raise ConfigError("lora.targets is empty; it must name what has adapters")
     if run.train.profiled and run.train.profiled[-1] > run.train.steps:
         raise ConfigError(
             f"train.profile is {run.train.profile!r}; the run ends with step {run.train.steps}"

@@ -25,7 +25,8 @@ def convert(
         **options: `to` ("orbax" or "hf"), `format` ("keep", "bfloat16", "float32", "fp8", "int4",
             "int4-minmax"), `mesh` ("data=16,expert=32"), `memory` (GB of tensors on their way),
             `manifest` (a list of SHA-256 sums to hold the source against), `skip_mtp`, `model_type`
-            (of the exported config: "deepseek_v3", "kimi_k2"), `verify`, `dry_run`.
+            (of the exported config: "deepseek_v3", "kimi_k2"), `adapter` (a run of `k2jax finetune`
+            with adapters, or PEFT's files, to merge), `verify`, `dry_run`.
 
     Returns:
         What was done; keys are in docs/conversion.md.

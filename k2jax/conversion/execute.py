@@ -56,6 +56,7 @@ def run(plan: Plan, say: Any, began: float) -> dict[str, Any]:
 
 def describe(plan: Plan) -> dict[str, Any]:
     """What is known before anything is written."""
+    adapter = plan.view.adapter
     return {
         "source": plan.source.name,
         "target": str(plan.target),
@@ -70,7 +71,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "copied": list(plan.source.companions),
         "made": list(generated_files(plan.source)) if plan.to == "hf" else [],
         "notes": plan.notes,
-    }
+    } | ({"adapter": adapter.name, "adapted": len(adapter)} if adapter is not None else {})
 
 
 def _count_files(plan: Plan) -> int:

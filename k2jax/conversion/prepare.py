@@ -22,7 +22,7 @@ from k2jax.weights.hf_folder import Folder
 from k2jax.weights.mapping import VISION, stack_slots
 from k2jax.weights.object_store import REMOTE, Bucket
 from k2jax.weights.other_quantisations import refuse_other
-from k2jax.weights.source import Source, open_source
+from k2jax.weights.source import Source, open_adapter, open_source
 
 TO = ("orbax", "hf")
 OURS = ("keep", "bfloat16", "float32")
@@ -42,6 +42,7 @@ class Options:
     manifest: str = ""
     skip_mtp: bool = False
     model_type: str = ""
+    adapter: str = ""
     verify: bool = False
     dry_run: bool = False
 
@@ -96,6 +97,8 @@ class Plan:
         asked = [self.to, self.options.format, self.options.mesh, self.options.skip_mtp]
         if self.options.model_type != MODEL_TYPES[0]:
             asked.append(self.options.model_type)
+        if self.view.adapter is not None:
+            asked.append(self.view.adapter.identity)
         text = json.dumps([self.source.identity, asked])
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -147,6 +150,11 @@ def make_plan(
     """
     target = _check_target(target)
     source = open_source(path, bucket)
+    if source.base is not None:
+        raise ConfigError(
+            f"{path} holds an adapter; k2jax convert {source.base.path} TARGET --adapter {path}"
+            " merges it"
+        )
     to = options.to or ("hf" if source.is_checkpoint else "orbax")
     if to == "orbax" and source.is_checkpoint:
         raise ConfigError(f"{path} is one of our checkpoints already; --to hf writes safetensors")
@@ -159,9 +167,11 @@ def make_plan(
     published.check(source.tensors, leaves, str(source.folder))
     mtp = published.extra_mtp_prefixes(source.tensors, leaves)
     options = dataclasses.replace(options, format=_format(options, to, source))
-    view = ReencodedTensors(
-        source.tensors, options.format, VISION + (mtp if options.skip_mtp else ())
-    )
+    skip = VISION + (mtp if options.skip_mtp else ())
+    adapter = open_adapter(options.adapter) if options.adapter else None
+    if adapter is not None:
+        adapter.check(leaves)
+    view = ReencodedTensors(source.tensors, options.format, skip, adapter)
     _check_options(options, to, mtp)
     arrays = layout(leaves, view, _mesh(options.mesh)) if to == "orbax" else []
     notes = source.tensors.notes() if isinstance(source.tensors, Folder) else []
@@ -211,7 +221,8 @@ def _format(options: Options, to: str, source: Source) -> str:
     plain = {tensors.dtype(n) for n in tensors if encoding(tensors, n) == "plain"}
     quantised = any(encoding(tensors, weight_of(n)) != "plain" for n in tensors)
     if to == "hf":
-        return "keep" if quantised and source.is_checkpoint else "bfloat16"
+        kept = source.is_checkpoint or options.adapter
+        return "keep" if quantised and kept else "bfloat16"
     wide = not quantised and all(kind in PLAIN[1:] for kind in plain)
     return "float32" if wide else "bfloat16"
 

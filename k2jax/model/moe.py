@@ -4,6 +4,7 @@ Outside of this module tokens are split over the mesh axis `expert` as over any 
 each device holds some of the experts, and `ops.moe` dispatches tokens to them.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,9 @@ from k2jax.model.projection import (
 )
 from k2jax.model.router import Routing, count_choices, route
 from k2jax.ops.collectives import gather_over, sum_over
-from k2jax.ops.lowbit import LowBit
+from k2jax.ops.lowbit import LowBit, decode
 from k2jax.ops.moe import (
+    Dispatch,
     dispatch_allgather,
     dispatch_alltoall,
     dispatch_to_resident,
@@ -143,46 +145,89 @@ def _run_on_device(
     routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
     chosen, dropped = (x_ND, routing.expert_NK, routing.weight_NK), jnp.zeros(())
     if isinstance(weights[0], LowBit):
-        y_ND = _run_low_bit(*chosen, weights, cfg, policy is not None)
-        return y_ND.reshape(x_BTD.shape), _router_stats(
-            routing, segment_BT, dropped, cfg, policy is not None
-        )
-    weights = fuse_gate_up(*weights)
-    if policy is None:
-        y_ND = expert_mlp(*chosen, weights)
+        y_ND = _run_low_bit(*chosen, weights, cfg.experts, policy)
+    elif policy is None:
+        y_ND = expert_mlp(*chosen, fuse_gate_up(*weights))
     else:
-        axes = storage_spec(("expert_embed",))[0]
-        if axes:  # gathered on the device, so that their gradients are reduce-scattered
-            gate_up_eDG, down_eFD = weights
-            weights = (
-                gather_over(gate_up_eDG, axes, 1, policy.grad_dtype),
-                gather_over(down_eFD, axes, 2, policy.grad_dtype),
-            )
-        if policy.dispatch.kind == "allgather" or jax.lax.axis_size("expert") == 1:
-            y_ND = dispatch_allgather(*chosen, weights)
-        else:
-            y_ND, dropped = dispatch_alltoall(*chosen, weights, policy.dispatch)
-            dropped = jax.lax.pmean(dropped, axes_of("batch", "length"))
-        y_ND = sum_over(y_ND, "model")  # each device has a part of the hidden width
+        gate_up_eDG, down_eFD = fuse_gate_up(*weights)
+        if axes := storage_spec(("expert_embed",))[0]:
+            # Gathered on the device, so that their gradients are reduce-scattered.
+            gate_up_eDG = gather_over(gate_up_eDG, axes, 1, policy.grad_dtype)
+            down_eFD = gather_over(down_eFD, axes, 2, policy.grad_dtype)
+        y_ND, dropped = _run_dispatched(*chosen, (gate_up_eDG, down_eFD), policy.dispatch)
     return y_ND.reshape(x_BTD.shape), _router_stats(
         routing, segment_BT, dropped, cfg, policy is not None
     )
 
 
-def _run_low_bit(x_ND, expert_NK, weight_NK, weights, cfg: ModelConfig, mesh: bool) -> jax.Array:
-    """Run one device's share of low-bit experts; it has no gradient."""
-    hidden = axes_of("expert_ffw") if mesh else ()
-    if mesh and (axes := storage_spec(("expert_embed",))[0]):
-        weights = tuple(
-            gather_low_bit(w, axes, dim) for w, dim in zip(weights, (1, 1, 2), strict=True)
-        )
-    stacks = jax.tree.map(lambda a: a[None], weights)
+def _run_dispatched(
+    x_ND, expert_NK, weight_NK, weights, dispatch: Dispatch
+) -> tuple[jax.Array, jax.Array]:
+    """Run tokens through the experts of all devices; the sums, and the share that was dropped."""
+    dropped = jnp.zeros(())
+    if dispatch.kind == "allgather" or jax.lax.axis_size("expert") == 1:
+        y_ND = dispatch_allgather(x_ND, expert_NK, weight_NK, weights)
+    else:
+        y_ND, dropped = dispatch_alltoall(x_ND, expert_NK, weight_NK, weights, dispatch)
+        dropped = jax.lax.pmean(dropped, axes_of("batch", "length"))
+    return sum_over(y_ND, "model"), dropped  # each device has a part of the hidden width
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _run_low_bit(
+    x_ND, expert_NK, weight_NK, weights, experts: int, policy: Policy | None
+) -> jax.Array:
+    """Run one device's share of low-bit experts, which are frozen.
+
+    The backward pass decodes this device's experts of one layer, whole, in the compute dtype.
+    """
+    hidden = axes_of("expert_ffw") if policy else ()
+    stacks = jax.tree.map(lambda a: a[None], _gather_low_bit(weights, policy))
 
     def run(x_MD, weight_M1, size_E):
         return resident_mlp(x_MD, weight_M1, stacks, 0, size_E, hidden)
 
-    y_ND = dispatch_to_resident(x_ND, expert_NK, weight_NK, cfg.experts, run)
-    return sum_over(y_ND, hidden) if mesh else y_ND
+    y_ND = dispatch_to_resident(x_ND, expert_NK, weight_NK, experts, run)
+    return sum_over(y_ND, hidden) if policy else y_ND
+
+
+def _gather_low_bit(weights, policy: Policy | None):
+    if policy and (axes := storage_spec(("expert_embed",))[0]):
+        return tuple(
+            gather_low_bit(w, axes, dim) for w, dim in zip(weights, (1, 1, 2), strict=True)
+        )
+    return weights
+
+
+def _low_bit_forward(x_ND, expert_NK, weight_NK, weights, experts, policy):
+    saved = (x_ND, expert_NK, weight_NK, weights)
+    return _run_low_bit(*saved, experts, policy), saved
+
+
+def _low_bit_backward(experts: int, policy: Policy | None, saved, dy_ND):
+    del experts
+    x_ND, expert_NK, weight_NK, weights = saved
+    hidden = axes_of("expert_ffw") if policy else ()
+    layouts = P(None, None, hidden), P(None, None, hidden), P(None, hidden, None)
+    plain = fuse_gate_up(
+        *(
+            decode(w, 1, layout).astype(x_ND.dtype)
+            for w, layout in zip(_gather_low_bit(weights, policy), layouts, strict=True)
+        )
+    )
+
+    def run(x_ND, weight_NK):
+        if policy is None:
+            return expert_mlp(x_ND, expert_NK, weight_NK, plain)
+        kind = policy.dispatch.kind.removesuffix("_capacity")  # the forward pass drops nothing
+        dispatch = policy.dispatch._replace(kind=kind)
+        return _run_dispatched(x_ND, expert_NK, weight_NK, plain, dispatch)[0]
+
+    dx_ND, dweight_NK = jax.vjp(run, x_ND, weight_NK)[1](dy_ND)
+    return dx_ND, None, dweight_NK, None
+
+
+_run_low_bit.defvjp(_low_bit_forward, _low_bit_backward)
 
 
 def _router_stats(

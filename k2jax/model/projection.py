@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from k2jax.ops.collectives import Axes, all_gather, all_to_all, entry_axes, scatter_sum, sum_over
 from k2jax.ops.lowbit import Fp8, Int4, LowBit, decode
 from k2jax.ops.moe import Dispatch
+from k2jax.params.adapters import declare_pair
 from k2jax.params.spec import LAYER_AXES, ParamSpec
 from k2jax.sharding import compute_spec, meshless, reshard, spec
 
@@ -42,9 +43,49 @@ def _decode(stored: LowBit, leaf: ParamSpec) -> jax.Array:
     )(stored)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A weight with an adapter: its values are `base + scale * a b`.
+
+    Attributes:
+        base: what is stored for the weight itself, float or low-bit; it does not learn.
+        a: float32 [stack, in..., rank].
+        b: float32 [stack, rank, out...].
+        scale: alpha / rank.
+    """
+
+    base: Any
+    a: Any
+    b: Any
+    scale: float = dataclasses.field(metadata={"static": True})
+
+
+def _add_adapter(stored: Adapted, leaf: ParamSpec) -> jax.Array:
+    """The values of a weight, whole: what reads it otherwise than by `project` needs them."""
+    base = values(stored.base, leaf).astype(jnp.float32)
+    letters = "abcdefgh"[: base.ndim]
+    stack = letters[: base.ndim - (len(leaf.shape) - leaf.stacked)]
+    ins = letters[len(stack) : len(stack) + leaf.contracted]
+    outs = letters[len(stack) + leaf.contracted :]
+    out_spec = None if meshless() else jax.typeof(base).sharding.spec
+    product = _product(f"{stack}{ins}z,{stack}z{outs}->{letters}", stored.a, stored.b, out_spec)
+    return base + stored.scale * product
+
+
 # From what is stored for a parameter, or a slice of its stack, to its values as a float array; by
 # its type. Anything else is the values themselves.
-WEIGHT_FORMATS: dict[type, Callable[[Any, ParamSpec], jax.Array]] = {Fp8: _decode, Int4: _decode}
+WEIGHT_FORMATS: dict[type, Callable[[Any, ParamSpec], jax.Array]] = {
+    Fp8: _decode,
+    Int4: _decode,
+    Adapted: _add_adapter,
+}
+
+
+def values(stored: Any, leaf: ParamSpec) -> jax.Array:
+    """The values of what is stored for a parameter, or for a slice of its stack."""
+    form = WEIGHT_FORMATS.get(type(stored))
+    return form(stored, leaf) if form else stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +119,7 @@ def read_weight(
     stored = w.get_value()
     if index:
         stored = jax.tree.map(lambda a: a[index], stored)
-    if form := WEIGHT_FORMATS.get(type(stored)):
-        stored = form(stored, w.get_metadata("spec"))
-    return stored.astype(dtype or policy.compute_dtype)
+    return values(stored, w.get_metadata("spec")).astype(dtype or policy.compute_dtype)
 
 
 def read_stack(w: "nnx.Variable", policy: Policy) -> Any:
@@ -104,7 +143,11 @@ def gather_weight(w: "nnx.Variable", policy: Policy) -> jax.Array:
 
 def gathered_spec_of(w: "nnx.Variable") -> P | None:
     """Layout of one layer's parameter while it is used."""
-    axes = [axis for axis in w.get_metadata("spec").axes if axis not in LAYER_AXES]
+    return _gathered_spec(w.get_metadata("spec"))
+
+
+def _gathered_spec(leaf: ParamSpec) -> P | None:
+    axes = [axis for axis in leaf.axes if axis not in LAYER_AXES]
     return None if meshless() else compute_spec(axes)
 
 
@@ -116,9 +159,37 @@ def project(
     einsum: str, x: jax.Array, w: "nnx.Variable", axes: tuple[str | None, ...], policy: Policy
 ) -> jax.Array:
     """Contract `x` with a parameter in the compute dtype; `axes` name the result's dims."""
-    weight, out_spec = read_weight(w, policy), spec(*axes)
+    stored, leaf, out_spec = w.get_value(), w.get_metadata("spec"), spec(*axes)
+    base = stored.base if isinstance(stored, Adapted) else stored
+    weight = values(base, leaf).astype(policy.compute_dtype)
     y = sharded_einsum(einsum, out_spec, gathered_spec_of(w), policy.grad_dtype, x, weight)
+    if isinstance(stored, Adapted):
+        y += _project_by_adapter(einsum, x, stored, leaf, out_spec, policy)
     return checkpoint_name(y, PROJECTION)
+
+
+def _project_by_adapter(
+    einsum: str, x: jax.Array, stored: Adapted, leaf: ParamSpec, out_spec: P | None, policy: Policy
+) -> jax.Array:
+    """What an adapter adds to `project`: two narrow products; the weight itself is not made."""
+    inputs, y_dims = einsum.split("->")
+    x_dims, w_dims = inputs.split(",")
+    ins, outs = w_dims[: leaf.contracted], w_dims[leaf.contracted :]
+    tokens = "".join(dim for dim in x_dims if dim not in ins)
+    # fmt: off
+    steps = (
+        (f"{x_dims},{ins}z->{tokens}z", spec("batch", "length", None), stored.a),
+        (f"{tokens}z,z{outs}->{y_dims}", out_spec, stored.b),
+    )
+    # fmt: on
+    for (step, layout, matrix), declared in zip(
+        steps, declare_pair(leaf, stored.a.shape[-1]), strict=True
+    ):
+        gathered_spec = _gathered_spec(declared)
+        x = sharded_einsum(
+            step, layout, gathered_spec, policy.grad_dtype, x, matrix.astype(policy.compute_dtype)
+        )
+    return x * stored.scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))

@@ -112,6 +112,11 @@ def abstract(
             `k2jax.ops.lowbit` pytrees.
     """
     forms = low_bit_parts.forms_of(specs, weights)
+    return {name: abstract_parameter(leaf, forms[name], dtype) for name, leaf in specs.items()}
+
+
+def abstract_parameter(leaf: ParamSpec, form: str, dtype: str) -> Any:
+    """Describe one parameter; `form` is "plain", "fp8" or "int4", `dtype` that of a plain one."""
 
     def describe(part: str, leaf: ParamSpec) -> jax.ShapeDtypeStruct:
         kind = jnp.dtype(leaf.dtype if part else dtype)
@@ -120,4 +125,4 @@ def abstract(
         layout = jax.NamedSharding(jax.sharding.get_abstract_mesh(), storage_spec(leaf.axes))
         return jax.ShapeDtypeStruct(leaf.shape, kind, sharding=layout)
 
-    return {name: low_bit_parts.build(leaf, forms[name], describe) for name, leaf in specs.items()}
+    return low_bit_parts.build(leaf, form, describe)

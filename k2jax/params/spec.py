@@ -15,7 +15,8 @@ class ParamSpec:
         axes: logical name of each dim; those in STACK_AXES come first.
         shape: length of each dim.
         contracted: dims after the stack that meet the input (the matrix's rows); 0: no matrix.
-        group: what moves it: "muon", "adam", or "bias" (moved by counts, never by gradients).
+        group: what moves it: "muon", "adam", "bias" (moved by counts, never by gradients), or
+            "frozen": nothing.
         published: tensor name in the published files; {l} is the layer, {e} the expert.
         dtype: in the published BF16 files.
         first_layer: layer number of the first slice of the stack.

@@ -105,6 +105,8 @@ def check_run(run: RunConfig, rl: RlConfig) -> None:
         raise ConfigError(
             f"train.save_every is {run.train.save_every}; rl.updates ({rl.updates}) must divide it"
         )
+    if run.lora.rank:
+        raise ConfigError("lora.rank must be 0: k2jax rl moves all weights")
     if run.model.mtp_layers:
         raise ConfigError("model.mtp_layers must be 0: MTP layers do not learn from samples")
     parts = run.train.accumulate * run.mesh.replica * run.mesh.data * run.mesh.expert

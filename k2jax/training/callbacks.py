@@ -259,9 +259,15 @@ class StopOnSignal(Callback):
 class Save(Callback):
     """Saves every `every` steps and at the end, the last one for certain."""
 
-    def __init__(self, saver: Saver, every: int, describe: Callable[[int], dict[str, Any]]):
-        """`describe`: what a checkpoint of a step keeps beside the state."""
-        self.saver, self.every, self.describe = saver, every, describe
+    def __init__(
+        self,
+        saver: Saver,
+        every: int,
+        describe: Callable[[int], dict[str, Any]],
+        parts: Callable[[Any], dict[str, Any]] = lambda state: state._asdict(),
+    ):
+        """`describe`: what a checkpoint of a step keeps beside the `parts` of the state."""
+        self.saver, self.every, self.describe, self.parts = saver, every, describe, parts
         self.newest = 0
 
     def begin(self, step: int) -> None:
@@ -278,10 +284,10 @@ class Save(Callback):
         """Save the last step, and wait until it is written."""
         if step != self.newest:
             self._save(step, state)
-        self.saver.finish(state._asdict())
+        self.saver.finish(self.parts(state))
 
     def _save(self, step: int, state: Any) -> None:
-        self.saver.save(step, state._asdict(), self.describe(step))
+        self.saver.save(step, self.parts(state), self.describe(step))
         self.newest = step
 
 

@@ -55,6 +55,7 @@ from k2jax.weights.source import open_source
 Say = Callable[[str], None]
 AnyState = TypeVar("AnyState")
 PLOT = "loss.png"  # the last file that a run leaves
+ADAPTER = "adapter"  # folder of PEFT's files, of a run that learns adapters alone
 
 
 def fit(
@@ -180,7 +181,7 @@ class _Training:
     def __init__(self, run: RunConfig, out: Path, say: Say, began: float):
         self.run, self.out, self.began = run, out, began
         self.is_main = jax.process_index() == 0  # the others write nothing but checkpoints
-        self.say = say if self.is_main else _say_nothing
+        self.say = say if self.is_main else lambda line: None
         self.program = build(run)
         sharding.check_divisible(self.program.specs, run.mesh.sizes, run.data.context)
         trackers.require_packages(run)
@@ -197,6 +198,8 @@ class _Training:
             latest = resume.find_start(checkpoints, run, self.out, self.say)
             named = identity.choose_tokenizer(run, self.out, init, latest is not None, self.say)
             self._preflight(init, latest, named)
+            self.base = resume.open_base(run, init, self.out, latest)
+            self.program = resume.freeze_base(self.program, self.base)
             # Compiling takes longest, so it starts first, and the data is read meanwhile.
             programs = Programs(self.program, pool)
             preload_orbax()
@@ -206,19 +209,19 @@ class _Training:
             self._write_run_files(data, init, latest is not None, trained=not named)
             step = latest or 0
             if latest is None:
-                state = resume.initial_state(self.program, init)
+                state = resume.initial_state(self.program, init, self.base)
             else:
                 state = self._restore(checkpoints, latest)
             if step < last:
                 provenance.record_start(run, self.out, step)
                 state, step = self._fit(state, step, data, programs, checkpoints, signals)
-            model = Model(run.model, state.params, data.tokenizer)
+            model = Model(run.model, resume.plain_params(self.program, state), data.tokenizer)
             if step < last:
                 self.say(f"stopped and saved at step {step}; rerun the same command to resume")
             elif step == latest and (self.out / PLOT).exists():
                 self.say(f"{self.out} is finished: step {step}; raise --train.steps to train on")
             else:
-                self._finish(model, data, programs, signals, closing)
+                self._finish(state, model, data, programs, signals, closing)
             return model
 
     def _preflight(self, init: str, latest: int | None, tokenizer: str) -> None:
@@ -270,7 +273,7 @@ class _Training:
 
     def _restore(self, checkpoints: Checkpoints, step: int) -> State:
         self.say(f"resuming from step {step} in {self.out}")
-        return resume.restore_state(self.program, checkpoints, step)
+        return resume.restore_state(self.program, checkpoints, step, self.base)
 
     def _fit(
         self,
@@ -293,7 +296,7 @@ class _Training:
             return self._score(params, data, programs, run.train.eval_rows)
 
         def checkpoint_meta(step: int) -> dict[str, Any]:
-            return {"config": to_json(run)} | recovery.checkpoint_meta(step)
+            return resume.checkpoint_meta(run, self.base) | recovery.checkpoint_meta(step)
 
         def dashboard(start: int) -> Dashboard:
             return Dashboard(run, start, self.say, self.began)
@@ -310,7 +313,7 @@ class _Training:
             Track(run, self.out),
             Abort(recovery),
             StopOnSignal(signals),
-            Save(saver, run.train.save_every, checkpoint_meta),
+            Save(saver, run.train.save_every, checkpoint_meta, self.program.to_save),
         ]
         with contextlib.closing(compiled):
             return fit(
@@ -358,6 +361,7 @@ class _Training:
 
     def _finish(
         self,
+        state: State,
         model: Model,
         data: Data,
         programs: Programs,
@@ -367,16 +371,18 @@ class _Training:
         """Report on the whole run, unless it is stopped meanwhile."""
         try:
             signals.interrupt_from_now_on()
-            self._final_report(model, data, programs, closing)
+            self._final_report(self._score(state.params, data, programs), data)
+            if self.base:
+                resume.write_adapter(self.program, state.params, self.base, self.out / ADAPTER)
+            if closing:
+                closing(model)
+            self._plot()
         except Interrupted:
             step = f"step {self.run.train.steps}"
             self.say(f"stopped; {step} is saved, and the same command scores and plots the run")
 
-    def _final_report(
-        self, model: Model, data: Data, programs: Programs, closing: Callable[[Model], None] | None
-    ) -> None:
-        """Score all held-out text and compare it with compressors, call `closing`, and plot."""
-        score = self._score(model.params, data, programs)
+    def _final_report(self, score: dict[str, float], data: Data) -> None:
+        """Compare the score of all held-out text with compressors."""
         if self.is_main and not score:
             self.say("held out: no token is to be learned, so none is scored")
         elif self.is_main:
@@ -386,13 +392,9 @@ class _Training:
                 f" {score['heldout_loss']:.4f} nats per token"
                 f" (gzip -9: {packed['gzip']:.4f}, xz -9: {packed['xz']:.4f} bits per byte)"
             )
-        if closing:
-            closing(model)
+
+    def _plot(self) -> None:
         if self.is_main:
             plot_metrics(self.out / METRICS, self.out / PLOT, self.run.name)
             seconds = time.perf_counter() - self.began
             self.say(f"{self.out}: checkpoints, {METRICS}, {PLOT} ({seconds:.0f} s in all)")
-
-
-def _say_nothing(line: str) -> None:
-    pass

@@ -16,19 +16,23 @@ from k2jax.config import RunConfig
 from k2jax.evals.perplexity import total_loss
 from k2jax.model import Aux, Batch, Dispatch, Kimi
 from k2jax.model.batch import micro_spec
+from k2jax.model.lora import attach_adapters
 from k2jax.optim import RESTARTS, adamw, balance, muonclip, warmup_stable_decay
+from k2jax.params.adapters import declare_adapters, freeze
 from k2jax.params.arrays import Params, abstract
 from k2jax.params.declare import specs
+from k2jax.params.matrices import KEYS, QUERIES
 from k2jax.params.spec import ParamSpec
 from k2jax.training.objective import Objective, language_model
 
 Metrics = dict[str, jax.Array]
+NOT_BY_GRADIENTS = ("bias", "frozen")  # groups of parameters
 
 
 class State(NamedTuple):
     """What training carries from step to step."""
 
-    params: Params  # float32
+    params: Params  # float32; what is frozen is as it was published
     opt: optax.OptState
 
 
@@ -76,10 +80,14 @@ def make_step(
         good &= targets > 0
         if not run.optim.weight_decay:  # else a weight's decay is part of its update
             good &= jnp.isfinite(_squares(trainable))
-        new = State(optax.apply_updates(trainable | fixed, updates | bias_updates), opt)
+        moving = trainable | {name: fixed[name] for name in bias_updates}
+        new = State(optax.apply_updates(moving, updates | bias_updates), opt)
         norms = {"grad_norm": grad_norm, "update_norm": update_norm}
         metrics = _measure(run, specs, aux, norms) | {"skipped": 1.0 - good, "targets": targets}
-        return _choose(good, new, state), metrics
+        moved = _choose(good, new, State(moving, state.opt))
+        return moved._replace(
+            params={name: state.params[name] for name in fixed} | moved.params
+        ), metrics
 
     return step
 
@@ -139,8 +147,8 @@ def _join_metrics(old: Metrics, new: Metrics) -> Metrics:
 
 
 def split_trainable(params: Params, specs: Mapping[str, ParamSpec]) -> tuple[Params, Params]:
-    """Return what gradients move, and the router biases, which only counts move."""
-    fixed = {name for name in params if specs[name].group == "bias"}
+    """Return what gradients move, and the others: router biases, which only counts move."""
+    fixed = {name for name in params if specs[name].group in NOT_BY_GRADIENTS}
     return (
         {name: w for name, w in params.items() if name not in fixed},
         {name: params[name] for name in sorted(fixed)},
@@ -148,9 +156,9 @@ def split_trainable(params: Params, specs: Mapping[str, ParamSpec]) -> tuple[Par
 
 
 def move_biases(
-    run: RunConfig, specs: Mapping[str, ParamSpec], biases: Params, load_LE: jax.Array
+    run: RunConfig, specs: Mapping[str, ParamSpec], fixed: Params, load_LE: jax.Array
 ) -> Params:
-    """Return what a step adds to the router biases, each by the load of its own layers."""
+    """Return what a step adds to those router biases that move, by the load of their own layers."""
     rule, dense = balance(run.optim.bias_rate), run.model.dense_layers
 
     def load_of(name: str) -> jax.Array:
@@ -158,7 +166,8 @@ def move_biases(
 
     return {
         name: rule.update(None, (), bias, expert_load=load_of(name))[0]
-        for name, bias in biases.items()
+        for name, bias in fixed.items()
+        if specs[name].group == "bias"
     }
 
 
@@ -170,7 +179,8 @@ def _measure(
 ) -> Metrics:
     load, top_LH = aux.load, aux.logit_max
     # As a float: the count of a 1T model is no int32.
-    trainable_count = float(sum(math.prod(s.shape) for s in specs.values() if s.group != "bias"))
+    trainable = (s for s in specs.values() if s.group not in NOT_BY_GRADIENTS)
+    trainable_count = float(sum(math.prod(s.shape) for s in trainable))
     metrics = norms | {
         "aux_loss": aux.aux_loss,
         "update_rms": norms["update_norm"] / trainable_count**0.5,
@@ -190,13 +200,23 @@ def _measure(
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A run's pure functions; make it with `build`."""
+    """A run's pure functions; make it with `build`.
+
+    Attributes:
+        run: the settings.
+        specs: of every parameter; with adapters, all others are frozen.
+        schedule: learning rate of each step.
+        tx: the optimizer.
+        objective: what is minimised.
+        frozen: shapes, dtypes and layouts of the frozen parameters; empty without adapters.
+    """
 
     run: RunConfig
     specs: dict[str, ParamSpec]
     schedule: optax.Schedule
     tx: optax.GradientTransformationExtraArgs
     objective: Objective
+    frozen: Params = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def step(self) -> Step:
@@ -214,7 +234,8 @@ class Program:
 
     def abstract_state(self) -> State:
         """Describe shapes and layout of the state on the mesh in use."""
-        state = jax.eval_shape(self.init, abstract(self.specs))
+        learned = {name: s for name, s in self.specs.items() if name not in self.frozen}
+        state = jax.eval_shape(self.init, self.frozen | abstract(learned))
         if sharding.meshless():
             return state
         # Counts have no layout of their own; without one they would be restored on one device.
@@ -223,6 +244,11 @@ class Program:
             lambda a: a if a.sharding else jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
             state,
         )
+
+    def to_save(self, state: State) -> dict[str, Any]:
+        """Take the parts of a state that a checkpoint holds: not what is frozen."""
+        params = {name: w for name, w in state.params.items() if name not in self.frozen}
+        return {"params": params, "opt": state.opt}
 
     def abstract_batch(self) -> Batch:
         """Describe shapes and layout of one step's batch on the mesh in use."""
@@ -245,11 +271,20 @@ class Program:
             params: weights.
             batch: each array is [rows, length].
         """
+        params = attach_adapters(params, self.run.lora.scale)
         return total_loss(params, batch, self.run.model, self.run.train.dtype, self.dispatch)
 
 
-def build(run: RunConfig, objective: Objective | None = None) -> Program:
-    """Make the pure functions of a run; its objective is pretraining's unless another is passed."""
+def build(
+    run: RunConfig, objective: Objective | None = None, frozen: Params | None = None
+) -> Program:
+    """Make the pure functions of a run.
+
+    Args:
+        run: the settings.
+        objective: what is minimised; None: pretraining's.
+        frozen: with adapters, shapes, dtypes and layouts of the other parameters; None: float32.
+    """
     optim = run.optim
     rates = warmup_stable_decay(
         optim.learning_rate,
@@ -258,7 +293,8 @@ def build(run: RunConfig, objective: Objective | None = None) -> Program:
         decay=optim.decay,
         final=optim.final_rate,
     )
-    leaves = specs(Kimi(run.model))
+    base = specs(Kimi(run.model))
+    learned = declare_adapters(base, run.lora) or base
     adam = {"b1": optim.b1, "b2": optim.b2, "eps": optim.eps}
     tx: optax.GradientTransformation
     if optim.name == "adamw":
@@ -266,13 +302,13 @@ def build(run: RunConfig, objective: Objective | None = None) -> Program:
     else:
         tx = muonclip(
             rates,
-            specs=leaves,
+            specs=learned,
             weight_decay=optim.weight_decay,
             momentum=optim.momentum,
             ns_dtype=optim.ns_dtype,
             adam=adam,
             adam_scale=optim.adam_scale,
-            tau=optim.tau,
+            tau=optim.tau if has_heads_to_clip(learned) else None,
             nope=run.model.nope,
             alpha=optim.alpha,
             momentum_dtype=optim.momentum_dtype,
@@ -283,7 +319,26 @@ def build(run: RunConfig, objective: Objective | None = None) -> Program:
     if optim.clip_norm:
         tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
     tx = optax.with_extra_args_support(tx)
-    return Program(run, leaves, rates, tx, objective or language_model(run))
+    objective = objective or language_model(run)
+    if learned is base:
+        return Program(run, base, rates, tx, objective)
+    frozen = abstract(base) if frozen is None else frozen
+    return Program(run, freeze(base) | learned, rates, tx, adapt_objective(objective, run), frozen)
+
+
+def adapt_objective(objective: Objective, run: RunConfig) -> Objective:
+    """Make an objective of weights one of weights and adapters."""
+
+    def adapted(params: Params, batch: Batch) -> tuple[jax.Array, Aux]:
+        return objective(attach_adapters(params, run.lora.scale), batch)
+
+    return adapted
+
+
+def has_heads_to_clip(learned: Mapping[str, ParamSpec]) -> bool:
+    """Whether both queries and keys learn; of adapters, QK-Clip scales these alone."""
+    ends = {leaf.axes[-2:] for leaf in learned.values()}
+    return bool(ends & set(QUERIES)) and bool(ends & set(KEYS))
 
 
 def _abstract_rows(shape: tuple[int, ...], layout: P) -> Batch:

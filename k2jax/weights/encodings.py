@@ -143,6 +143,19 @@ def check_int4_shape(tensors: Tensors, weight: str) -> None:
         )
 
 
+class Adapter(Protocol):
+    """What is added to some weights; `k2jax.weights.adapter_files` has the one."""
+
+    name: str
+    identity: str
+
+    def __len__(self) -> int: ...
+    def __contains__(self, weight: object) -> bool: ...
+    def delta(self, weight: str, rows: slice) -> np.ndarray:
+        """Float32 rows, the same bits whichever rows are asked for."""
+        ...
+
+
 class ReencodedTensors:
     """Tensors seen in another format; values are made when they are read.
 
@@ -151,15 +164,23 @@ class ReencodedTensors:
         encoded: how each weight is held here: "plain", "fp8" or "int4".
     """
 
-    def __init__(self, source: Tensors, form: str, skip: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        source: Tensors,
+        form: str,
+        skip: tuple[str, ...] = (),
+        adapter: Adapter | None = None,
+    ):
         """Nothing is read.
 
         Args:
             source: the tensors.
-            form: one of FORMATS; "keep" changes nothing.
+            form: one of FORMATS, or "decode"; "keep" changes nothing but what the adapter does.
             skip: starts of names that are left out.
+            adapter: is added to its weights before they are encoded. With "decode" these are
+                plain, and the others are kept.
         """
-        self.source, self.form = source, form
+        self.source, self.form, self.adapter = source, form, adapter
         self.encoded: dict[str, str] = {}
         self._kinds: dict[str, Kind] = {}
         self._weight: dict[str, str] = {}
@@ -171,11 +192,16 @@ class ReencodedTensors:
     def _add(self, weight: str) -> None:
         have = encoding(self.source, weight)
         how, dtype = self._target(weight, have)
-        if how == have and (how != "plain" or dtype == self.source.dtype(weight)):
+        adapted = self.adapter is not None and weight in self.adapter
+        if adapted and self.form == "decode":
+            kinds = parts(weight, self._shape(weight, have), "plain", dtype)
+            how = "plain"
+        elif how == have and (how != "plain" or dtype == self.source.dtype(weight)):
             names = [n for n in (weight, weight + SCALE) if n in self.source]
             names += [weight + p for p in INT4_PARTS if have == "int4"]
             kinds = {n: (self.source.dtype(n), self.source.shape(n)) for n in names}
-            self._same.add(weight)
+            if not adapted:
+                self._same.add(weight)
         else:
             kinds = parts(weight, self._shape(weight, have), how, dtype)
         self.encoded[weight] = how
@@ -185,7 +211,7 @@ class ReencodedTensors:
     def _target(self, weight: str, have: str) -> tuple[str, np.dtype]:
         """Encoding, and dtype if plain."""
         plain = self.source.dtype(weight) if have == "plain" else quant.BF16
-        if self.form == "keep" or weight.endswith(JUNK):
+        if self.form in ("keep", "decode") or weight.endswith(JUNK):
             return have, plain
         if weight.endswith(BIAS):
             return "plain", F32
@@ -243,16 +269,23 @@ class ReencodedTensors:
         if weight in self._same:
             return self.source.read(name, rows)
         if name.endswith("_shape"):
-            return np.array(self._shape(weight, encoding(self.source, weight)), I32)
+            return np.array(self._shape(weight, encoding(self.source, weight)), self.dtype(name))
         how = self.encoded[weight]
         if how == "plain":
-            return np.asarray(decode(self.source, weight, rows), self.dtype(name))
+            return np.asarray(self._decode(weight, rows), self.dtype(name))
         if name == weight + SCALE:
-            return quant.fp8_scales(decode(self.source, weight, _widen(rows)))
-        plain = decode(self.source, weight, rows)
+            return quant.fp8_scales(self._decode(weight, _widen(rows)))
+        plain = self._decode(weight, rows)
         if how == "fp8":
             return quant.encode_fp8(plain)[0]
-        return quant.encode_int4(plain, quant.GRIDS[self.form])[name.endswith("_scale")]
+        grid = quant.GRIDS.get(self.form, quant.KIMI)
+        return quant.encode_int4(plain, grid)[name.endswith("_scale")]
+
+    def _decode(self, weight: str, rows: slice) -> np.ndarray:
+        plain = decode(self.source, weight, rows)
+        if self.adapter is None or weight not in self.adapter:
+            return plain
+        return plain.astype(F32) + self.adapter.delta(weight, rows)
 
 
 def _widen(rows: slice) -> slice:

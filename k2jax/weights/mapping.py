@@ -17,7 +17,7 @@ import numpy as np
 from k2jax.config import ConfigError
 from k2jax.ops.lowbit import GROUP
 from k2jax.params import low_bit_parts
-from k2jax.params.arrays import Params
+from k2jax.params.arrays import Params, abstract_parameter
 from k2jax.params.spec import LAYER_AXES, ParamSpec
 from k2jax.sharding import meshless, storage_spec
 from k2jax.weights.encodings import (
@@ -92,22 +92,37 @@ def load_published(
     return place(source, specs, dtype, weights)
 
 
+def plain_dtype(source: Tensors, specs: Mapping[str, ParamSpec]) -> str:
+    """The dtype that holds all weights which are not low-bit: bfloat16, or float32."""
+    plain = (
+        name
+        for leaf in specs.values()
+        if leaf.group != "bias"
+        for _, name in stack_slots(leaf)
+        if encoding(source, name) == "plain"
+    )
+    half = all(source.dtype(name) == jnp.bfloat16 for name in plain)
+    return "bfloat16" if half else "float32"
+
+
 def place(
     source: Tensors, specs: Mapping[str, ParamSpec], dtype: str | None, weights: str = "decoded"
 ) -> Params:
     """The arrays of `load_published`, from any tensors that were checked."""
-    if dtype is None:
-        plain = (
-            name
-            for leaf in specs.values()
-            if leaf.group != "bias"
-            for _, name in stack_slots(leaf)
-            if encoding(source, name) == "plain"
-        )
-        half = all(source.dtype(name) == jnp.bfloat16 for name in plain)
-        dtype = "bfloat16" if half else "float32"
+    dtype = dtype or plain_dtype(source, specs)
     return {
         name: _place(source, leaf, "float32" if leaf.group == "bias" else dtype, weights)
+        for name, leaf in specs.items()
+    }
+
+
+def describe_stored(source: Tensors, specs: Mapping[str, ParamSpec]) -> Params:
+    """Shapes, dtypes and layouts of `place(source, specs, None, "stored")`; nothing is read."""
+    dtype = plain_dtype(source, specs)
+    return {
+        name: abstract_parameter(
+            leaf, form_of(source, leaf), "float32" if leaf.group == "bias" else dtype
+        )
         for name, leaf in specs.items()
     }
 

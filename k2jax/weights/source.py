@@ -15,17 +15,28 @@ from k2jax.checkpoint import Checkpoints
 from k2jax.checkpoint.steps import CHECKPOINTS, is_step
 from k2jax.config import ConfigError, ModelConfig, RunConfig, from_json, nearest
 from k2jax.model import Kimi, Model
+from k2jax.params.adapters import declare_adapters
 from k2jax.params.arrays import Params, abstract
 from k2jax.params.declare import specs
 from k2jax.params.spec import ParamSpec
 from k2jax.text.interface import TokenizerLike
 from k2jax.text.open_tokenizer import open_tokenizer
+from k2jax.weights.adapter_files import CONFIG as ADAPTER
+from k2jax.weights.adapter_files import Adapter, read_peft
 from k2jax.weights.converted_read import ConvertedCheckpoint
 from k2jax.weights.converted_write import check_files
-from k2jax.weights.encodings import Tensors
+from k2jax.weights.encodings import ReencodedTensors, Tensors
 from k2jax.weights.hf_config import from_published, published_fields
 from k2jax.weights.hf_folder import INDEX, SINGLE, Folder, Remote
-from k2jax.weights.mapping import WEIGHTS, check, extra_mtp_prefixes, load_published, place
+from k2jax.weights.mapping import (
+    WEIGHTS,
+    check,
+    describe_stored,
+    extra_mtp_prefixes,
+    load_published,
+    place,
+    plain_dtype,
+)
 
 # Companions: what may stand beside weights and is no code of ours to write. Weights of other kinds
 # and what could be a pickle stay behind.
@@ -132,9 +143,37 @@ class Source:
         Raises:
             ConfigError: files are missing or damaged.
         """
+        if self.base:
+            return ReencodedTensors(self.base.tensors, "decode", adapter=self.adapter)
         if self.is_checkpoint:
             return ConvertedCheckpoint(self.path, self._meta, specs(Kimi(self.config)))
         return Folder(self.folder, self.remote)
+
+    @functools.cached_property
+    def base(self) -> "Source | None":
+        """What the run trained adapters for; None: a place that has all weights itself.
+
+        Raises:
+            ConfigError: it is not where it was, or has changed.
+        """
+        kept = self._meta.get("base") if self.is_checkpoint else None
+        if not kept:
+            return None
+        base = open_source(kept["path"])
+        if base.identity != kept["identity"]:
+            raise ConfigError(
+                f"{base.path} has changed since {self.folder} trained adapters for it"
+            )
+        return base
+
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        """The adapters of a run with a `base`."""
+        assert self.run is not None
+        lora = self.run.lora
+        pairs = declare_adapters(specs(Kimi(self.config)), lora)
+        tensors = ConvertedCheckpoint(self.path, self._meta, pairs)
+        return Adapter(tensors, lora.scale, str(self.folder), self.identity)
 
     @functools.cached_property
     def tokenizer(self) -> TokenizerLike | None:
@@ -199,6 +238,9 @@ class Source:
         assert self.step is not None
         meta, checkpoints = self._meta, Checkpoints(self.folder)
         checkpoints.check(self.step, "params")
+        if self.base:
+            check(self.tensors, specs, self.name)
+            return place(self.tensors, specs, dtype, weights)
         saved = meta["arrays"]["params"]
         if meta.get("converted"):
             check_files(self.path / "params", saved)
@@ -212,6 +254,19 @@ class Source:
         wanted = abstract(specs, dtype or saved.get("head", ("", "float32"))[1])
         wanted |= abstract({name: leaf for name, leaf in specs.items() if leaf.group == "bias"})
         return checkpoints.restore_params(self.step, wanted)
+
+    def describe_base(self, specs: Mapping[str, ParamSpec]) -> Params:
+        """Shapes, dtypes and layouts of what `load_base` returns; no weight is read.
+
+        Raises:
+            ConfigError: the weights are of another architecture.
+        """
+        check(self.tensors, specs, self.name)
+        return describe_stored(self.tensors, specs)
+
+    def load_base(self, specs: Mapping[str, ParamSpec]) -> Params:
+        """The weights as they are stored, to train adapters for."""
+        return self.params(specs, plain_dtype(self.tensors, specs), "stored")
 
     @functools.cached_property
     def _meta(self) -> dict[str, Any]:
@@ -243,6 +298,23 @@ def open_source(path: str | Path, remote: Remote | None = None) -> Source:
         raise ConfigError(f"checkpoint of step {step} in {folder} has no config")
     run = from_json(meta["config"])
     return Source(folder, run.model, step, meta.get("published") or {})
+
+
+def open_adapter(path: str | Path) -> Adapter:
+    """The adapter at `path`: a run that trained one, or a folder of PEFT's files.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = _folder(path)
+    if (folder / ADAPTER).is_file():
+        return read_peft(folder)
+    if not (folder / CHECKPOINTS).is_dir() and not is_step(folder):
+        raise ConfigError(f"{folder} is neither an adapter (no {ADAPTER}), nor a run that made one")
+    source = open_source(folder)
+    if source.base is None:
+        raise ConfigError(f"{folder} holds a run of all weights, no adapter")
+    return source.adapter
 
 
 def is_companion(name: str) -> bool:

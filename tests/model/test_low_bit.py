@@ -1,6 +1,7 @@
 """Weights that stay in few bits give the logits of weights that are decoded first."""
 
 import contextlib
+import dataclasses
 import json
 
 import jax
@@ -10,8 +11,12 @@ import numpy as np
 import pytest
 
 import k2jax
-from k2jax.config import ConfigError, MeshConfig, ModelConfig
+from k2jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig
+from k2jax.evals.perplexity import total_loss
+from k2jax.model import plain
+from k2jax.model.lora import attach_adapters, merge_adapters
 from k2jax.ops.lowbit import Fp8, Int4
+from k2jax.params.adapters import A, B, declare_adapters, declare_pair
 from k2jax.params.arrays import abstract, initial
 from k2jax.params.kimi import declare_kimi
 from k2jax.params.low_bit_parts import is_released_in
@@ -120,3 +125,41 @@ def test_tokens_are_those_of_weights_decoded_first(folder, on_mesh):
             model = k2jax.load(folder, "float32", way)
         tokens.append(k2jax.generate(model, TOKEN.tolist(), 6, stop=()))
     assert tokens[0] == tokens[1]
+
+
+def gradients_of_adapters(folder, way):
+    """Gradients of attention's adapters, of a loss through low-bit experts and projections."""
+    lora = LoraConfig(rank=2, targets="attention")
+    pairs = declare_adapters(SPECS, lora)
+    adapters = initial({n: dataclasses.replace(s, init="normal") for n, s in pairs.items()}, 2, 0.1)
+    base = k2jax.load(folder, "float32", way).params
+
+    def loss(adapters):
+        batch = plain(jnp.asarray(TOKEN, jnp.int32))
+        batch = batch._replace(target=batch.token, weight=jnp.ones_like(batch.token, jnp.float32))
+        params = attach_adapters(base | adapters, lora.scale)
+        return total_loss(params, batch, CFG, "float32")[0]
+
+    return {name: np.asarray(g) for name, g in jax.jit(jax.grad(loss))(adapters).items()}
+
+
+def test_adapters_learn_over_low_bit_weights_as_over_decoded_ones(folder, mesh):
+    right = gradients_of_adapters(folder, "decoded")
+    mesh(data=2, expert=2, model=2)
+    for name, grad in gradients_of_adapters(folder, "stored").items():
+        size = np.abs(right[name]).max()
+        np.testing.assert_allclose(grad, right[name], atol=2e-5 * size, rtol=0, err_msg=name)
+
+
+def test_a_low_bit_weight_with_an_adapter_is_their_sum(folder):
+    name = "layers.moe.experts.down"
+    stored, plain_ = (k2jax.load(folder, "float32", way).params for way in ("stored", "decoded"))
+    a, b = (
+        np.random.default_rng(0).standard_normal(leaf.shape, np.float32)
+        for leaf in declare_pair(SPECS[name], 2)
+    )
+    adapters = {name + A: jnp.asarray(a), name + B: jnp.asarray(b)}
+    merged = merge_adapters(stored | adapters, SPECS, 0.5)[name]
+    right = np.asarray(plain_[name]) + 0.5 * a @ b
+    assert merged.dtype == "bfloat16"
+    np.testing.assert_allclose(np.asarray(merged, np.float32), right, rtol=2**-8, atol=1e-6)
