@@ -148,7 +148,7 @@ def test_adapters_learn_over_low_bit_weights_as_over_decoded_ones(folder, mesh):
     mesh(data=2, expert=2, model=2)
     for name, grad in gradients_of_adapters(folder, "stored").items():
         size = np.abs(right[name]).max()
-        np.testing.assert_allclose(grad, right[name], atol=2e-5 * size, rtol=0, err_msg=name)
+        np.testing.assert_allclose(grad, right[name], atol=1e-4 * size, rtol=0, err_msg=name)
 
 
 def test_a_low_bit_weight_with_an_adapter_is_their_sum(folder):
