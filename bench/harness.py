@@ -1,12 +1,12 @@
 """Our engine as a model of lm-eval, beside lm-eval's own `hf` model: answers and speed.
 
-`python bench/harness.py RUN EXPORT TASKS [--limit N] [--rows 8] [--only TASK ...]`: RUN is a run's
-folder, EXPORT its export (`k2jax convert RUN EXPORT --format float32`), TASKS a folder of lm-eval's
-tasks. Needs the extras `eval` and `parity`. One JSON line: for each task tokens a second of both,
-counted as `hf` reads them (context and continuation of every request), the ratios of wall and of
-CPU time, the largest difference of a log-likelihood over 1e-4 + 1e-6 times its size (below 1: as
-near as that), greedy flags and metrics that differ. Times are those of the model's calls alone,
-after one small call that compiles.
+`python bench/harness.py RUN EXPORT TASKS [--limit N] [--rows 8] [--softmax-dtype float64]
+[--only TASK ...]`: RUN is a run's folder, EXPORT its export (`k2jax convert RUN EXPORT --format
+float32`), TASKS a folder of lm-eval's tasks. Needs the extras `eval` and `parity`. One JSON line:
+for each task tokens a second of both, counted as `hf` reads them (context and continuation of every
+request), the ratios of wall and of CPU time, the largest difference of a log-likelihood over 1e-4 +
+1e-6 times its size (below 1: as near as that), greedy flags and metrics that differ. Times are
+those of the model's calls alone, after one small call that compiles.
 """
 
 import argparse
@@ -66,14 +66,19 @@ def open_ours(run: str, rows: int, length: int) -> Any:
     return model
 
 
-def open_theirs(export: str, rows: int, length: int) -> Any:
-    """lm-eval's own."""
+def open_theirs(export: str, rows: int, length: int, softmax_dtype: str | None = None) -> Any:
+    """lm-eval's own; its sum of a softmax in float32 loses what is small."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
     torch.set_num_threads(os.cpu_count() or 1)
     return HFLM(
-        pretrained=export, dtype="float32", device="cpu", batch_size=rows, max_length=length
+        pretrained=export,
+        dtype="float32",
+        device="cpu",
+        batch_size=rows,
+        max_length=length,
+        softmax_dtype=softmax_dtype,
     )
 
 
@@ -123,12 +128,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--softmax-dtype", help="of lm-eval's own model")
     parser.add_argument("--only", nargs="*", default=[])
     args = parser.parse_args()
     folder = Path(args.tasks).resolve()
     names = args.only or sorted(path.stem for path in folder.glob("*.yaml"))
     ours = open_ours(args.run, args.rows, args.length)
-    theirs = open_theirs(str(Path(args.export).resolve()), args.rows, args.length)
+    export = str(Path(args.export).resolve())
+    theirs = open_theirs(export, args.rows, args.length, args.softmax_dtype)
     line: dict[str, Any] = {"bench": "harness", "rows": args.rows}
     for name in names:
         found, mine = evaluate(ours, folder, name, args.limit)

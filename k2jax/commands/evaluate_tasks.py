@@ -52,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--add-bos", action="store_true", help="lm-eval's tasks: put [BOS] before texts")
     add(
-        "--max-length", type=int, default=0, metavar="N", help="lm-eval's tasks: tokens of a window"
+        "--max-length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens of a sequence, at most; default: the model's context, at most 4,096",
     )
     add(
         "--compare",

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import lm_eval
+import numpy as np
 from lm_eval.tasks import TaskManager
 
 from k2jax.config import ConfigError, one_line
@@ -28,6 +30,7 @@ from k2jax.evals.scorer import Scorer
 from k2jax.evals.task import FAILED, PASSED
 from k2jax.evals.text_tasks import SCORED
 
+SEEDS = 0, 1234, 1234  # lm-eval's own: of `random`, of NumPy, and of examples in prompts
 REQUEST = -1  # number of a line that has a request, and no verdict yet
 
 
@@ -130,13 +133,7 @@ def evaluate_harness(
     with contextlib.chdir(task.folder):
         manager = TaskManager(include_path=str(task.folder), include_defaults=False)
         try:
-            found = lm_eval.simple_evaluate(
-                model,
-                tasks=[task.name],
-                task_manager=manager,
-                limit=limit or None,
-                bootstrap_iters=0,
-            )
+            found = _run(model, manager, task.name, limit)
         except ConfigError:
             raise
         except Exception as error:
@@ -145,6 +142,20 @@ def evaluate_harness(
     ledger.records = {(record["item"], record["sample"]): record for record in records}
     ledger.finish(list(ledger.records))
     return read_numbers(found["results"][task.name])
+
+
+def _run(model: HarnessModel, manager: TaskManager, name: str, limit: int) -> dict[str, Any]:
+    """Do what `lm_eval.simple_evaluate` does, but for its looks at git and at the machine."""
+    loaded = manager.load([name])
+    task = loaded["tasks"][name]
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=SEEDS[2])
+    random.seed(SEEDS[0])
+    np.random.seed(SEEDS[1])
+    found = lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit or None, bootstrap_iters=0)
+    assert found is not None
+    return found
 
 
 def make_records(

@@ -44,7 +44,8 @@ def summarise(verdicts: Verdicts, pass_at: Sequence[int]) -> dict[str, Any]:
 def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
     """Return a mean and its 95% interval under `name`, `name_low` and `name_high`.
 
-    Of zeros and ones it is Wilson's, which has a width at 0% and 100% too; else normal.
+    Of zeros and ones it is Wilson's, which has a width at 0% and 100% too; else normal, and absent
+    for one value.
     """
     if not values:
         return {name: 0.0, f"{name}_low": 0.0, f"{name}_high": 1.0}
@@ -56,7 +57,9 @@ def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
         # At 0% and 100% rounding must not leave the mean outside.
         low, high = min(centre - half, mean), max(centre + half, mean)
         return {name: mean, f"{name}_low": max(low, 0.0), f"{name}_high": min(high, 1.0)}
-    variance = sum((value - mean) ** 2 for value in values) / max(count - 1, 1)
+    if count < 2:
+        return {name: mean}
+    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
     half = Z95 * math.sqrt(variance / count)
     low, high = mean - half, mean + half
     if all(0 <= value <= 1 for value in values):  # shares: so is their mean

@@ -54,8 +54,8 @@ class TextLikelihood(Task):
             "bits_per_byte": totals["nats"] / math.log(2) / max(totals["bytes"], 1),
             "nats_per_token": nats,
             "perplexity": math.exp(min(nats, 700.0)),
-            "tokens": totals["tokens"],
-            "bytes": totals["bytes"],
+            "tokens": int(totals["tokens"]),
+            "bytes": int(totals["bytes"]),
         }
 
 
