@@ -39,9 +39,10 @@ everywhere "sudo mkdir -p /shared && { mountpoint -q /shared || sudo mount -t nf
   && python3 -m venv env && env/bin/pip install -q -e 'k2jax[tpu]'"
 
 # A lost host ends all processes with a code other than 0 and 2 (a mistake); all restart.
+key=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')  # of this run: keeps strangers from process 0's port
 for ((try = 1; try <= 100; try++)); do
   code=0
-  everywhere "K2JAX_CACHE=/shared/cache env/bin/k2jax train kimi_k2_pretrain \
+  everywhere "K2JAX_CACHE=/shared/cache K2JAX_CLUSTER_KEY=$key env/bin/k2jax train kimi_k2_pretrain \
     --out /shared/runs/k2 --data.path /shared/tokens \
     --mesh.replica $NODES --train.accumulate $((16 / NODES))" || code=$?
   if [ "$code" = 0 ] || [ "$code" = 2 ]; then break; fi

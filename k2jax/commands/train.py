@@ -1,7 +1,6 @@
 """`k2jax train`: train a named or published model, or resume the run in a folder."""
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from k2jax import cluster, configs
 from k2jax.config import ConfigError, MeshConfig, RunConfig, each_knob, to_json
+from k2jax.runtime.hardware import count_cores
 
 if TYPE_CHECKING:
     from k2jax.model import Model
@@ -154,8 +154,7 @@ def _suggest_mesh_here(run: RunConfig) -> None:
     import jax
 
     if jax.default_backend() == "cpu":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        if line := suggest_mesh(run, cores or 1):
+        if line := suggest_mesh(run, count_cores()):
             _say(line)
 
 

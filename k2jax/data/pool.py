@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from k2jax.config import ConfigError
+from k2jax.runtime.hardware import count_cores
 
 TICK = 0.5  # seconds between looks at the counters
 
@@ -75,7 +76,7 @@ def run(
     Raises:
         ConfigError: from `work`, or a process was killed.
     """
-    workers = min(workers or cores(), len(numbers))
+    workers = min(workers or count_cores(), len(numbers))
     if workers <= 1:
         counters = Counters(seen=seen)
         for number in numbers:
@@ -104,11 +105,6 @@ def run(
         finally:
             counters.stop()
             pool.shutdown(cancel_futures=True)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin(work: Callable[[int, Counters], None], values: Any) -> None:

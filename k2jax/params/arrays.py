@@ -1,9 +1,11 @@
 """Arrays of declared parameters: draw them, describe them, bind them under their attributes."""
 
 import functools
+import itertools
 import types
 import zlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -13,11 +15,13 @@ from flax import nnx
 
 from k2jax.params import low_bit_parts
 from k2jax.params.spec import ParamSpec
+from k2jax.runtime.hardware import count_cores
 from k2jax.sharding import meshless, storage_spec
 
 # A plain parameter is an array, a low-bit one a pytree of `k2jax.ops.lowbit`.
 Params = dict[str, Any]
 Module = TypeVar("Module")
+Place = tuple[range, ...]  # of a part in its array, along each dim
 
 
 class RouterBias(nnx.Variable):
@@ -65,7 +69,8 @@ def initial(specs: Mapping[str, ParamSpec], seed: int, std: float) -> Params:
     """Draw float32 parameters, each device only its part, without compiling anything.
 
     Every matrix is drawn by NumPy from (seed, name, layer, expert), so the weights are the same
-    on any mesh and any number of hosts.
+    on any mesh and any number of hosts. A host holds its own parts of one parameter at a time, and
+    a matrix for each core.
 
     Args:
         specs: what to draw.
@@ -76,28 +81,51 @@ def initial(specs: Mapping[str, ParamSpec], seed: int, std: float) -> Params:
 
 
 def _draw(name: str, leaf: ParamSpec, seed: int, std: float) -> jax.Array:
-    @functools.cache
-    def matrix(index: tuple[int, ...]) -> np.ndarray:
-        inner = leaf.shape[leaf.stacked :]
-        if leaf.init != "normal":
-            return np.full(inner, leaf.init == "ones", np.float32)
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), *index])
-        return rng.standard_normal(inner, np.float32) * np.float32(std)
-
-    def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None
-        ranges = [range(n)[cut] for n, cut in zip(leaf.stack, index, strict=False)]
-        shape = tuple(len(range(n)[cut]) for n, cut in zip(leaf.shape, index, strict=True))
-        out = np.empty(shape, np.float32)
-        for at in np.ndindex(*map(len, ranges)):
-            where = tuple(r[i] for r, i in zip(ranges, at, strict=True))
-            out[at] = matrix(where)[index[leaf.stacked :]]
-        return out
-
     if meshless():
-        return jnp.asarray(part((slice(None),) * len(leaf.shape)))
+        whole = tuple(range(n) for n in leaf.shape)
+        return jnp.asarray(_draw_parts(name, leaf, seed, std, [whole])[whole])
     sharding = jax.NamedSharding(jax.sharding.get_mesh(), storage_spec(leaf.axes))
-    return jax.make_array_from_callback(leaf.shape, sharding, part)
+    cuts = sharding.addressable_devices_indices_map(leaf.shape)
+    places = {
+        device: tuple(range(n)[cut] for n, cut in zip(leaf.shape, index or (), strict=True))
+        for device, index in cuts.items()
+    }
+    parts = _draw_parts(name, leaf, seed, std, list(dict.fromkeys(places.values())))
+    arrays = [jax.device_put(parts[place], device) for device, place in places.items()]
+    # Wait: what is on its way to a device would be in memory beside the next parameter's parts.
+    jax.block_until_ready(arrays)
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+
+def _draw_parts(
+    name: str, leaf: ParamSpec, seed: int, std: float, places: list[Place]
+) -> dict[Place, np.ndarray]:
+    """Draw the parts of a leaf that this host stores.
+
+    Every matrix is drawn once, by one of as many threads as there are cores, and forgotten when
+    each part that meets it has its share.
+    """
+    value = float(leaf.init == "ones")
+    parts = {place: np.full([len(r) for r in place], value, np.float32) for place in places}
+    if leaf.init != "normal":
+        return parts
+    inner = leaf.shape[leaf.stacked :]
+
+    def draw(at: tuple[int, ...]) -> None:
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), *at])
+        matrix = rng.standard_normal(inner, np.float32)
+        matrix *= np.float32(std)
+        for place, part in parts.items():
+            stack, rest = place[: leaf.stacked], place[leaf.stacked :]
+            if all(i in r for i, r in zip(at, stack, strict=True)):
+                own = tuple(i - r.start for i, r in zip(at, stack, strict=True))
+                part[own] = matrix[tuple(slice(r.start, r.stop) for r in rest)]
+
+    wanted = dict.fromkeys(at for p in places for at in itertools.product(*p[: leaf.stacked]))
+    with ThreadPoolExecutor(count_cores()) as pool:
+        for _ in pool.map(draw, wanted):
+            pass
+    return parts
 
 
 def abstract(

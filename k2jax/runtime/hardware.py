@@ -1,6 +1,7 @@
-"""One table of chips: memory, speeds, links, power and price."""
+"""One table of chips: memory, speeds, links, power and price; and this machine's cores."""
 
 import dataclasses
+import os
 
 GB, GIB = 1e9, 2.0**30
 
@@ -56,3 +57,8 @@ def peak_of(device_kind: str) -> float:
     """Peak bf16 operations a second of the device that JAX calls so; 0: not in the table."""
     known = next((chip for kind, chip in KINDS.items() if device_kind.startswith(kind)), "")
     return CHIPS[known].flops / CHIPS[known].devices if known else 0.0
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
