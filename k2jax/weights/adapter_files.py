@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from k2jax.config import ConfigError, one_line
@@ -21,6 +23,7 @@ from k2jax.params.adapters import declare_pair
 from k2jax.params.arrays import Params
 from k2jax.params.spec import ParamSpec
 from k2jax.runtime.files import write_atomic
+from k2jax.weights import quant
 from k2jax.weights.encodings import F32, Tensors
 from k2jax.weights.mapping import stack_slots, to_published
 from k2jax.weights.safetensors import Reader, near, write
@@ -29,7 +32,7 @@ CONFIG = "adapter_config.json"
 MODEL = "adapter_model.safetensors"
 EXPERTS = "expert_adapters.safetensors"
 PREFIX = "base_model.model."
-ROWS = 128  # of a product: whichever rows are asked for, their bits are the same
+ROWS = 512  # of a product, always: the bits of a row do not depend on which rows are asked for
 # Other values of these fields are another method, or one that plain products cannot express.
 PLAIN = {
     "peft_type": "LORA",
@@ -97,15 +100,22 @@ class Adapter:
         """Float32 [rows, in] to add to rows of a published matrix."""
         a, b = (_half(weight, letter) for letter in "AB")
         height = self.tensors.shape(b)[0]
+        each = min(ROWS, height)
         begin, end, _ = rows.indices(height)
-        first, last = begin // ROWS * ROWS, min(-(-end // ROWS) * ROWS, height)
-        narrow = self.tensors.read(b, slice(first, last)).astype(F32)
+        first, last = begin // each * each, min(-(-end // each) * each, height)
+        narrow = self.tensors.read(b, slice(first, last)).astype(F32) * F32.type(self.scale)
         wide = self.tensors.read(a).astype(F32)
         out = np.empty((end - first, wide.shape[1]), F32)
-        for at in range(0, end - first, ROWS):
-            block = (narrow[at : at + ROWS] @ wide) * F32.type(self.scale)
-            out[at : at + ROWS] = block[: end - first - at]
+        for at in range(0, end - first, each):
+            part = narrow[at : at + each]
+            block = _multiply(np.pad(part, ((0, each - len(part)), (0, 0))), wide)
+            out[at : at + each] = block[: end - first - at]
         return out[begin - first :]
+
+
+@quant.on_host
+def _multiply(narrow: jax.Array, wide: jax.Array) -> jax.Array:
+    return jnp.dot(narrow, wide, precision="highest")
 
 
 def _half(weight: str, letter: str) -> str:

@@ -192,7 +192,7 @@ class ReencodedTensors:
     def _add(self, weight: str) -> None:
         have = encoding(self.source, weight)
         how, dtype = self._target(weight, have)
-        adapted = self.adapter is not None and weight in self.adapter
+        adapted = self._is_adapted(weight)
         if adapted and self.form == "decode":
             kinds = parts(weight, self._shape(weight, have), "plain", dtype)
             how = "plain"
@@ -279,13 +279,20 @@ class ReencodedTensors:
         if how == "fp8":
             return quant.encode_fp8(plain)[0]
         grid = quant.GRIDS.get(self.form, quant.KIMI)
-        return quant.encode_int4(plain, grid)[name.endswith("_scale")]
+        if grid is quant.KIMI and self._is_adapted(weight):
+            grid = quant.KIMI_RULE
+        only_scales = name.endswith("_scale")
+        return quant.int4_scales(plain, grid) if only_scales else quant.encode_int4(plain, grid)[0]
 
     def _decode(self, weight: str, rows: slice) -> np.ndarray:
         plain = decode(self.source, weight, rows)
-        if self.adapter is None or weight not in self.adapter:
+        if not self._is_adapted(weight):
             return plain
-        return plain.astype(F32) + self.adapter.delta(weight, rows)
+        assert self.adapter is not None
+        return np.add(self.adapter.delta(weight, rows), plain, dtype=F32)
+
+    def _is_adapted(self, weight: str) -> bool:
+        return self.adapter is not None and weight in self.adapter
 
 
 def _widen(rows: slice) -> slice:

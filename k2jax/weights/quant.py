@@ -32,7 +32,7 @@ def _host() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(cpu), ("host",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def _on_host(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]:
+def on_host(function: Callable[..., jax.Array]) -> Callable[..., np.ndarray]:
     """The function compiled for the CPU, whatever devices and mesh are in use."""
     compiled = jax.jit(function)
 
@@ -71,7 +71,7 @@ def reference_fp8(q: np.ndarray, scale: np.ndarray) -> np.ndarray:
         return (q.astype(np.float32) * each).astype(BF16)
 
 
-@_on_host
+@on_host
 def _decode_fp8(q: jax.Array, scale: jax.Array) -> jax.Array:
     # The bits of a float8, moved up by 7, are those of a float16 that is 2^8 times smaller: one
     # machine instruction from float32, subnormals included. Only NaN must be put right.
@@ -109,7 +109,7 @@ def fp8_scales(weight: np.ndarray) -> np.ndarray:
     return np.where(amax > 0, amax / np.float32(FP8_MAX), 1).astype(np.float32)
 
 
-@_on_host
+@on_host
 def _block_max(weight: jax.Array) -> jax.Array:
     rows, columns = weight.shape
     size = jnp.pad(jnp.abs(weight.astype(jnp.float32)), ((0, -rows % BLOCK), (0, -columns % BLOCK)))
@@ -117,7 +117,7 @@ def _block_max(weight: jax.Array) -> jax.Array:
     return cut.max(axis=(1, 3))
 
 
-@_on_host
+@on_host
 def _encode_fp8(weight: jax.Array, scale: jax.Array) -> jax.Array:
     """The nearest float8 value, ties to even, still as float16 (which holds each exactly)."""
     rows, columns = weight.shape
@@ -136,7 +136,7 @@ def decode_int4(packed: np.ndarray, scale: np.ndarray) -> np.ndarray:
     return _decode_int4(packed, np.ascontiguousarray(scale))
 
 
-@_on_host
+@on_host
 def _decode_int4(packed: jax.Array, scale: jax.Array) -> jax.Array:
     rows = len(packed)
     shifts = jnp.arange(0, 4 * PER_WORD, 4, dtype=jnp.uint32)
@@ -165,6 +165,8 @@ class Grid:
 
 # The releases' grid [spec 9.1]. Weights that were decoded from it give back its scales and values.
 KIMI = Grid(7.0, -7, 1e-5, exact=True)
+# The same for weights that something was added to: no scale gives them back, and none is sought.
+KIMI_RULE = dataclasses.replace(KIMI, exact=False)
 # Of the symmetric min-max observer [CT qparams].
 MINMAX = Grid(7.5, -8, float(np.finfo(np.float32).eps), exact=False)
 GRIDS = {"int4": KIMI, "int4-minmax": MINMAX}
@@ -224,7 +226,7 @@ def _with_neighbours(scale: np.ndarray) -> np.ndarray:
     return np.stack([bits, bits - np.uint16(1), bits + np.uint16(1)]).view(BF16)
 
 
-@_on_host
+@on_host
 def _first_fit(groups: jax.Array, candidates: jax.Array) -> jax.Array:
     """Number of the first scale that gives each group back bit for bit; that of all if none does.
 
@@ -242,19 +244,19 @@ def _first_fit(groups: jax.Array, candidates: jax.Array) -> jax.Array:
     return fitting
 
 
-@_on_host
+@on_host
 def _group_max(weight: jax.Array) -> jax.Array:
     return jnp.abs(weight.astype(jnp.float32)).reshape(len(weight), -1, GROUP).max(axis=-1)
 
 
-@_on_host
+@on_host
 def _round_int4(weight: jax.Array, scale: jax.Array, low: jax.Array) -> jax.Array:
     grouped = weight.astype(jnp.float32).reshape(len(weight), -1, GROUP)
     q = jnp.round(grouped / scale.astype(jnp.float32)[:, :, None])
     return jnp.clip(q, low, 7).astype(jnp.int32).reshape(weight.shape)
 
 
-@_on_host
+@on_host
 def _pack_int4(q: jax.Array) -> jax.Array:
     nibbles = (q + 8).astype(jnp.uint32).reshape(len(q), -1, PER_WORD)
     shifts = jnp.arange(0, 4 * PER_WORD, 4, dtype=jnp.uint32)
