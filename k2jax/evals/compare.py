@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from k2jax.config import ConfigError
-from k2jax.evals.ledger import Key, Record, read_ledger
+from k2jax.evals.ledger import Key, Record, list_differences, read_ledger
 from k2jax.evals.task import PASSED
 
 SHOWN = 20  # samples that are described
@@ -43,7 +43,7 @@ class Comparison:
 
     Attributes:
         files: both.
-        header: each name that differs, with both values.
+        header: each name that differs, as `settings.samples`, with both values.
         samples: that both have.
         only: samples that one has and not the other, for each.
         differences: in the order of the first ledger.
@@ -74,11 +74,7 @@ def compare_ledgers(first: str | Path, second: str | Path) -> Comparison:
     pairs = [(a[key], b[key]) for key in both]
     return Comparison(
         (str(first), str(second)),
-        {
-            name: (header_a.get(name), header_b.get(name))
-            for name in dict.fromkeys((*header_a, *header_b))
-            if header_a.get(name) != header_b.get(name)
-        },
+        list_differences(header_a, header_b),
         len(both),
         (len(a) - len(both), len(b) - len(both)),
         tuple(d for pair in pairs if (d := find_difference(*pair))),

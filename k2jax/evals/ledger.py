@@ -138,10 +138,27 @@ def _is_whole(record: Record, is_header: bool) -> bool:
 
 def describe_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Say in what two headers differ first; "" they do not."""
-    for name in dict.fromkeys((*new, *old)):
-        if old.get(name) != new.get(name):
-            return f"{name} is {_short(old.get(name))} there and {_short(new.get(name))} here"
+    for name, (here, there) in list_differences(new, old).items():
+        return f"{name} is {_short(there)} there and {_short(here)} here"
     return ""
+
+
+def list_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return each name whose value differs between two headers, as `settings.samples`."""
+    a, b = _flatten(a), _flatten(b)
+    return {
+        name: (a.get(name), b.get(name))
+        for name in dict.fromkeys((*a, *b))
+        if a.get(name) != b.get(name)
+    }
+
+
+def _flatten(header: Mapping[str, Any]) -> dict[str, Any]:
+    settings = header.get("settings")
+    if not isinstance(settings, dict):
+        return dict(header)
+    inner = {f"settings.{name}": value for name, value in settings.items()}
+    return {name: value for name, value in header.items() if name != "settings"} | inner
 
 
 def _short(value: Any) -> str:

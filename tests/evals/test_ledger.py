@@ -74,6 +74,8 @@ def test_a_ledger_of_another_evaluation_is_refused_with_what_differs(tmp_path):
     line = r"another evaluation, weights is \"w\" there and \"x\" here; choose another --out"
     with pytest.raises(ConfigError, match=line):
         Ledger(path, HEADER | {"weights": "x"})
+    with pytest.raises(ConfigError, match=r"settings\.samples is 2 there and 3 here"):
+        Ledger(path, HEADER | {"settings": {"samples": 3}})
     with pytest.raises(ConfigError, match="seed is null there and 1 here"):
         Ledger(path, HEADER | {"seed": 1})
 
