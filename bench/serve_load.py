@@ -1,6 +1,6 @@
 """The engine under load: `python bench/serve_load.py MODEL [options]`; prints one JSON line.
 
-MODEL is a run's or a published folder. At each number of streams a closed loop: the next request
+MODEL is a run's or a published folder with a context of at least 576. At each number of streams a closed loop: the next request
 when one ends. Prompts are token ids (a text would measure tokenizers too), lengths 16 to 512,
 log-uniform; 64 new tokens, greedy, no stop. One pass of other tokens goes before, so that no prefix
 cache is warm. Peers in the same run, by turns, so that all see the same machine:
@@ -22,7 +22,7 @@ import urllib.request
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-NEW, VOCAB = 64, 16_128
+NEW, VOCAB, LONGEST = 64, 16_128, 512
 REQUESTS = {1: 8, 8: 32, 16: 48}
 PORT = 8_417
 
@@ -81,7 +81,10 @@ class Ours:
 
         k2jax.prepare()
         self.request = Request
-        self.engine = Engine(k2jax.load(folder), EngineSettings(rows=rows)).start()
+        model = k2jax.load(folder)
+        if model.config.context < LONGEST + NEW:
+            raise SystemExit(f"{folder}: context {model.config.context}, {LONGEST + NEW} needed")
+        self.engine = Engine(model, EngineSettings(rows=rows)).start()
         self.facts = {"ready_s": round(time.perf_counter() - began, 1)}
 
     def run(self, work: list[list[int]], streams: int) -> dict[str, float]:

@@ -100,8 +100,8 @@ class Executor:
             allowed: ids below it may be chosen.
         """
         self.runner, self._allowed = runner, allowed
-        # Rows that are chosen for at once: of a call that decodes, whatever it checks.
-        self._picked = max(runner.rows, runner.row_sizes[-1])
+        # Rows that are chosen for at once: a call has no more, checked drafts included.
+        self._picked = max(runner.row_sizes[-1], runner.sizes[-1])
         self._sampler = Sampler(runner.rows, vocab, allowed, self._picked)
         pages = -(-(runner.context + runner.block) // runner.page)
         self._tables: Any = np.zeros((runner.rows, pages), np.int32)

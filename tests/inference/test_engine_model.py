@@ -73,8 +73,9 @@ def test_tokens_are_the_same_bits_alone_crowded_uncached_and_preempted(model):
 
 
 @pytest.mark.slow
-def test_a_warm_engine_compiles_nothing(model):
-    engine = Engine(model, EngineSettings(rows=4))
+@pytest.mark.parametrize("rows", [4, 20])  # a CPU's programs have 16 at most
+def test_a_warm_engine_compiles_nothing(rows, model):
+    engine = Engine(model, EngineSettings(rows=rows))
     engine.warm_up()
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
