@@ -1,9 +1,10 @@
 """The engine under load: `python bench/serve_load.py MODEL [options]`; prints one JSON line.
 
-MODEL is a run's or a published folder with a context of at least 576. At each number of streams a closed loop: the next request
-when one ends. Prompts are token ids (a text would measure tokenizers too), lengths 16 to 512,
-log-uniform; 64 new tokens, greedy, no stop. One pass of other tokens goes before, so that no prefix
-cache is warm. Peers in the same run, by turns, so that all see the same machine:
+MODEL is a run's or a published folder with a context of at least 576. At each number of streams a
+closed loop: the next request when one ends. Prompts are token ids (a text would measure tokenizers
+too), lengths 16 to 512, log-uniform; 64 new tokens, greedy, no stop. One pass of other tokens goes
+before, so that no prefix cache is warm. Peers in the same run, by turns, so that all see the same
+machine:
 
 --llama-server PATH --gguf FILE: llama.cpp's server, 2 threads.
 --transformers FOLDER: `generate` of the export in FOLDER (float32), static batches.
