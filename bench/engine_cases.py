@@ -3,8 +3,9 @@
 MODEL is a run's or a published folder; its context is raised to 8,192 tokens, which changes no
 time. Prints one JSON line. Cases, all by default:
 
-prefix: prompts of 512 tokens of which the first 410 are alike, one at a time, by turns with and
+prefix: prompts of 512 tokens of which the first 80% are alike, one at a time, by turns with and
     without the prefix cache: median milliseconds to the first token, and their ratio.
+system_prompt: the same with 2,048 tokens.
 long: four requests get new tokens; the mean milliseconds of a token before, and while a prompt of
     4,096 tokens is read, and their ratio; also the seconds to that prompt's first token.
 short: milliseconds of a request of 7 + 4 tokens, of 64 + 4 and of 7 + 64.
@@ -13,6 +14,7 @@ memory: 10,000 requests of 8 + 2 tokens: the process's memory after 1,000 of the
 """
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -28,7 +30,7 @@ from k2jax.inference.engine import Engine
 from k2jax.inference.request import EngineSettings, Request
 
 CONTEXT, VOCAB = 8_192, 16_000
-PROMPT, SHARED, ASKED = 512, 410, 12
+PROMPT, SYSTEM_PROMPT, SHARED, ASKED = 512, 2_048, 0.8, 12
 LONG, RUNNING = 4_096, 4
 TINY, SAMPLES = 10_000, 10
 
@@ -63,12 +65,13 @@ class Asked:
         return self.times[0] - self.began
 
 
-def measure_prefix(model) -> dict[str, float]:
+def measure_prefix(model, tokens: int = PROMPT) -> dict[str, float]:
     """Time to the first token with and without the prefix cache, by turns."""
     engines = {on: Engine(model, EngineSettings(prefix_cache=on)).start() for on in (True, False)}
     times: dict[bool, list[float]] = {True: [], False: []}
+    alike = draw_ids(round(SHARED * tokens), 0)
     for number in range(ASKED + 1):
-        prompt = draw_ids(SHARED, 0) + draw_ids(PROMPT - SHARED, 1 + number)
+        prompt = alike + draw_ids(tokens - len(alike), 1 + number)
         for on, engine in engines.items():
             seconds = Asked(engine, Request(prompt, 2)).wait().first
             if number:  # nobody shares with the first
@@ -138,6 +141,7 @@ def _resident_mb() -> float:
 
 CASES = {
     "prefix": measure_prefix,
+    "system_prompt": functools.partial(measure_prefix, tokens=SYSTEM_PROMPT),
     "long": measure_long,
     "short": measure_short,
     "memory": measure_memory,
