@@ -44,15 +44,14 @@ class Pace:
     def note(self, chunks: int, decodes: bool, seconds: float) -> None:
         """Learn from a step: how many chunks it read, whether others got tokens, what it took."""
         size = next((n for n in self._sizes if n >= chunks), self.most) if chunks else 0
-        if chunks and decodes and self._chunks and self._decode:
-            # What it took, not what was expected: chunks far into a prompt take longer.
-            took = max(seconds - self._decode, 0.0)
-            self._credit -= min(took, SURPRISE * self._cost(size))
         if not decodes:
             self._learn(size, seconds)
         elif not chunks:
             self._decode += _step(self._decode, seconds)
         elif self._chunks and self._decode:
+            # What it took, not what was expected: chunks far into a prompt take longer.
+            took = max(seconds - self._decode, 0.0)
+            self._credit -= min(took, SURPRISE * self._cost(size))
             expected = self._decode + self._cost(size)
             late = min(seconds, SURPRISE * expected) / expected
             self._decode += _step(self._decode, self._decode * late)

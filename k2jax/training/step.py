@@ -275,15 +275,10 @@ class Program:
         return total_loss(params, batch, self.run.model, self.run.train.dtype, self.dispatch)
 
 
-def build(
-    run: RunConfig, objective: Objective | None = None, frozen: Params | None = None
-) -> Program:
-    """Make the pure functions of a run.
+def build(run: RunConfig, objective: Objective | None = None) -> Program:
+    """Make the pure functions of a run; its objective is pretraining's unless another is passed.
 
-    Args:
-        run: the settings.
-        objective: what is minimised; None: pretraining's.
-        frozen: with adapters, shapes, dtypes and layouts of the other parameters; None: float32.
+    With adapters, the other parameters are taken to be float32 until `frozen` is replaced.
     """
     optim = run.optim
     rates = warmup_stable_decay(
@@ -322,8 +317,8 @@ def build(
     objective = objective or language_model(run)
     if learned is base:
         return Program(run, base, rates, tx, objective)
-    frozen = abstract(base) if frozen is None else frozen
-    return Program(run, freeze(base) | learned, rates, tx, adapt_objective(objective, run), frozen)
+    adapted = adapt_objective(objective, run)
+    return Program(run, freeze(base) | learned, rates, tx, adapted, abstract(base))
 
 
 def adapt_objective(objective: Objective, run: RunConfig) -> Objective:

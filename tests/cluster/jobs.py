@@ -22,23 +22,7 @@ from k2jax.training.metrics import read_metrics
 THREADS = "8"
 # Two devices are enough for the test that always runs: its time is compile time.
 MESH2 = {"mesh.data": 2, "mesh.expert": 1, "mesh.model": 1}
-CFG = ModelConfig(
-    vocab=576,
-    embed=16,
-    dense_layers=0,
-    moe_layers=1,
-    heads=2,
-    q_rank=8,
-    kv_rank=8,
-    nope=4,
-    rope=4,
-    value=4,
-    experts=4,
-    expert_ffw=8,
-    experts_per_token=2,
-    context=64,
-    init_std=0.3,
-)
+CFG = ModelConfig(**SIZES | {"dense_layers": 0, "context": 64}, init_std=0.3)
 
 
 def write_text(folder: Path) -> None:

@@ -10,6 +10,7 @@ import jax
 import jax.extend
 import numpy as np
 import pytest
+from small_model import SIZES
 
 from k2jax import sharding
 from k2jax.commands import evaluate as command
@@ -23,23 +24,7 @@ from k2jax.params.declare import specs
 from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.training.step import build
 
-CFG = ModelConfig(
-    vocab=512,
-    embed=16,
-    dense_layers=0,
-    moe_layers=1,
-    heads=2,
-    q_rank=8,
-    kv_rank=8,
-    nope=4,
-    rope=4,
-    value=4,
-    experts=4,
-    expert_ffw=8,
-    experts_per_token=2,
-    context=16,
-    init_std=0.3,
-)
+CFG = ModelConfig(**SIZES | {"vocab": 512, "dense_layers": 0, "context": 16}, init_std=0.3)
 BYTES = Tokenizer({bytes([i]): i for i in range(256)})
 TEXTS = ["abc", "hello world, this is more than one row", "x"]
 
