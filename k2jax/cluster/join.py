@@ -62,7 +62,7 @@ def member(
             _join(place)
             set_gloo_address(group.address())
             if out is None:
-                _exit_on_sigterm()
+                _exit_on_sigterm(group)
             preflight.devices(group, mesh)
             line = preflight.network(group)
             if group.number == 0:
@@ -91,14 +91,16 @@ def _join(place: Place) -> None:
     )
 
 
-def _exit_on_sigterm() -> None:
+def _exit_on_sigterm(group: Group) -> None:
     """Where nothing is saved, SIGTERM to one process ends all.
 
     jax's service takes it for a notice of preemption, which only a command that saves asks for.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        # Not by raising: where a `with` is being entered, its block would never see that. And in a
+        # thread: this one may be sending, and then has the lock of the connection.
+        threading.Thread(target=_leave, args=(group, SystemExit(128 + number))).start()
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, leave)
