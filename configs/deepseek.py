@@ -37,7 +37,12 @@ def deepseek_v3() -> RunConfig:
             name="adamw", learning_rate=2.2e-4, warmup=2_000, clip_norm=1.0, aux_loss=1e-4
         ),
         train=TrainConfig(
-            steps=235_000, accumulate=15, dispatch="alltoall", eval_every=1_000, save_every=1_000
+            steps=235_000,
+            accumulate=15,
+            dispatch="alltoall",
+            eval_every=1_000,
+            save_every=1_000,
+            loads_every=100,
         ),
         mesh=MeshConfig(data=16, expert=32, model=2),
     )

@@ -36,7 +36,12 @@ def kimi_k2() -> RunConfig:
         data=DataConfig(rows=16_384),
         optim=OptimConfig(),
         train=TrainConfig(
-            steps=231_000, accumulate=16, dispatch="alltoall", eval_every=1_000, save_every=1_000
+            steps=231_000,
+            accumulate=16,
+            dispatch="alltoall",
+            eval_every=1_000,
+            save_every=1_000,
+            loads_every=100,  # all of them in every step: 110 kB a line, 25 GB a run
         ),
         mesh=MeshConfig(data=8, expert=128),
     )

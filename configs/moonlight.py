@@ -35,7 +35,12 @@ def moonlight_16b_a3b() -> RunConfig:
         data=DataConfig(rows=2_048, context=8_192),
         optim=OptimConfig(learning_rate=4.2e-4, warmup=2_000),
         train=TrainConfig(
-            steps=340_000, accumulate=8, dispatch="alltoall", eval_every=1_000, save_every=1_000
+            steps=340_000,
+            accumulate=8,
+            dispatch="alltoall",
+            eval_every=1_000,
+            save_every=1_000,
+            loads_every=100,
         ),
         mesh=MeshConfig(data=4, expert=16),
     )

@@ -259,6 +259,9 @@ class TrainConfig:
     save_every: int = knob(100, "steps between checkpoints; the last step is always saved", low=1)
     keep: int = knob(2, "newest checkpoints to keep", low=1)
     keep_every: int = knob(0, "keep checkpoints of multiples of this step for ever; 0: none", low=0)
+    loads_every: int = knob(
+        1, "steps between lines of metrics.jsonl that have the load of each expert", low=1
+    )
     log_every: int = knob(10, "steps between printed lines where there is no terminal", low=1)
     log_to: str = knob("", "where to log too (several: a,b)", choices=TRACKERS, several=True)
     profile: str = knob("", "steps to profile, FROM:TO (both included); empty: none")

@@ -6,6 +6,7 @@ would then learn something else without a sign of it.
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,42 +42,55 @@ LENGTH, ENDS = 1_100, (1_030, 1_080)  # of a row, and of its documents; the rest
 HEADS, SHARP = 2, 3.0  # the usual size of a logit
 
 
-def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
-    """Compare each kernel that the mesh in use would train with to its reference.
+class KernelCheck(NamedTuple):
+    """A kernel, and what it must agree with in values and gradients."""
+
+    name: str
+    parts: Sequence[str]  # of what is compared
+    kernel: Callable
+    reference: Callable
+    draw: Callable[[], Sequence[jax.Array]]  # the arguments of both
+
+    def kernel_errors(self, *args: jax.Array) -> jax.Array:
+        """Return the largest error of each part, relative to its largest value."""
+        pairs = zip(
+            _differentiate(self.kernel, args), _differentiate(self.reference, args), strict=True
+        )
+        return jnp.stack([_relative_error(a, b) for a, b in pairs])
+
+
+def list_checks(dispatch: Dispatch, cfg: ModelConfig, context: int) -> list[KernelCheck]:
+    """List the kernels that the mesh in use would train with.
 
     Args:
         dispatch: how tokens reach their experts.
         cfg: widths of a head.
         context: tokens of a row.
+    """
+    checks = [KernelCheck("grouped products", PARTS, *_products())]
+    if context > ATTENTION_BLOCK:
+        checks.append(KernelCheck("attention", MIXED, *_attention(cfg)))
+    if not meshless() and dispatch.kind != "allgather" and jax.sharding.get_mesh().shape[AXIS] > 1:
+        checks.append(KernelCheck("the exchange of tokens", PARTS, *_dispatch(dispatch)))
+    return checks
+
+
+def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
+    """Compare each kernel of `list_checks` to its reference.
 
     Raises:
         ConfigError: values or gradients differ.
     """
-    _compare_kernel("grouped products", PARTS, *_products())
-    if context > ATTENTION_BLOCK:
-        _compare_kernel("attention", MIXED, *_attention(cfg))
-    if not meshless() and dispatch.kind != "allgather" and jax.sharding.get_mesh().shape[AXIS] > 1:
-        _compare_kernel("the exchange of tokens", PARTS, *_dispatch(dispatch))
+    for check in list_checks(dispatch, cfg, context):
+        _compare_kernel(check)
 
 
-def _compare_kernel(
-    name: str,
-    parts: Sequence[str],
-    kernel: Callable,
-    reference: Callable,
-    args: Sequence[jax.Array],
-) -> None:
-    """Compare values and gradients; raise a ConfigError where they differ."""
-
-    @jax.jit
-    def errors(*args):
-        pairs = zip(_differentiate(kernel, args), _differentiate(reference, args), strict=True)
-        return jnp.stack([_relative_error(a, b) for a, b in pairs])
-
-    for part, error in zip(parts, jax.device_get(errors(*args)), strict=True):
+def _compare_kernel(check: KernelCheck) -> None:
+    errors = jax.device_get(jax.jit(check.kernel_errors)(*check.draw()))
+    for part, error in zip(check.parts, errors, strict=True):
         if not error <= LIMIT:  # not a number is wrong too
             raise ConfigError(
-                f"{name}: wrong {part} on {jax.devices()[0].device_kind}, off by {error:.1%};"
+                f"{check.name}: wrong {part} on {jax.devices()[0].device_kind}, off by {error:.1%};"
                 " another version of jax or of the driver may be right, this one must not train"
             )
 
@@ -116,8 +130,10 @@ def _products():
         y_MN = grouped_matmul(x_MK, w_EKN, jnp.array(SIZES, jnp.int32))
         return jnp.where(row_M1 < ends[-1], y_MN, 0)
 
-    args = _draw((ROWS, WIDTH), (len(SIZES), WIDTH, HIDDEN))
-    return _on_each_device(by_groups), _on_each_device(masked), args
+    def draw():
+        return _draw((ROWS, WIDTH), (len(SIZES), WIDTH, HIDDEN))
+
+    return _on_each_device(by_groups), _on_each_device(masked), draw
 
 
 def _on_each_device(run: Callable) -> Callable:
@@ -135,7 +151,6 @@ def _attention(cfg: ModelConfig):
     seen_BTS = segment_BT[:, :, None] == segment_BT[:, None]
     seen_BTS &= order_T[:, None] >= order_T
     wide, narrow = ((1, HEADS, LENGTH, width) for width in (cfg.size("qk"), cfg.value))
-    q_BHTC, k_BHSC, v_BHSV = _draw(wide, wide, narrow)
     # Entries were drawn smaller by the square roots of the lengths.
     scale = SHARP * LENGTH / cfg.size("qk") ** 0.5
 
@@ -150,7 +165,10 @@ def _attention(cfg: ModelConfig):
         y_BHTV = product("bhts,bhsv->bhtv", weight_BHTS, v_BHSV).astype(v_BHSV.dtype)
         return y_BHTV, jax.lax.stop_gradient(logit_BHTS.max(axis=-1))
 
-    return _on_each_device(by_kernel), _on_each_device(by_scores), (q_BHTC, k_BHSC, v_BHSV)
+    def draw():
+        return _draw(wide, wide, narrow)
+
+    return _on_each_device(by_kernel), _on_each_device(by_scores), draw
 
 
 def _dispatch(dispatch: Dispatch):
@@ -172,12 +190,15 @@ def _dispatch(dispatch: Dispatch):
         )
 
     token_spec, expert_spec = P((*BATCH, "context", "model")), P(AXIS)
-    x_ND, w_EDF = _draw((TOKENS * mesh.size, NARROW), (experts, NARROW, NARROW))
-    placed = jax.reshard(x_ND, token_spec), jax.reshard(w_EDF, expert_spec)
+
+    def draw():
+        x_ND, w_EDF = _draw((TOKENS * mesh.size, NARROW), (experts, NARROW, NARROW))
+        return jax.reshard(x_ND, token_spec), jax.reshard(w_EDF, expert_spec)
+
     # Nothing may be dropped here, so that both are the same.
     dropless = dispatch._replace(kind="alltoall")
 
     def by_alltoall(x_ND, expert_NK, weight_NK, weights):
         return dispatch_alltoall(x_ND, expert_NK, weight_NK, weights, dropless)[0]
 
-    return on_mesh(by_alltoall), on_mesh(dispatch_allgather), placed
+    return on_mesh(by_alltoall), on_mesh(dispatch_allgather), draw

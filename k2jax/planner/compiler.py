@@ -10,15 +10,12 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from k2jax.config import ConfigError, MeshConfig, RunConfig, one_line
 from k2jax.planner.hlo import Account, account
 from k2jax.planner.targets import Target
 from k2jax.runtime import memory, versions
-
-if TYPE_CHECKING:
-    from k2jax.training.step import Program
 
 MISSING = "compiling for {0} needs {1}: pip install 'k2jax[plan]'"
 
@@ -63,14 +60,7 @@ def compile_step(run: RunConfig, target: Target) -> Compiled:
     Raises:
         ConfigError: the compiler is not installed, or knows no such topology.
     """
-
-    def trace(program: "Program", place: Place) -> Any:
-        import jax
-
-        arrays = place((program.abstract_state(), program.abstract_batch()))
-        return jax.jit(program.step, donate_argnums=0).trace(*arrays)
-
-    return _compile(run, target, trace)
+    return compile_program("step", run, target)
 
 
 def compile_evaluation(run: RunConfig, target: Target) -> Compiled:
@@ -79,39 +69,37 @@ def compile_evaluation(run: RunConfig, target: Target) -> Compiled:
     Raises:
         ConfigError: as `compile_step`.
     """
-
-    def trace(program: "Program", place: Place) -> Any:
-        import jax
-
-        arrays = place((program.abstract_state().params, program.abstract_rows()))
-        return jax.jit(program.evaluate).trace(*arrays)
-
-    return _compile(run, target, trace)
+    return compile_program("evaluation", run, target)
 
 
-Place = Callable[[Any], Any]  # abstract arrays onto the devices that are compiled for
+def compile_program(name: str, run: RunConfig, target: Target) -> Compiled:
+    """Compile one of the programs that a run lists, on the run's mesh.
 
+    Raises:
+        ConfigError: as `compile_step`.
+    """
 
-def _compile(run: RunConfig, target: Target, trace: Callable[["Program", Place], Any]) -> Compiled:
-    def build_and_trace(mesh: Any) -> Any:
-        import jax
-        from jax.sharding import NamedSharding
-
+    def trace(mesh: Any) -> Any:
+        from k2jax.training.compile import PROGRAMS
         from k2jax.training.step import build
 
-        def place(tree: Any) -> Any:
-            return jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(
-                    a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
-                ),
-                tree,
-            )
-
-        return trace(build(run), place)
+        listed, program = PROGRAMS[name], build(run)
+        return listed.jit(program).trace(*place_on(mesh, listed.arguments(program)))
 
     # The rounds of an exchange: as many as balanced experts need.
     rounds = max(1.0, 1 / run.train.buffer)
-    return compile_on(target, run.mesh, build_and_trace, open_trips=rounds)
+    return compile_on(target, run.mesh, trace, open_trips=rounds)
+
+
+def place_on(mesh: Any, tree: Any) -> Any:
+    """Lay abstract arrays on the devices of a mesh; those without a layout are replicated."""
+    import jax
+
+    def place(a: Any) -> Any:
+        spec = a.sharding.spec if a.sharding else jax.P()
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
 
 
 def compile_on(

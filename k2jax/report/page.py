@@ -34,6 +34,7 @@ DOTTED = ("heldout_loss", "heldout_bits_per_byte")
 HEATS = (
     ("Largest attention logit by layer", "logit_max_layers"),
     ("Clipped heads by layer", "clipped_layers"),
+    ("Busiest expert over the mean by layer", "load_max_layers"),
 )
 BAD = ("spike", "skipped", "rewound", "stopped")
 SHOWN_EVENTS = 200
@@ -246,7 +247,7 @@ def _heats(found: RunRecord) -> list[str]:
         top = max(2.0, *map(max, ratio))
         across = svg.count_across(len(load[0]), "expert")
         picture = svg.heat(ratio, top=top, label="mixture layer", across=across)
-        figures.append(_figure("Expert load over its layer's mean, last step", picture))
+        figures.append(_figure("Expert load over its layer's mean, last recorded", picture))
     if not figures:
         return []
     return ["<h2>By layer</h2><div class='grid'>", *figures, "</div>"]

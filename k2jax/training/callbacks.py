@@ -177,8 +177,9 @@ class CompileEarly(Callback):
 class WriteMetrics(Callback):
     """Writes a line of `metrics.jsonl` for each step; those after a rewind's target are dropped."""
 
-    def __init__(self, path: Path | None, say: Callable[[str], None]):
-        self.path, self.say = path, say
+    def __init__(self, path: Path | None, say: Callable[[str], None], loads_every: int = 1):
+        """`path`: None: nothing is written; `loads_every`: steps between experts' loads."""
+        self.path, self.say, self.loads_every = path, say, loads_every
         self.file: MetricsFile | None = None
 
     def begin(self, step: int) -> None:
@@ -189,7 +190,7 @@ class WriteMetrics(Callback):
     def on_step(self, step: int, state: Any, metrics: dict[str, Any]) -> Action:
         """Write the line."""
         if self.file:
-            self.file.write(to_line(step, metrics))
+            self.file.write(to_line(step, metrics, is_multiple(step, self.loads_every)))
         return Continue()
 
     def close(self) -> None:

@@ -1,18 +1,92 @@
-"""Compiles a run's programs in a thread, while the data is read and the weights are drawn."""
+"""The programs that a run compiles; the step and the evaluation in a thread, while data is read.
+
+`PROGRAMS` has all of a training run. Its rehearsal (`k2jax plan --rehearse`) compiles each of them
+for other machines, and fails where a run compiles a program that is in no list.
+"""
 
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from k2jax import cluster
+from k2jax.params.arrays import Params
 from k2jax.runtime import memory
 from k2jax.training.step import Program
 
 Compiled = jax.stages.Compiled
+
+
+class RunProgram(NamedTuple):
+    """A program as `train` calls it.
+
+    Attributes:
+        function: made of the run's pure functions; its name is the program's in XLA's log.
+        arguments: abstract arrays on the mesh in use.
+        donate: numbers of the arguments that are donated.
+        returns_state: whether it returns a state, laid out as `Program.abstract_state`.
+        beside: what is on the devices meanwhile and no argument.
+    """
+
+    function: Callable[[Program], Callable]
+    arguments: Callable[[Program], tuple[Any, ...]]
+    donate: tuple[int, ...] = ()
+    returns_state: bool = False
+    beside: Callable[[Program], Any] = lambda program: ()
+
+    def jit(self, program: Program) -> Any:
+        """Return the jitted function."""
+        if not self.returns_state:
+            return jax.jit(self.function(program), donate_argnums=self.donate)
+        # Stated: a counter depends on no input, and would otherwise be stored on one device only.
+        layout = jax.tree.map(_state_layout, program.abstract_state())
+        return jax.jit(self.function(program), donate_argnums=self.donate, out_shardings=layout)
+
+
+def _state_layout(leaf: jax.ShapeDtypeStruct) -> jax.NamedSharding:
+    spec = leaf.sharding.spec if leaf.sharding else jax.P()
+    return jax.NamedSharding(jax.sharding.get_mesh(), spec)
+
+
+def _step_arguments(program: Program) -> tuple[Any, ...]:
+    ceiling = jax.ShapeDtypeStruct((), np.float32, sharding=_replicated())
+    return program.abstract_state(), program.abstract_batch(), ceiling
+
+
+def _replicated() -> jax.NamedSharding:
+    return jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P())
+
+
+def _params(program: Program) -> Params:
+    return program.abstract_state().params
+
+
+def _optimizer(program: Program) -> Any:
+    return program.abstract_state().opt
+
+
+def are_finite(params: Params) -> dict[str, jax.Array]:
+    """Whether each weight is finite throughout."""
+    return jax.tree.map(lambda w: jnp.isfinite(w).all(), params)
+
+
+PROGRAMS = {
+    "begin": RunProgram(lambda p: p.init, lambda p: (_params(p),), donate=(0,), returns_state=True),
+    "step": RunProgram(lambda p: p.step, _step_arguments, donate=(0,)),
+    "evaluation": RunProgram(
+        lambda p: p.evaluate, lambda p: (_params(p), p.abstract_rows()), beside=_optimizer
+    ),
+    "learning rate": RunProgram(
+        lambda p: p.schedule, lambda p: (jax.ShapeDtypeStruct((), np.int32),)
+    ),
+    "look for non-finite weights": RunProgram(
+        lambda p: are_finite, lambda p: (_params(p),), beside=_optimizer
+    ),
+}
 
 
 class Programs:
@@ -60,18 +134,17 @@ class InReserve:
 
 def compile_step(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
     """Compile a run's step for the mesh: from state, batch and ceiling; the state is donated."""
-    with jax.set_mesh(mesh):  # once more: this is another thread
-        state, batch = program.abstract_state(), program.abstract_batch()
-        ceiling = jax.ShapeDtypeStruct((), np.float32, sharding=jax.NamedSharding(mesh, jax.P()))
-        step = jax.jit(program.step, donate_argnums=0)
-        return compile_lowered(step.lower(state, batch, ceiling))
+    return _compile_on(mesh, PROGRAMS["step"], program)
 
 
 def compile_evaluation(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
     """Compile a run's held-out loss for the mesh: from weights and the rows of a micro-batch."""
-    with jax.set_mesh(mesh):
-        params, rows = program.abstract_state().params, program.abstract_rows()
-        return compile_lowered(jax.jit(program.evaluate).lower(params, rows))
+    return _compile_on(mesh, PROGRAMS["evaluation"], program)
+
+
+def _compile_on(mesh: jax.sharding.Mesh, listed: RunProgram, program: Program) -> Compiled:
+    with jax.set_mesh(mesh):  # once more: this is another thread
+        return compile_lowered(listed.jit(program).lower(*listed.arguments(program)))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

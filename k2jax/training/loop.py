@@ -43,7 +43,7 @@ from k2jax.training.callbacks import (
     Track,
     WriteMetrics,
 )
-from k2jax.training.compile import InReserve, Programs, wait_until_all_compiled
+from k2jax.training.compile import PROGRAMS, InReserve, Programs, wait_until_all_compiled
 from k2jax.training.dashboard import Dashboard
 from k2jax.training.metrics import METRICS, metrics_to_host, plot_metrics
 from k2jax.training.profiling import Profiler, make_speed, time_waits
@@ -306,9 +306,9 @@ class _Training:
             Profile(Profiler(run, self.out, recovery.events)),
             CompileEarly(programs.start_evaluation),
             MeasureSpeed(make_speed(run), saver),
-            Recover(recovery, saver, jax.jit(self.program.schedule)),
+            Recover(recovery, saver, PROGRAMS["learning rate"].jit(self.program)),
             ScoreHeldout(score, run.train.eval_every, run.train.steps),
-            WriteMetrics(metrics_file, self.say),
+            WriteMetrics(metrics_file, self.say, run.train.loads_every),
             ShowProgress(dashboard, recovery),
             Track(run, self.out),
             Abort(recovery),

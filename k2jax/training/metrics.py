@@ -9,22 +9,30 @@ from typing import Any
 import jax
 import numpy as np
 
-from k2jax.runtime.files import Lines, write_atomic
+from k2jax.runtime.files import Lines, open_atomic
 
 METRICS = "metrics.jsonl"
+LOADS = "expert_load"  # a metric of layers x experts numbers: most of a line
 
 
 def metrics_to_host(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Fetch a step's metrics: floats, lists, and the expert load as whole numbers."""
     host = {name: np.asarray(value) for name, value in jax.device_get(dict(metrics)).items()}
-    if "expert_load" in host:
-        host["expert_load"] = host["expert_load"].astype(int)
+    if LOADS in host:
+        host[LOADS] = host[LOADS].astype(int)
     return {name: value.tolist() for name, value in host.items()}
 
 
-def to_line(step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a step's line of `metrics.jsonl`: floats as float32 has them, None if not finite."""
-    return {"step": step} | {name: _shorten(value) for name, value in metrics.items()}
+def to_line(step: int, metrics: Mapping[str, Any], loads: bool = True) -> dict[str, Any]:
+    """Return a step's line of `metrics.jsonl`: floats as float32 has them, None if not finite.
+
+    Args:
+        step: its number.
+        metrics: on the host.
+        loads: whether to write the load of each expert.
+    """
+    written = {name: value for name, value in metrics.items() if loads or name != LOADS}
+    return {"step": step} | {name: _shorten(value) for name, value in written.items()}
 
 
 def _shorten(value: Any) -> Any:
@@ -40,10 +48,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, start: int, say: Callable[[str], None]):
         """Keep the lines up to step `start`; `say` is called when the file cannot be written."""
-        # A bad disk's bytes must not keep a run from resuming: such lines are left out.
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step(line) <= start] if start else []
-        write_atomic(path, "".join(f"{line}\n" for line in kept))
+        with open_atomic(path) as kept:
+            for line in _read_lines(path) if start and path.exists() else ():
+                if _step(line) <= start:
+                    kept.write(line.encode() + b"\n")
         self.file = Lines(path, say)
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -53,6 +61,14 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file."""
         self.file.close()
+
+
+def _read_lines(path: Path) -> Iterator[str]:
+    """Yield lines one by one: the file of a long run would fill a host's memory."""
+    # A bad disk's bytes must not keep a run from resuming: such lines are left out.
+    with path.open(errors="replace") as file:
+        for line in file:
+            yield line.rstrip("\n")
 
 
 def _step(line: str) -> float:
@@ -65,7 +81,7 @@ def _step(line: str) -> float:
 
 def read_metrics(out: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a run's `metrics.jsonl`."""
-    for line in (Path(out) / METRICS).read_text().splitlines():
+    for line in _read_lines(Path(out) / METRICS):
         yield json.loads(line)
 
 
@@ -79,12 +95,13 @@ def plot_metrics(metrics: Path, picture: Path, title: str) -> None:
     """
     from matplotlib.figure import Figure  # pyplot would switch a notebook's own plots
 
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    names = ("step", "loss", "heldout_loss", "logit_max", "load_max")
+    lines = [{name: line.get(name) for name in names} for line in read_metrics(metrics.parent)]
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
 
     def draw(axes: Any, name: str, label: str, **style: Any) -> None:
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        points = [(line["step"], line[name]) for line in lines if line[name] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label=label, **style)
 

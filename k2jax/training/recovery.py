@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from k2jax.config import ConfigError, RunConfig
 from k2jax.params.arrays import Params
+from k2jax.training.compile import are_finite
 from k2jax.training.events import EVENTS, Events
 from k2jax.training.health import Health
 from k2jax.training.saver import Saver
@@ -152,5 +152,5 @@ class Recovery:
 
 def find_non_finite(params: Params) -> list[str]:
     """Return the names of the weights that hold a number that is not finite."""
-    check = jax.jit(lambda tree: jax.tree.map(lambda w: jnp.isfinite(w).all(), tree))
-    return [name for name, good in jax.device_get(check(params)).items() if not good]
+    good = jax.device_get(jax.jit(are_finite)(params))
+    return [name for name, is_good in good.items() if not is_good]

@@ -15,6 +15,7 @@ from k2jax.model.lora import merge_adapters
 from k2jax.params.adapters import is_adapter
 from k2jax.params.arrays import Params, initial
 from k2jax.params.kimi import declare_kimi
+from k2jax.training.compile import PROGRAMS
 from k2jax.training.step import Program, State
 from k2jax.weights.adapter_files import write_peft
 from k2jax.weights.source import Source, initial_params, open_source
@@ -125,13 +126,7 @@ def initial_state(program: Program, init: str | Path = "", base: Source | None =
         params = initial_params(init, specs)
     else:
         params = initial(specs, run.train.seed, run.model.init_std)
-    # Stated: a counter depends on no input, and would otherwise be stored on one device only.
-    mesh = jax.sharding.get_mesh()
-    layout = jax.tree.map(
-        lambda a: jax.NamedSharding(mesh, a.sharding.spec if a.sharding else jax.P()),
-        program.abstract_state(),
-    )
-    return jax.jit(program.init, donate_argnums=0, out_shardings=layout)(params)
+    return PROGRAMS["begin"].jit(program)(params)
 
 
 def _load_frozen(program: Program, base: Source | None) -> Params:

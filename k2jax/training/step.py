@@ -178,6 +178,7 @@ def _measure(
     norms: Metrics,
 ) -> Metrics:
     load, top_LH = aux.load, aux.logit_max
+    busiest_L, entropy_L = load.max(axis=-1) / load.mean(axis=-1), load_entropy(load)
     # As a float: the count of a 1T model is no int32.
     trainable = (s for s in specs.values() if s.group not in NOT_BY_GRADIENTS)
     trainable_count = float(sum(math.prod(s.shape) for s in trainable))
@@ -186,8 +187,10 @@ def _measure(
         "update_rms": norms["update_norm"] / trainable_count**0.5,
         "logit_max": top_LH.max(),
         "logit_max_layers": top_LH.max(axis=-1),
-        "load_max": (load.max(axis=-1) / load.mean(axis=-1)).mean(),
-        "load_entropy": load_entropy(load).mean(),
+        "load_max": busiest_L.mean(),
+        "load_max_layers": busiest_L,
+        "load_entropy": entropy_L.mean(),
+        "load_entropy_layers": entropy_L,
         "expert_load": load,
     }
     if run.train.dispatch == "alltoall_capacity":

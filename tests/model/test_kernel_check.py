@@ -55,7 +55,7 @@ def test_an_exchange_that_loses_rows_is_refused(mesh, monkeypatch):
 
 @pytest.fixture
 def no_products(monkeypatch):
-    monkeypatch.setattr(check, "_products", lambda: (jnp.dot, jnp.dot, [jnp.ones(2)] * 2))
+    monkeypatch.setattr(check, "_products", lambda: (jnp.dot, jnp.dot, lambda: [jnp.ones(2)] * 2))
 
 
 @pytest.mark.parametrize("config", [None, MeshConfig(data=2)], ids=str)

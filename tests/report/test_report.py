@@ -72,7 +72,7 @@ def test_every_recorded_value_has_its_plot(page):
         "Busiest expert over the mean", "Entropy of the expert load (1: even)", "Tokens a second",
         "Wait for input (seconds a step)", "Host memory (bytes)",
         "Largest attention logit by layer", "Clipped heads by layer",
-        "Expert load over its layer&#x27;s mean, last step",
+        "Expert load over its layer&#x27;s mean, last recorded",
     ]  # fmt: skip
     found = figures(page)
     assert set(titles) <= set(found)
