@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from k2jax.runtime import memory, versions
+from k2jax.runtime import hardware, memory, versions
 from k2jax.runtime.files import default_cache
 
 # Both are jax's; it refuses to start with the two of them set.
@@ -16,7 +16,8 @@ def prepare(devices: int = 1, processes: int = 1) -> None:
     """Emulate `devices` devices where there is only a CPU, keep compiled programs and memory flat.
 
     Call it before anything is computed. Where a GPU or TPU is found, only the program cache is
-    set. `JAX_COMPILATION_CACHE_DIR` overrides the place of the cache.
+    set. `JAX_COMPILATION_CACHE_DIR` overrides the place of the cache, `JAX_PLATFORMS` what jax
+    looks for; without it, on a machine that can have no accelerator, it looks for none.
 
     Args:
         devices: of all processes.
@@ -25,6 +26,9 @@ def prepare(devices: int = 1, processes: int = 1) -> None:
     versions.warn_if_untested()
     if not any(name in os.environ for name in MEMORY_SHARE):
         os.environ[MEMORY_SHARE[0]] = "0.95"  # of a GPU, as plans count; jax's default is 0.75
+    if not os.environ.get("JAX_PLATFORMS") and not hardware.may_have_accelerator():
+        # The compilers that `plan` uses are plugins: jax tries them all, and logs a traceback each.
+        jax.config.update("jax_platforms", "cpu")
     memory.limit_malloc_arenas()  # heaps that threads have made already would stay
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # jax has started already, with its devices

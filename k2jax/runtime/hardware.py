@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import sys
+from pathlib import Path
 
 GB, GIB = 1e9, 2.0**30
 
@@ -57,6 +59,16 @@ def peak_of(device_kind: str) -> float:
     """Peak bf16 operations a second of the device that JAX calls so; 0: not in the table."""
     known = next((chip for kind, chip in KINDS.items() if device_kind.startswith(kind)), "")
     return CHIPS[known].flops / CHIPS[known].devices if known else 0.0
+
+
+# What Linux has under /dev where there is an accelerator: NVIDIA (Jetson, WSL), AMD, any GPU that
+# draws; TPUs before v5, and after; Trainium.
+NODES = ("nvidia*", "nvhost*", "dxg", "kfd", "dri", "accel*", "vfio", "neuron*")
+
+
+def may_have_accelerator(devices: Path = Path("/dev")) -> bool:
+    """Whether jax may find more than a CPU here; certainly not on a Linux without its nodes."""
+    return sys.platform != "linux" or any(any(devices.glob(node)) for node in NODES)
 
 
 def count_cores() -> int:

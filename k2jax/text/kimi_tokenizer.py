@@ -19,6 +19,7 @@ import tiktoken
 from k2jax.config import ConfigError
 from k2jax.runtime.files import write_atomic
 from k2jax.runtime.foreign import FOREIGN_BYTES, describe_foreign
+from k2jax.runtime.hardware import count_cores
 from k2jax.text.hf_tokenizer import CONFIG, read_json
 from k2jax.text.interface import Template, check_ids
 from k2jax.text.kimi_template import KIMI_K2
@@ -168,7 +169,7 @@ class Tokenizer:
             for piece in cut_pieces(text):
                 parts.append(piece)
                 owner.append(index)
-        threads = os.cpu_count() or 1
+        threads = count_cores()
         batch: list[list[int]] = [[] for _ in texts]
         encoded = self._encoding.encode_ordinary_batch(parts, num_threads=threads)
         for index, ids in zip(owner, encoded, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from k2jax.config import ConfigError
 from k2jax.runtime.files import write_atomic
+from k2jax.runtime.hardware import count_cores
 from k2jax.weights.hf_folder import Remote
 
 NAME = "manifest.sha256"
@@ -89,5 +90,5 @@ def _digests(folder: Path, names: Iterable[str], remote: Remote | None = None) -
     def one(name):
         return remote.sha256(name) if remote else digest(folder / name)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         return list(pool.map(one, names))
