@@ -22,6 +22,8 @@ from k2jax.config import (
 )
 from k2jax.weights.hf_config import from_published, published_fields
 
+# The stages of K2's training, each from the weights of the one before.
+RECIPE = ("kimi_k2_pretrain", "kimi_k2_anneal", "kimi_k2_32k", "kimi_k2_128k")
 NAMES = {
     "tiny": "tiny",
     "small": "tiny",

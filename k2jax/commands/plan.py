@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -19,11 +21,12 @@ from k2jax.config import (
     override,
     validate,
 )
-from k2jax.planner import cost, serving, targets, traffic
+from k2jax.planner import cost, serving, targets
 from k2jax.planner import hbm as memory
 from k2jax.planner.decoding import WEIGHTS
 from k2jax.planner.estimate import Estimate
-from k2jax.planner.search import Search, reason, remedies, search
+from k2jax.planner.plan_text import describe_plan
+from k2jax.planner.search import Search, candidates, reason, remedies, search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dollars-per-hour", type=float, metavar="X", help="of a chip")
     parser.add_argument("--watts", type=float, metavar="X", help="of a chip, host included")
     parser.add_argument("--compile", action="store_true", help="ask the target's real compiler too")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="compile every program of the run, count what its hosts do, and run a small copy here",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
@@ -145,6 +153,7 @@ def plan(  # noqa: PLR0913, the options of the command
         dollars_per_hour=dollars_per_hour,
         watts=watts,
         compile=False,
+        rehearse=False,
         settings=changed,
     )
     return _make_plan(run, options)[0]
@@ -177,8 +186,7 @@ def _make_plan(run: RunConfig, args: argparse.Namespace) -> tuple[dict[str, Any]
         )
         decoded = serving.plan_serving(run.name, run.model, target, fixed, wanted)
         return decoded, serving.describe_serving(decoded)
-    keep = "train.accumulate" in args.settings
-    return _training(run, search(run, target, fixed, keep), args)
+    return _training(run, search(run, target, fixed, _keeps_accumulate(args)), args)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -188,6 +196,8 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and not 0 <= value < math.inf:
             raise ConfigError(f"--{option} is {value:g}; it must be a number, 0 or more")
     _check_serving(args)
+    if args.decode and args.rehearse:
+        raise ConfigError("--rehearse is for training; --decode --compile compiles its calls")
     if args.decode and args.tokens is not None:
         raise ConfigError("--tokens is for training; --decode costs a million generated tokens")
 
@@ -231,26 +241,69 @@ def _fixed(text: str) -> dict[str, int]:
 def _training(
     run: RunConfig, searched: Search, args: argparse.Namespace
 ) -> tuple[dict[str, Any], str]:
-    best = searched.best
+    best, tried = searched.best, list[dict[str, Any]]()
+    compiled: dict[str, Any] = {}
+    if args.compile:
+        best, compiled, tried = _compile_until_one_fits(run, searched, _keeps_accumulate(args))
     run = _planned(run, best)
     validate(run)
-    plan = as_json(best, args.tokens)
+    plan = as_json(best, args.tokens) | {"tried": tried}
+    others = [e for e in searched.plans if e.mesh != best.mesh]
     plan["others"] = [
         {"mesh": e.mesh.sizes, "accumulate": e.case.accumulate, "reason": reason(e, best)}
-        for e in searched.plans[1:4]
+        for e in others[:3]
     ]
     plan["refused"] = dict(searched.refused)
     if not best.fits:
         plan["remedies"] = {words: e.peak for words, e in remedies(run, searched)}
-    if args.compile:
-        # Imported here: it brings jax.
-        from k2jax.planner.compiler import compile_step
+    if "source" in compiled:
+        plan["formulas"] = {key: plan[key] for key in COMPILED}
+    plan |= compiled
+    if args.rehearse:
+        plan["rehearsal"] = _rehearse(run, best)
+        plan["fits"] = plan["rehearsal"]["fits"]
+    return plan, describe_plan(plan, best)
 
-        formulas = {key: plan[key] for key in COMPILED if key in plan}
-        plan |= compile_step(run, best.target).as_json() | {"formulas": formulas}
-    return plan, _text(plan, best)
+
+def _keeps_accumulate(args: argparse.Namespace) -> bool:
+    return "train.accumulate" in args.settings
 
 
+def _compile_until_one_fits(
+    run: RunConfig, searched: Search, keep: bool
+) -> tuple[Estimate, dict[str, Any], list[dict[str, Any]]]:
+    """Return the first plan that fits by the compiler, what it says, and those that do not fit.
+
+    If none of `TRIES` fits, the last one is returned.
+    """
+    # Imported here: it brings jax.
+    from k2jax.planner.compiler import DoesNotFitError, compile_step
+
+    tried: list[dict[str, Any]] = []
+    for plan in itertools.islice(candidates(searched, keep), TRIES):
+        try:
+            compiled = compile_step(_planned(run, plan), plan.target).as_json()
+            why = f"{compiled['bytes_per_device']['peak'] / 1e9:.1f} GB by the compiler"
+        except DoesNotFitError as error:
+            compiled, why = {"fits": False}, str(error)
+        if compiled["fits"]:
+            break
+        tried.append({"mesh": plan.mesh.sizes, "accumulate": plan.case.accumulate, "why": why})
+    return plan, compiled, tried
+
+
+def _rehearse(run: RunConfig, best: Estimate) -> dict[str, Any]:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax: no device is touched
+    from k2jax.commands.train import print_sample
+    from k2jax.planner.rehearsal import rehearse
+
+    def say(line: str) -> None:
+        sys.stderr.write(line + "\n")
+
+    return rehearse(run, best.target, print_sample, say)
+
+
+TRIES = 4  # plans that are compiled until one fits
 # What the compiler is asked too.
 COMPILED = (
     "fits",
@@ -300,6 +353,7 @@ def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
             "aliased": arguments - batch,
             "peak": best.peak,
         },
+        "peak_with_headroom_bytes": best.peak_with_headroom,
         "parts_bytes": best.parts,
         "worst_moment": best.worst,
         "host_save_bytes": memory.saving(best.case, per_host),
@@ -313,78 +367,3 @@ def as_json(best: Estimate, tokens: float | None = None) -> dict[str, Any]:
             **cost.training(target, best.seconds, step_tokens, tokens),
         },
     }
-
-
-def _text(plan: dict[str, Any], best: Estimate) -> str:
-    lines = [
-        f"{plan['config']} on {plan['target']}: {plan['devices']} devices of"
-        f" {_gb(plan['hbm_limit_bytes'])}",
-        f"{'best mesh' if best.fits else 'NOTHING FITS; nearest'}: {best.case.mesh},"
-        f" {plan['accumulate']} micro-batches",
-        f"memory      {_gb(best.peak)} a device at its worst, in '{best.worst}'",
-        *(f"  {_gb(size):>12} {name}" for name, size in best.parts.items() if size > 1e7),
-    ]
-    roofline = best.roofline
-    lines += [
-        f"step        {_short(best.overlapped)} s if all overlaps, {_short(best.seconds)} s if the"
-        f" network waits; MFU {best.mfu(best.overlapped):.0%} to {best.mfu(best.seconds):.0%}",
-        f"bound by    {best.bound} ("
-        + ", ".join(f"{name} {_short(value)} s" for name, value in roofline.items())
-        + ")",
-        f"FLOPs       {_short(plan['flops_per_device'] / 1e12)} TFLOP a device and step,"
-        f" {_short(best.optimizer_flops / 1e12)} of them Newton-Schulz",
-        f"network     {_gb(traffic.total(best.wire))} sent by a device in a step",
-        *(
-            f"  {_gb(sent):>12} {kind} over {axes}"
-            for kind, row in sorted(best.wire.items())
-            for axes, sent in row.items()
-            if sent > 1e7
-        ),
-        f"host        {_gb(plan['host_save_bytes'])} a host for a save in the background"
-        + (f", {_gb(away)} for layers' inputs" if (away := plan["host_offload_bytes"]) else ""),
-        f"cost        {plan['cost']['tokens']:.3g} tokens: {_cost(plan['cost'])}",
-    ]
-    for other in plan["others"]:
-        sizes = " ".join(f"{axis}={n}" for axis, n in other["mesh"].items() if n > 1)
-        lines.append(f"not         {sizes}: {other['reason']}")
-    if plan["refused"]:
-        refused = ", ".join(f"{axis} ({n})" for axis, n in plan["refused"].items())
-        lines.append(f"not         meshes that do not divide {refused}")
-    for words, peak in plan.get("remedies", {}).items():
-        lines.append(f"would take  {_gb(peak)} with {words}")
-    if "formulas" in plan:
-        lines += _beside(plan)
-    return "\n".join(lines) + "\n"
-
-
-def _beside(plan: dict[str, Any]) -> list[str]:
-    """Formulas and compiler, line by line."""
-    ours, real = plan["formulas"], plan
-    rows = [
-        (f"{name} GB", ours["bytes_per_device"][name] / 1e9, real["bytes_per_device"][name] / 1e9)
-        for name in ("arguments", "temporaries", "peak")
-    ]
-    rows.append(("TFLOP", ours["flops_per_device"] / 1e12, real["flops_per_device"] / 1e12))
-    wires = [traffic.total(plan["wire_bytes_per_device"]) / 1e9 for plan in (ours, real)]
-    rows.append(("sent GB", wires[0], wires[1]))
-    lines = [
-        f"{'compiled in ' + format(real['compile_seconds'], '.0f') + ' s':20} formula compiler"
-    ]
-    lines += [f"  {name:18} {_short(mine):>8} {_short(its):>8}" for name, mine, its in rows]
-    return lines
-
-
-def _gb(size: float) -> str:
-    return f"{_short(size / 1e9)} GB"
-
-
-def _short(value: float) -> str:
-    """One digit behind the point, three digits of small numbers."""
-    return f"{value:.3g}" if 0 < value < 10 else f"{value:,.1f}"
-
-
-def _cost(plan: dict[str, float]) -> str:
-    return (
-        f"{plan['hours']:,.1f} hours, {plan['chip_hours']:,.1f} chip hours,"
-        f" ${plan['dollars']:,.2f}, {plan['kwh']:,.1f} kWh"
-    )

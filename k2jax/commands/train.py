@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> int:
             init=args.init,
             say=_say,
             began=began,
-            closing=_print_sample,
+            closing=print_sample,
         )
         stopped = (Checkpoints(out).latest() or 0) < run.train.steps
     # Schedulers start a job again only where its processes fail.
@@ -158,7 +158,7 @@ def _suggest_mesh_here(run: RunConfig) -> None:
             _say(line)
 
 
-def _print_sample(model: "Model") -> None:
+def print_sample(model: "Model") -> None:
     """Continue PROMPT; all processes compute it, and the first one prints it."""
     import jax
 

@@ -112,9 +112,7 @@ def _draw_parts(
     inner = leaf.shape[leaf.stacked :]
 
     def draw(at: tuple[int, ...]) -> None:
-        rng = np.random.default_rng([seed, zlib.crc32(name.encode()), *at])
-        matrix = rng.standard_normal(inner, np.float32)
-        matrix *= np.float32(std)
+        matrix = draw_matrix(seed, name, at, inner, std)
         for place, part in parts.items():
             stack, rest = place[: leaf.stacked], place[leaf.stacked :]
             if all(i in r for i, r in zip(at, stack, strict=True)):
@@ -126,6 +124,16 @@ def _draw_parts(
         for _ in pool.map(draw, wanted):
             pass
     return parts
+
+
+def draw_matrix(
+    seed: int, name: str, at: tuple[int, ...], shape: tuple[int, ...], std: float
+) -> np.ndarray:
+    """Draw the matrix at a place in the stack of a parameter."""
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), *at])
+    matrix = rng.standard_normal(shape, np.float32)
+    matrix *= np.float32(std)
+    return matrix
 
 
 def abstract(

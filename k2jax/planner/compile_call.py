@@ -9,17 +9,23 @@ from k2jax.planner.decoding import PAGE, Call
 POLICY_DTYPE = "bfloat16"
 
 
-def compile_call(call: Call) -> Compiled:
+def compile_call(call: Call, dtype: str = POLICY_DTYPE) -> Compiled:
     """Compile a decode step, a chunk of prompts or one that is scored, for the call's target.
+
+    Args:
+        call: to compile.
+        dtype: of plain weights and of what is computed.
 
     Raises:
         ConfigError: the compiler is not installed, or knows no such topology.
     """
     call = dataclasses.replace(call, model=dataclasses.replace(call.model, mtp_layers=0))
-    return compile_on(call.target, call.mesh, lambda mesh: _trace(call, mesh), inference=True)
+    return compile_on(
+        call.target, call.mesh, lambda mesh: _trace(call, mesh, dtype), inference=True
+    )
 
 
-def _trace(call: Call, mesh: Any) -> Any:
+def _trace(call: Call, mesh: Any, dtype: str) -> Any:
     """Trace the call with abstract arrays on the mesh in use."""
     import functools
 
@@ -32,7 +38,7 @@ def _trace(call: Call, mesh: Any) -> Any:
     from k2jax.params.arrays import abstract
     from k2jax.params.kimi import declare_kimi
 
-    cfg, policy = call.model, Policy(POLICY_DTYPE)
+    cfg, policy = call.model, Policy(dtype)
 
     def make(shape: tuple[int, ...], dtype: Any, spec: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
@@ -42,9 +48,9 @@ def _trace(call: Call, mesh: Any) -> Any:
 
     def pages(*layers: int) -> Any:
         shape = (*layers, call.mesh.devices * call.pages, PAGE, cfg.size("latent"))
-        return make(shape, POLICY_DTYPE, pool_spec(bool(layers)))
+        return make(shape, dtype, pool_spec(bool(layers)))
 
-    params = jax.tree.map(place, abstract(declare_kimi(cfg), POLICY_DTYPE, weights=call.form))
+    params = jax.tree.map(place, abstract(declare_kimi(cfg), dtype, weights=call.form))
     split = functools.partial(network.split_weights, cfg=cfg)
     weights = jax.tree.map(place, jax.eval_shape(split, params))
     depths = network.list_depths(cfg)

@@ -29,6 +29,10 @@ GPUS = {
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0}
 
 
+class DoesNotFitError(ConfigError):
+    """The compiler refuses a program: a device has too little memory for it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What the compiler says of a program, per device."""
@@ -145,7 +149,9 @@ def compile_on(
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             why = one_line(error).removeprefix("RESOURCE_EXHAUSTED: ")
-            raise ConfigError(f"it does not fit {target.name}, says its compiler: {why}") from None
+            raise DoesNotFitError(
+                f"it does not fit {target.name}, says its compiler: {why}"
+            ) from None
         seconds = time.perf_counter() - began
     return Compiled(
         memory=_memory(compiled.memory_analysis()),

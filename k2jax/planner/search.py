@@ -20,6 +20,9 @@ REMEDIES = {
 }
 
 
+LESS = 0.98  # of the memory of a plan that did not fit
+
+
 @dataclasses.dataclass(frozen=True)
 class Search:
     """What was looked at."""
@@ -119,6 +122,27 @@ def _fitting(run: RunConfig, mesh: MeshConfig, target: Target, keep: bool) -> Es
     return most
 
 
+def candidates(searched: Search, keep: bool) -> Iterator[Estimate]:
+    """Yield the plans to compile until one fits: the fastest first.
+
+    Asking for the next one says that the last did not fit: then those follow that need less, the
+    same mesh in more micro-batches among them.
+
+    Args:
+        searched: of a run.
+        keep: leave `train.accumulate` as it is.
+    """
+    waiting = [plan for plan in searched.plans if plan.fits] or searched.plans[:1]
+    while waiting:
+        refused = waiting.pop(0)
+        yield refused
+        case = refused.case
+        if not keep and not _uneven_rows(case.run, case.mesh, 2 * case.accumulate):
+            waiting.append(estimate(case.run, case.mesh, 2 * case.accumulate, refused.target))
+        waiting = [plan for plan in waiting if plan.peak < LESS * refused.peak]
+        waiting.sort(key=lambda plan: plan.seconds)
+
+
 def remedies(run: RunConfig, searched: Search) -> list[tuple[str, Estimate]]:
     """What each change would reach on the mesh nearest to fitting, most helpful first."""
     case = searched.best.case
@@ -135,7 +159,10 @@ def reason(loser: Estimate, best: Estimate) -> str:
     """In a few words, why `loser` is not the one."""
     if not loser.fits:
         name, size = next(iter(loser.parts.items()))
-        return f"does not fit: {loser.peak / 1e9:.1f} GB, {name} {size / 1e9:.1f}"
+        return (
+            f"does not fit: {loser.peak_with_headroom / 1e9:.1f} GB with headroom, {name}"
+            f" {size / 1e9:.1f}"
+        )
     own, other = loser.roofline, best.roofline
     worse = max(own, key=lambda name: own[name] - other[name])
     return f"{loser.seconds / best.seconds:.2f} times as long: {worse} {own[worse]:.1f} s"

@@ -5,8 +5,11 @@ import json
 import pytest
 
 from k2jax import cli, configs
-from k2jax.config import override
+from k2jax.config import MeshConfig, override
 from k2jax.planner import targets
+from k2jax.planner.compiler import Compiled, DoesNotFitError
+from k2jax.planner.estimate import estimate
+from k2jax.planner.hlo import Account
 from k2jax.planner.search import meshes, search
 
 K2 = configs.load("kimi_k2")
@@ -120,6 +123,49 @@ def test_the_best_is_the_fastest_of_all_that_fit():
     assert found.best.seconds == min(e.seconds for e in fitting)
     looked = len(found.plans) + sum(found.refused.values())
     assert looked == len(list(meshes(64, {})))
+
+
+def test_a_plan_keeps_the_headroom_that_compilers_took_before():
+    """By the compiler data=4 expert=64 in 8 micro-batches takes 156 GB of 143, 142 by formulas."""
+    best = search(K2, targets.parse("h200:32x8"), {}, keep=False).best
+    assert best.fits and best.peak_with_headroom > 1.1 * best.peak
+    refused = estimate(K2, MeshConfig(data=4, expert=64), 8, best.target)
+    assert refused.peak < refused.target.hbm and not refused.fits
+
+
+def answer(peaks):
+    """A compiler that answers with these peaks in turn, and notes what it was asked."""
+
+    def compile_step(run, target):
+        asked.append((str(run.mesh), run.train.accumulate))
+        account = Account()
+        size = peaks[len(asked) - 1]
+        if size is None:
+            raise DoesNotFitError(f"it does not fit {target.name}, says its compiler: no room")
+        memory = dict.fromkeys(("arguments", "temporaries", "outputs", "aliased", "peak"), size)
+        return Compiled(memory, account, 1.0, 1.0, target.hbm)
+
+    asked = []
+    return compile_step, asked
+
+
+def test_compiling_tries_the_next_plan_where_one_does_not_fit_and_says_so(capsys, monkeypatch):
+    compile_step, asked = answer([200e9, None, 90e9])
+    monkeypatch.setattr("k2jax.planner.compiler.compile_step", compile_step)
+    code, out, _ = plan(capsys, "kimi_k2", "--target", "h200:32x8", "--compile")
+    tried = [line for line in out.splitlines() if line.startswith("tried")]
+    assert code == 0 and len(set(asked)) == 3
+    assert tried[0].endswith("200.0 GB by the compiler") and tried[1].endswith("no room")
+    assert f"{asked[2][0]}, {asked[2][1]} micro-batches" in out
+
+
+def test_a_mesh_and_micro_batches_that_are_fixed_are_not_exchanged(capsys, monkeypatch):
+    compile_step, asked = answer([200e9] * 9)
+    monkeypatch.setattr("k2jax.planner.compiler.compile_step", compile_step)
+    words = ("--mesh", "data=2,expert=128", "--train.accumulate", "8", "--compile", "--json")
+    code, out, _ = plan(capsys, "kimi_k2", "--target", "h200:32x8", *words)
+    assert code == 1 and asked == [("data=2 expert=128", 8)]
+    assert not json.loads(out)["fits"] and len(json.loads(out)["tried"]) == 1
 
 
 def test_meshes_are_all_products_once():
