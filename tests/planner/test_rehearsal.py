@@ -56,7 +56,7 @@ def test_a_program_that_the_lists_leave_out_is_noticed(monkeypatch):
     listed = frozenset().union(*(p.functions for p in list_programs(RUN, targets.parse("cpu:1"))))
     before = callbacks.Track.on_step
     monkeypatch.setattr(callbacks.Track, "on_step", on_step)
-    names = rehearse_small(RUN, None, lambda model: None)
+    names = rehearse_small(RUN, dataclasses.replace(RUN, name="before"), lambda model: None)
     assert names >= {"init", "step", "evaluate", "sum_up_weights"}
     with pytest.raises(ConfigError, match="its rehearsal leaves out: sum_up_weights; list it in"):
         require_listed(names, listed)
