@@ -11,7 +11,7 @@ import functools
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _save_weights(run: RunConfig, out: Path) -> None:
 def shrink(run: RunConfig) -> RunConfig:
     """Make the small copy of a run."""
     cfg, mesh = run.model, shrink_mesh(run.mesh)
-    sizes = SIZES | {
+    sizes: dict[str, Any] = SIZES | {
         "dense_layers": min(cfg.dense_layers, 1),
         "moe_layers": 1,
         "q_rank": min(cfg.q_rank, 8),
@@ -168,12 +168,12 @@ def _listen() -> None:
     jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
-def _on_event(event: str, duration: float, **facts: str | int) -> None:
+def _on_event(event: str, duration_secs: float, **facts: str | int) -> None:
     if event == EVENT:
         _compiled.append(str(facts["fun_name"]).removeprefix("jit(").removesuffix(")"))
 
 
-def require_listed(names: set[str], listed: set[str]) -> None:
+def require_listed(names: Set[str], listed: Set[str]) -> None:
     """Refuse a rehearsal that leaves out a program of the run.
 
     Args:
