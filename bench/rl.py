@@ -56,7 +56,7 @@ def supervise(task: str, seed: int, folder: Path) -> tuple[Path, dict[str, float
         model = train(now, out, say=lambda _: None)
         engine = Engine(model, EngineSettings(rows=256, cache_tokens=256 * 64, prefill_share=1.0))
         sampler = Sampler(engine, model.tokenizer, open_environment(task))
-        scores = hold_scores(sampler, RlConfig(), seed, model.params)
+        scores = hold_scores(sampler, RlConfig(), seed)
         say(f"supervised step {steps}: {scores}")
         if scores["heldout_sampled"] >= ENOUGH[task]:
             return out, scores

@@ -10,15 +10,19 @@ oracle's tool, that tool with arguments that fit its schema, and with the oracle
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from k2jax.config import ConfigError
 from k2jax.post.synthesis.check_arguments import describe_mistake
 from k2jax.post.synthesis.endpoint import parse_endpoint
 from k2jax.post.synthesis.rubric import is_same
 from k2jax.post.synthesis.stored import read_lines
+
+MOST = 200  # tokens of an answer; the oracle's calls have fewer
 
 
 def main() -> None:
@@ -30,20 +34,25 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=100, help="at most")
     parser.add_argument("--first", action="store_true", help="only the first call of each")
     args = parser.parse_args()
-    endpoint = parse_endpoint(args.url, temperature=0.0)
+    endpoint = dataclasses.replace(parse_endpoint(args.url, temperature=0.0), most_tokens=MOST)
     known = called_tools(args.trained) if args.trained else None
     counts = dict.fromkeys(("called", "right_tool", "valid", "same_arguments"), 0)
-    turns = 0
+    turns = too_long = 0
     for messages, tools, wanted in find_turns(args.folder, args.first):
         if turns == args.turns:
             break
         if known is not None and wanted["name"] not in known:
             continue
+        try:
+            message = endpoint.ask(messages, tools)
+        except ConfigError:  # the context has no room
+            too_long += 1
+            continue
         turns += 1
-        for name in grade(endpoint.ask(messages, tools), tools, wanted):
+        for name in grade(message, tools, wanted):
             counts[name] += 1
     shares = {name: round(count / max(turns, 1), 4) for name, count in counts.items()}
-    print(json.dumps({"bench": "tool_calls", "turns": turns, **shares}))
+    print(json.dumps({"bench": "tool_calls", "turns": turns, "too_long": too_long, **shares}))
 
 
 def called_tools(folder: str) -> set[str]:

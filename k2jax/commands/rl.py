@@ -1,11 +1,12 @@
 """`k2jax rl`: improve a model by rewards for its own samples."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
-from k2jax import configs
-from k2jax.config import ConfigError
+from k2jax import cluster, configs
+from k2jax.config import ConfigError, to_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " reasoning-gym:NAME, or one's own as FILE.py:FUNCTION",
     )
     parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/CONFIG-rl")
+    cluster.add_arguments(parser)
 
 
 class _Help(argparse.Action):
@@ -52,7 +54,7 @@ class _Help(argparse.Action):
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train; the exit code."""
+    """Train; the exit code: 75 where one of several processes was asked to stop before the end."""
     from k2jax.post.rl_config import check_run, configure_rl, split_settings
 
     settings, own = split_settings(args.settings)
@@ -65,12 +67,18 @@ def main(args: argparse.Namespace) -> int:
     # Imported here so that help and mistakes answer before jax loads.
     from k2jax.runtime import backend
 
-    backend.prepare(run.mesh.devices)
-    from k2jax.post.environment import open_environment
-    from k2jax.post.rl import train_rl
+    place = cluster.find(args.coordinator, args.processes, args.process)
+    backend.prepare(run.mesh.devices, place.processes if place else 1)
+    options = {"--out": str(out.absolute()), "--init": args.init, "--env": args.env}
+    facts = to_json(run) | {"rl": dataclasses.asdict(rl)} | options
+    with cluster.member(place, facts, run.mesh, _say, out) as group:
+        from k2jax.checkpoint import Checkpoints
+        from k2jax.post.environment import open_environment
+        from k2jax.post.rl import train_rl
 
-    train_rl(run, rl, open_environment(args.env), out, init=args.init, say=_say)
-    return 0
+        train_rl(run, rl, open_environment(args.env), out, init=args.init, say=_say)
+        stopped = (Checkpoints(out).latest() or 0) < run.train.steps
+    return cluster.EXIT_RETRY if stopped and group.count > 1 else 0
 
 
 def _say(line: str) -> None:

@@ -57,8 +57,9 @@ class TeamExecutor(Executor):
         return [_decode_result(result) for result in message["results"]]
 
     def end(self, results: list[Result]) -> None:
-        """Tell the others what came out; they stop to follow."""
-        self._tell({"results": [list(vars(result).values()) for result in results]})
+        """Tell the others what came out, but for experts; they stop to follow."""
+        told = [vars(result) | {"experts": None} for result in results]
+        self._tell({"results": [list(fields.values()) for fields in told]})
 
     def _tell(self, value: Any = None) -> Any:
         self._messages += 1

@@ -79,7 +79,7 @@ def apply_first(
     outputs, latents = pool
     x_BTD = _join(w, mtp, outputs, reading, cfg, policy)
     index, reading = (jnp.int32(0), False), reading._replace(first=1)
-    x_BTD, latents = apply_layer(mtp, index, x_BTD, latents, reading, cfg, policy)
+    x_BTD, latents, _ = apply_layer(mtp, index, x_BTD, latents, reading, cfg, policy)
     return x_BTD, (outputs, latents)
 
 

@@ -9,8 +9,8 @@ import contextlib
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 
@@ -32,6 +32,8 @@ from k2jax.inference.stepper import Stepper
 from k2jax.inference.stops import TextCutter
 from k2jax.model import Model
 from k2jax.text.interface import TokenizerLike
+
+Work = TypeVar("Work")
 
 PAGE = 16  # tokens
 LONGEST = 4_096  # tokens of a row that the cache has room for by default
@@ -72,7 +74,7 @@ class Engine:
         self._stats = EngineStats(rows=runner.rows, pages_total=runner.pages - runner.shards)
         group = cluster.current()
         self._team = TeamExecutor(group, runner, vocab, allowed) if group.count > 1 else None
-        self._follows = group.number > 0
+        self._follows, self._leads = group.number > 0, False
         self._executor = self._team or Executor(runner, vocab, allowed)
         self._stepper = Stepper(self._executor, self._scheduler, settings, self._stats)
         self._inbox: deque[Sequence | int] = deque()  # submitted ones, numbers of aborted ones
@@ -104,7 +106,7 @@ class Engine:
         return self._enter(request, on_output).number
 
     def _enter(self, request: Request, on_output: OnOutput | None) -> Sequence:
-        check_request(request, self._vocab, self.context, self._tokenizer is not None)
+        self._check(request)
         if request.constraint is not None:
             request.constraint.start(request.max_new_tokens)
         cutter = TextCutter(self._tokenizer, request.stop) if self._tokenizer else None
@@ -115,6 +117,9 @@ class Engine:
             self._inbox.append(sequence)
             self._news.notify_all()
         return sequence
+
+    def _check(self, request: Request) -> None:
+        check_request(request, self._vocab, self.context, self._tokenizer is not None)
 
     def abort(self, number: int) -> None:
         """End a request soon, with the reason "abort"; one that has ended stays as it is."""
@@ -157,6 +162,10 @@ class Engine:
             ConfigError: one of them cannot be computed.
         """
         sequences: list[Sequence] = []
+        if self._follows:
+            for request in requests:
+                self._check(request)
+            return self.follow()
         try:
             for request in requests:
                 sequences.append(self._enter(request, None))
@@ -167,20 +176,38 @@ class Engine:
         if self._thread:
             with self._news:
                 self._news.wait_for(lambda: all(s.result for s in sequences))
-        if self._follows:
-            return self.follow()
         while any(s.result is None for s in sequences):
             self.step()
         results = [s.result for s in sequences if s.result]
-        if self._team and not self._thread:
+        if self._team and not self._thread and not self._leads:
             self._team.end(results)
         return results
+
+    def lead(self, work: Callable[[], Work]) -> Work | None:
+        """Do what runs requests any number of times; every process must call this alike.
+
+        Args:
+            work: called in process 0 alone. The others compute along.
+
+        Returns:
+            What `work` returns; None in the other processes.
+        """
+        if self._follows:
+            self.follow()
+            return None
+        self._leads = True
+        try:
+            return work()
+        finally:
+            self._leads = False
+            self.dismiss()
 
     def set_weights(self, params: dict[str, jax.Array]) -> None:
         """Compute with other weights of the same model; every process must call this alike.
 
-        The arrays are not copied where they lie on the engine's mesh already, but for layers of
-        shallow stacks. They must live until the next call. Call it where no request is open.
+        The arrays are not copied where each of the engine's devices has its part already, but for
+        layers of shallow stacks; from another mesh they are laid out anew. They must live until the
+        next call. Call it where no request is open.
 
         Raises:
             RuntimeError: a request is open.
@@ -188,8 +215,7 @@ class Engine:
         if self._open or self._inbox:
             raise RuntimeError("weights cannot change while requests are open")
         self._runner.set_weights(params)
-        for part in self._scheduler.parts:
-            part.forget_all()  # latents of the old weights
+        self._scheduler.forget()  # latents of the old weights
 
     def follow(self) -> list[Result]:
         """Compute what process 0 schedules, in any other one; return when it closes or has run."""
@@ -298,7 +324,12 @@ def make_runner(model: Model, settings: EngineSettings) -> RunnerLike:
     parts, rows = count_parts(model), fill_parts(model, settings.rows)
     tokens = settings.cache_tokens or rows * min(model.config.context, LONGEST)
     pages = parts * (-(-tokens // (PAGE * parts)) + 1)  # each part has a scratch page of its own
-    return Runner(model, rows=rows, pages=pages, page=PAGE, block=PAGE, drafts=settings.drafts)
+    runner = Runner(model, rows=rows, pages=pages, page=PAGE, block=PAGE, drafts=settings.drafts)
+    if not settings.deterministic:
+        runner.widen()
+    if settings.experts:
+        runner.keep_experts()
+    return runner
 
 
 def count_parts(model: Model) -> int:

@@ -49,6 +49,9 @@ class RunnerLike(Protocol):
     def draft(self, chunks: Sequence[Chunk]) -> jax.Array:
         """Guess what follows sequences' newest tokens: logits, in order, then any rows."""
 
+    def read_experts(self, pages: Sequence[int], count: int) -> np.ndarray:
+        """Return the experts of the first tokens in pages, where they are kept."""
+
 
 class Begin(NamedTuple):
     """A sequence that gets a row."""

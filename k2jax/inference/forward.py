@@ -89,7 +89,8 @@ def forward(
     cfg: ModelConfig,
     policy: Policy,
     head_rows: int = 0,
-) -> tuple[jax.Array, Pool]:
+    experts: bool = False,
+) -> tuple[jax.Array, Pool, jax.Array | None]:
     """Read the chunks: float32 logits of the wanted tokens, and the pool with their latents.
 
     Args:
@@ -99,22 +100,27 @@ def forward(
         cfg: sizes.
         policy: dtypes, and how weights are read.
         head_rows: rows of each product with the head, on each device; 0: all that are wanted.
+        experts: whether to return the experts of each token too, int16 [chunks, tokens, layers,
+            experts a token], on every device.
     """
     declared, reading = Kimi(cfg), describe(chunks, cfg)
 
     def apply_bound(
         x_BTD: jax.Array, params: Params, latents: jax.Array, index: jax.Array, stacked: bool
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         w = bind(declared.layers if MOE in params else declared.dense, params)
-        return apply_layer(w, (index, stacked), x_BTD, latents, reading, cfg, policy)
+        x_BTD, latents, expert_BTK = apply_layer(
+            w, (index, stacked), x_BTD, latents, reading, cfg, policy
+        )
+        return x_BTD, latents, expert_BTK if experts else None
 
     # Traced once for all layers of a kind that were taken apart.
     apply_one = jax.jit(functools.partial(apply_bound, stacked=False))
     w = bind(Ends(declared), weights.whole)
-    x_BTD, written = look_up(w.embed, chunks.token_BT, policy), []
+    x_BTD, written, chosen = look_up(w.embed, chunks.token_BT, policy), [], []
     stacks = _list_stacks(cfg)
     for (prefix, _), stack, old in zip(stacks, weights.stacks, pool, strict=False):
-        experts = {
+        routed = {
             name.removeprefix(prefix): a
             for name, a in weights.whole.items()
             if name.startswith(prefix + EXPERTS)
@@ -122,25 +128,28 @@ def forward(
         if isinstance(stack, tuple):
             new = []
             for i, (params, latents) in enumerate(zip(stack, old, strict=True)):
-                x_BTD, after = apply_one(x_BTD, params | experts, latents, jnp.int32(i))
+                x_BTD, after, expert_BTK = apply_one(x_BTD, params | routed, latents, jnp.int32(i))
                 new.append(after)
+                chosen += [] if expert_BTK is None else [expert_BTK[None]]
             written.append(tuple(new))
         else:
 
-            def apply_next(carry, at, experts=experts):
+            def apply_next(carry, at, routed=routed):
                 index, params = at
-                return apply_bound(carry[0], params | experts, carry[1], index, True), None
+                *carry, expert_BTK = apply_bound(carry[0], params | routed, carry[1], index, True)
+                return tuple(carry), expert_BTK
 
             assert not isinstance(old, tuple)
             depth = jnp.arange(old.shape[0])
-            (x_BTD, latents), _ = jax.lax.scan(apply_next, (x_BTD, old), (depth, stack))
+            (x_BTD, latents), expert_LBTK = jax.lax.scan(apply_next, (x_BTD, old), (depth, stack))
             written.append(latents)
+            chosen += [] if expert_LBTK is None else [expert_LBTK]
     if len(pool) > len(stacks):
         mtp = draft.bind_first(weights.whole, cfg)
         normed_BTD = rms_norm(x_BTD, w.norm, cfg.norm_eps, policy)
         written.append(draft.note_outputs(w, mtp, normed_BTD, pool[-1], reading, cfg, policy))
     y_NX = _read_head(w.head, w.norm, x_BTD, chunks.wanted_N, cfg, policy, head_rows)
-    return y_NX, tuple(written)
+    return y_NX, tuple(written), _join_choices(chosen)
 
 
 def guess(
@@ -150,15 +159,18 @@ def guess(
     cfg: ModelConfig,
     policy: Policy,
     head_rows: int = 0,
-) -> tuple[jax.Array, Pool]:
+    experts: bool = False,
+) -> tuple[jax.Array, Pool, None]:
     """Guess what follows each chunk's token by the first MTP layer: logits, as `forward` does.
 
-    The main network has read everything before that token, not yet the token itself.
+    The main network has read everything before that token, not yet the token itself. Nobody asks
+    which experts guessed.
     """
+    del experts
     w, mtp = bind(Ends(Kimi(cfg)), weights.whole), draft.bind_first(weights.whole, cfg)
     x_BTD, new = draft.apply_first(w, mtp, pool[-1], describe(chunks, cfg), cfg, policy)
     y_NX = _read_head(w.head, mtp.norm, x_BTD, chunks.wanted_N, cfg, policy, head_rows)
-    return y_NX, (*pool[:-1], new)
+    return y_NX, (*pool[:-1], new), None
 
 
 def _read_head(
@@ -193,6 +205,14 @@ def _read_head(
     parts = -(-(wanted_N >= 0).sum() // rows)
     y_NX = jnp.zeros((len(x_N1D), cfg.vocab), jnp.float32)
     return jax.lax.fori_loop(0, parts, read_next, y_NX)[:count]
+
+
+def _join_choices(chosen: list[jax.Array]) -> jax.Array | None:
+    """Join the experts of stacks, each [layers, chunks, tokens, experts a token]."""
+    if not chosen:
+        return None
+    expert_BTLK = jnp.moveaxis(jnp.concatenate(chosen), 0, 2).astype(jnp.int16)
+    return reshard(expert_BTLK, None, None, None, None)
 
 
 class Ends:

@@ -42,8 +42,8 @@ def apply_layer(
     reading: Reading,
     cfg: ModelConfig,
     policy: Policy,
-) -> tuple[jax.Array, jax.Array]:
-    """Apply one layer: activations, and its latents with those of the chunks.
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Apply one layer: activations, its latents with those of the chunks, and chosen experts.
 
     Args:
         w: weights of the layer, but for the experts, which are those of its stack.
@@ -53,6 +53,9 @@ def apply_layer(
         reading: the chunks.
         cfg: sizes.
         policy: dtypes, and how weights are read.
+
+    Returns:
+        The third is int32 [chunks, tokens, experts a token]; None: the layer has none.
     """
     at = index[0] if index[1] else None
     u_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, policy)
@@ -64,10 +67,10 @@ def apply_layer(
     x_BTD += project_values(w.attention, mixed_BHTR, up, cfg, policy)
     u_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, policy)
     if hasattr(w, "moe"):
-        y_BTD = moe_for_inference(w.moe, index[0], u_BTD, reading.valid_BT, cfg, policy)
+        y_BTD, expert_BTK = moe_for_inference(w.moe, index[0], u_BTD, reading.valid_BT, cfg, policy)
     else:
-        y_BTD = gated_mlp(w.mlp, u_BTD, policy)
-    return x_BTD + y_BTD, latents
+        y_BTD, expert_BTK = gated_mlp(w.mlp, u_BTD, policy), None
+    return x_BTD + y_BTD, latents, expert_BTK
 
 
 def latents_of(

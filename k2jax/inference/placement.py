@@ -27,16 +27,24 @@ def decoding(params: Params, cfg: ModelConfig) -> Iterator[Params]:
     if mesh is None or "data" not in mesh.shape:
         yield params
         return
+    with jax.set_mesh(inference_mesh(mesh, declare_kimi(cfg))):
+        yield lay_out(params, cfg, jax.sharding.get_mesh())
+
+
+def lay_out(params: Params, cfg: ModelConfig, mesh: jax.sharding.Mesh | None) -> Params:
+    """Lay weights on a mesh, or on one device; nothing is copied where it has its part."""
+    if mesh is None:
+        return jax.device_put(params, jax.devices()[0])
     specs = declare_kimi(cfg)
-    with jax.set_mesh(inference_mesh(mesh, specs)):
-        yield {name: map_parts(a, specs[name], _lay) for name, a in params.items()}
+    with jax.set_mesh(mesh):
+        return {name: map_parts(a, specs[name], _lay) for name, a in params.items()}
 
 
 def _lay(leaf: jax.Array, spec: ParamSpec) -> jax.Array:
-    """Lay an array on the mesh in use; nothing is copied where each device has its part."""
     layout = jax.NamedSharding(jax.sharding.get_mesh(), storage_spec(spec.axes))
-    here = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-    if here != layout.addressable_devices_indices_map(leaf.shape):
+    # Of all devices: every process must come to the same end.
+    before = leaf.sharding.devices_indices_map(leaf.shape)
+    if before != layout.devices_indices_map(leaf.shape):
         return jax.device_put(leaf, layout)
     parts = [shard.data for shard in leaf.addressable_shards]
     return jax.make_array_from_single_device_arrays(leaf.shape, layout, parts)

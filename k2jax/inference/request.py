@@ -150,6 +150,9 @@ class Output:
         error: one line, with the reason "error".
         cached_tokens: of the prompt, that came from the prefix cache.
         prompt_tokens: of the prompt.
+        experts: with the last event, where the engine keeps them: of each token that was read, all
+            but the last new one, int16 [tokens, layers with experts, experts a token]. Only
+            process 0 has them.
     """
 
     ids: tuple[int, ...] = ()
@@ -161,6 +164,7 @@ class Output:
     error: str = ""
     cached_tokens: int = 0
     prompt_tokens: int = 0
+    experts: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 # All events of a request, joined: the attributes mean the same.
@@ -190,10 +194,11 @@ class EngineSettings:
         prefill_share: share of the time that prompts may take while others get new tokens: with
             0.5 a long prompt makes their tokens take twice the time. 1: prompts first.
         prefix_cache: keep the latents of prompts for requests that begin alike.
-        deterministic: a request's tokens depend on the request alone; False: faster where
-            products of different sizes are, and tokens may differ in last bits.
+        deterministic: a request's tokens depend on the request alone; False: faster for many rows
+            at once, and log-probabilities may differ in last bits with what else is computed.
         drafts: where the model has MTP layers, the first guesses the token after each next one,
             and one step checks both: the same tokens in fewer steps.
+        experts: results have the experts that their tokens chose.
     """
 
     rows: int = 16
@@ -203,6 +208,7 @@ class EngineSettings:
     prefix_cache: bool = True
     deterministic: bool = True
     drafts: bool = True
+    experts: bool = False
 
 
 @dataclasses.dataclass

@@ -30,8 +30,9 @@ import numpy as np
 from k2jax.config import ConfigError, ModelConfig
 from k2jax.inference import forward as network
 from k2jax.inference.cache import Pool, make_pool
+from k2jax.inference.expert_log import ExpertLog
 from k2jax.inference.paged_attention import Chunks
-from k2jax.inference.placement import batch_ways, decoding
+from k2jax.inference.placement import batch_ways, decoding, lay_out
 from k2jax.model import Model
 from k2jax.model.projection import Policy
 from k2jax.params.arrays import Params
@@ -69,6 +70,7 @@ class Network(NamedTuple):
     tree: jax.tree_util.PyTreeDef  # of the weights
     head_rows: int
     row_exact: bool  # a row's bits do not depend on the number of rows
+    experts: bool  # whether they return the experts of each token
 
 
 class Runner:
@@ -130,8 +132,23 @@ class Runner:
         least = -(-CPU_PREFILL_ROWS // block) if self._cpu else 1
         self.sizes = self._list_sizes(least, -(-chunks // self.shards))
         self.rows, self.wanted = rows, self.sizes[-1] * block
+        self._log: ExpertLog | None = None
         self._programs: dict[Size, jax.stages.Compiled] = {}
         self._pool: Pool | None = None
+
+    def widen(self) -> None:
+        """Read and decode all rows in one call, on CPUs too: a token's bits depend on the others'.
+
+        Few sizes of programs, so that few are compiled. Call it before anything is read.
+        """
+        decoded = self.rows * (1 + self.drafts)
+        self.row_sizes = self._list_sizes(*_fit_least(decoded, self.shards), factor=4)
+        self.sizes = self._list_sizes(*_fit_least(self.rows, self.shards), factor=4)
+        self.wanted = self.sizes[-1] * self.block
+
+    def keep_experts(self) -> None:
+        """Keep the experts of every token, for `read_experts`; called before anything is read."""
+        self._log = ExpertLog(self.pages, self.page)
 
     def warm_up(self) -> None:
         """Compile the programs that decode and those that read prompts."""
@@ -190,13 +207,18 @@ class Runner:
     def set_weights(self, params: Params) -> None:
         """Compute with other weights of the same model from now on.
 
-        On the same mesh they are the arrays themselves, but for layers of shallow stacks.
+        On the same mesh they are the arrays themselves, but for layers of shallow stacks; from
+        another one they are laid out anew.
         """
-        with use_mesh_of(*params.values()), decoding(params, self._cfg) as placed:
-            self._params = placed
+        self._params = lay_out(params, self._cfg, self._mesh)
         if self._pool is not None:
             with self._on_mesh():
                 self._order_weights()
+
+    def read_experts(self, pages: Sequence[int], count: int) -> np.ndarray:
+        """Return the experts of the first tokens in pages, int16 [count, layers, a token]."""
+        assert self._log is not None
+        return self._log.read(pages, count)
 
     def _part(self, chunk: Chunk) -> int:
         return int(chunk.pages[0]) * self.shards // self.pages
@@ -216,7 +238,12 @@ class Runner:
         wanted = _list_wanted(slots, tokens)
         size = Size(count, tokens, count if len(wanted) <= count else count * tokens, guesses)
         program = self._program(size)
-        logits, self._pool = program(self._weights, self._pool, self._pad(slots, wanted, size))
+        logits, self._pool, expert_BTLK = program(
+            self._weights, self._pool, self._pad(slots, wanted, size)
+        )
+        if self._log is not None and expert_BTLK is not None:
+            places = {slot: (c.start, len(c.tokens), c.pages) for slot, c in slots.items()}
+            self._log.add(places, expert_BTLK)
         return logits
 
     def _pad(self, slots: Mapping[int, Chunk], wanted: list[int], size: Size) -> Chunks:
@@ -239,7 +266,8 @@ class Runner:
                 arrays = (self._weights, self._pool, self._pad({}, [], size))
                 described, layout = jax.tree.flatten(jax.tree.map(_describe, arrays))
                 rows = CPU_PREFILL_ROWS if self._cpu and size.tokens > 1 else 0
-                net = Network(self._cfg, self._policy, self._tree, rows, self._cpu)
+                logs = self._log is not None
+                net = Network(self._cfg, self._policy, self._tree, rows, self._cpu, logs)
                 self._programs[size] = _compile(
                     net, layout, tuple(described), self._mesh, size.guesses
                 )
@@ -262,12 +290,18 @@ class Runner:
         self._weights, self._tree = jax.tree.flatten(_split_weights(self._params, self._cfg))
         del self._params
 
-    def _list_sizes(self, least: int, most: int) -> tuple[int, ...]:
-        """Sizes of programs: powers of 2 times `least` up to `most`, of each part of the pool."""
+    def _list_sizes(self, least: int, most: int, factor: int = 2) -> tuple[int, ...]:
+        """Sizes of programs: `least` times powers of `factor` up to `most`, of each part."""
         sizes = [least]
         while sizes[-1] < most:
-            sizes.append(min(2 * sizes[-1], most))
+            sizes.append(min(factor * sizes[-1], most))
         return tuple(self.shards * n for n in sizes)
+
+
+def _fit_least(rows: int, shards: int) -> tuple[int, int]:
+    """Return the fewest and the most rows of a program, on each of some devices."""
+    most = -(-rows // shards)
+    return min(16, most), most
 
 
 _split_weights = jax.jit(network.split_weights, static_argnums=1)
@@ -289,10 +323,10 @@ def _compile(
 ) -> jax.stages.Compiled:
     """Compile one program; runners of like sizes share it."""
 
-    def run(weights: list[jax.Array], pool: Pool, chunks: Chunks) -> tuple[jax.Array, Pool]:
+    def run(weights: list[jax.Array], pool: Pool, chunks: Chunks) -> Any:
         split = jax.tree.unflatten(net.tree, weights)
         compute = network.guess if guesses else network.forward
-        return compute(split, pool, chunks, net.cfg, net.policy, net.head_rows)
+        return compute(split, pool, chunks, net.cfg, net.policy, net.head_rows, net.experts)
 
     arrays = jax.tree.unflatten(layout, described)
     lowered = jax.jit(run, donate_argnums=1).lower(*arrays)

@@ -96,6 +96,12 @@ class Scheduler:
         prefill = self._prefill(decode_chunks if decode else chunks)
         return Work(prefill, decode, started)
 
+    def forget(self) -> None:
+        """Be as at the start; called where nothing waits or runs."""
+        for part in self.parts:
+            part.forget_all()
+        self._reads_shortest = False
+
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, wherever it is."""
         if sequence.row >= 0:
@@ -103,6 +109,11 @@ class Scheduler:
             self._detach(sequence)
         else:
             self.waiting.remove(sequence)
+
+    def number_pages(self, s: Sequence, pages: list[int]) -> list[int]:
+        """Return the numbers in the whole pool of pages of a sequence's part."""
+        first = s.part * self.parts[0].count
+        return [page + first for page in pages] if first else pages
 
     def _detach(self, s: Sequence) -> None:
         self._rows[s.part].append(s.row)
@@ -169,9 +180,7 @@ class Scheduler:
 
     def _part(self, s: Sequence, count: int, want: str) -> Part:
         end = -(-(s.done + count) // self.shape.page)
-        pages = s.pages[s.sent : end]
-        if s.part:  # numbers of the whole pool
-            pages = [page + s.part * self.parts[0].count for page in pages]
+        pages = self.number_pages(s, s.pages[s.sent : end])
         part = Part(s.row, s.done, s.tokens[s.done : s.done + count], s.sent, pages, want)
         s.sent = max(s.sent, end)
         return part

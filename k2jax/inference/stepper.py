@@ -1,5 +1,6 @@
 """One step of the engine: what is planned is computed, and every new token is looked at."""
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -31,6 +32,7 @@ class Stepper:
         """Share the engine's parts."""
         self._executor, self._scheduler, self._stats = executor, scheduler, stats
         self._pace = Pace(executor.runner.sizes, settings.prefill_share)
+        self._keeps_experts = settings.experts
         self._ended: list[Sequence] = []
         self._broken: dict[Sequence, str] = {}  # whose constraint raised, and what
 
@@ -199,6 +201,10 @@ class Stepper:
         """Report what is new of a sequence, and let it go if there is a reason."""
         output = s.take_output(reason, stopped_by, error)
         if reason is not None:
+            if self._keeps_experts and reason in ("stop", "length"):
+                pages = self._scheduler.number_pages(s, s.pages)
+                read = self._executor.runner.read_experts(pages, s.done)
+                output = dataclasses.replace(output, experts=read)
             s.result = output
             name = f"finished_{reason}_total"
             setattr(self._stats, name, getattr(self._stats, name) + 1)

@@ -18,6 +18,7 @@ from k2jax.model.batch import Batch, plain
 from k2jax.model.kimi import Aux, hidden
 from k2jax.model.logits import head, losses
 from k2jax.model.projection import Policy
+from k2jax.model.router import Choices
 from k2jax.ops.moe import Dispatch
 from k2jax.params.arrays import bind
 from k2jax.params.kimi import Kimi
@@ -26,6 +27,7 @@ from k2jax.sharding import use_mesh_of
 __all__ = [
     "Aux",
     "Batch",
+    "Choices",
     "Dispatch",
     "Kimi",
     "Model",

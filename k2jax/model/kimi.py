@@ -15,6 +15,7 @@ from k2jax.model.moe import RouterStats, moe_forward
 from k2jax.model.norm import rms_norm
 from k2jax.model.projection import PROJECTION, Policy, look_up
 from k2jax.model.rope import Rotation, rotation
+from k2jax.model.router import Choices
 from k2jax.params.kimi import Kimi, Layer
 from k2jax.sharding import is_for_cpu
 
@@ -43,7 +44,9 @@ class Aux(NamedTuple):
     metrics: dict[str, jax.Array]  # float32 scalars of an objective; they add up over micro-batches
 
 
-def hidden(w: Kimi, batch: Batch, cfg: ModelConfig, policy: Policy) -> tuple[jax.Array, Aux]:
+def hidden(
+    w: Kimi, batch: Batch, cfg: ModelConfig, policy: Policy, choices: Choices | None = None
+) -> tuple[jax.Array, Aux]:
     """Compute the normed activations `x_BTD` before the head, and the statistics of the pass.
 
     Args:
@@ -51,6 +54,8 @@ def hidden(w: Kimi, batch: Batch, cfg: ModelConfig, policy: Policy) -> tuple[jax
         batch: rows of tokens; targets and weights are not read.
         cfg: sizes.
         policy: dtypes, rematerialisation and dispatch.
+        choices: experts that another pass chose, to compare with or to use; the metrics then
+            have `experts_differ`, the share of them that are not used here.
     """
     turn = rotation(batch.position, cfg)
     x_BTD = embed_tokens(w, batch.token, policy)
@@ -64,12 +69,21 @@ def hidden(w: Kimi, batch: Batch, cfg: ModelConfig, policy: Policy) -> tuple[jax
     def moe_layer(x_BTD: jax.Array, layer: Layer):
         return apply_moe_layer(layer, x_BTD, turn, batch.segment, cfg, policy)
 
+    def compared_layer(x_BTD: jax.Array, given: tuple[Layer, jax.Array]):
+        assert choices is not None
+        theirs = Choices(given[1], choices.replayed)
+        return apply_moe_layer(given[0], x_BTD, turn, batch.segment, cfg, policy, theirs)
+
     top_LH = jnp.zeros((0, cfg.heads), jnp.float32)
     if cfg.dense_layers:
         x_BTD, top_LH = run_stack(dense_layer, x_BTD, w.dense, cfg.dense_layers, policy)
-    x_BTD, (top, stats) = run_stack(moe_layer, x_BTD, w.layers, cfg.moe_layers, policy)
+    layers: tuple[Callable[..., Any], Any] = moe_layer, w.layers
+    if choices is not None:
+        layers = compared_layer, (w.layers, jnp.moveaxis(choices.expert, -2, 0))
+    x_BTD, (top, stats) = run_stack(layers[0], x_BTD, layers[1], cfg.moe_layers, policy)
     tops = jnp.concatenate([top_LH, top])
-    aux = Aux(tops, stats.load_E, stats.aux.mean(), stats.dropped.mean(), {})
+    metrics = {} if stats.differ is None else {"experts_differ": stats.differ.mean()}
+    aux = Aux(tops, stats.load_E, stats.aux.mean(), stats.dropped.mean(), metrics)
     return rms_norm(x_BTD, w.norm, cfg.norm_eps, policy), aux
 
 
@@ -85,15 +99,16 @@ def apply_moe_layer(
     segment_BT: jax.Array,
     cfg: ModelConfig,
     policy: Policy,
+    choices: Choices | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, RouterStats]]:
-    """Apply one layer with routed experts.
+    """Apply one layer with routed experts, those of `choices` if it is replayed.
 
     Returns:
         `x_BTD`; each head's largest logit `top_H` and the router's statistics.
     """
     x_BTD, top_H = _add_attention(layer, x_BTD, turn, segment_BT, cfg, policy)
     u_BTD = rms_norm(x_BTD, layer.mlp_norm, cfg.norm_eps, policy)
-    y_BTD, stats = moe_forward(layer.moe, u_BTD, segment_BT, cfg, policy)
+    y_BTD, stats = moe_forward(layer.moe, u_BTD, segment_BT, cfg, policy, choices)
     return x_BTD + y_BTD, (top_H, stats)
 
 

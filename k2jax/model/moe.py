@@ -21,7 +21,7 @@ from k2jax.model.projection import (
     sharded_einsum,
     specs_of,
 )
-from k2jax.model.router import Routing, count_choices, route
+from k2jax.model.router import Choices, Routing, count_choices, count_differences, route
 from k2jax.ops.collectives import gather_over, sum_over
 from k2jax.ops.lowbit import LowBit, decode
 from k2jax.ops.moe import (
@@ -44,6 +44,8 @@ class RouterStats(NamedTuple):
     load_E: jax.Array  # float32, tokens sent to each expert, over the whole batch
     aux: jax.Array  # float32 scalar, sequence-wise balance loss before its weight
     dropped: jax.Array  # float32 scalar, share of all choices that were dropped
+    # float32 scalar, share of another pass's choices that are not made; None: there is none.
+    differ: jax.Array | None = None
 
 
 def router_logits(w: Moe, x_BTD: jax.Array, policy: Policy) -> jax.Array:
@@ -54,9 +56,17 @@ def router_logits(w: Moe, x_BTD: jax.Array, policy: Policy) -> jax.Array:
 
 
 def moe_forward(
-    w: Moe, x_BTD: jax.Array, segment_BT: jax.Array, cfg: ModelConfig, policy: Policy
+    w: Moe,
+    x_BTD: jax.Array,
+    segment_BT: jax.Array,
+    cfg: ModelConfig,
+    policy: Policy,
+    choices: Choices | None = None,
 ) -> tuple[jax.Array, RouterStats]:
     """Sum each token's experts by weight and add the shared ones; segment 0 counts nowhere.
+
+    With the `choices` of another pass, `expert` [rows, length, experts a token], these are
+    compared with this pass's, or replayed.
 
     Source: [JLE] modeling_deepseek.py 520-560.
     """
@@ -64,12 +74,19 @@ def moe_forward(
     leaves = (w.experts.gate, w.experts.up, w.experts.down)
     weights = tuple(read_stack(leaf, policy) for leaf in leaves)
     if meshless():
-        y_BTD, stats = _run_on_device(x_BTD, segment_BT, *choice, *weights, cfg=cfg)
+        y_BTD, stats = _run_on_device(x_BTD, segment_BT, choices, *choice, *weights, cfg=cfg)
     else:
         token_spec = storage_spec(("batch", "length"))
+        replayed = choices is not None and choices.replayed
+
+        def on_device(x_BTD, segment_BT, expert_BTK, *args):
+            choices = None if expert_BTK is None else Choices(expert_BTK, replayed)
+            return _run_on_device(x_BTD, segment_BT, choices, *args, cfg=cfg, policy=policy)
+
         body = jax.shard_map(
-            lambda *args: _run_on_device(*args, cfg=cfg, policy=policy),
+            on_device,
             in_specs=(
+                token_spec,
                 token_spec,
                 token_spec,
                 token_spec,
@@ -79,7 +96,7 @@ def moe_forward(
             out_specs=(token_spec, P()),
             check_vma=False,  # loops and custom gradients inside; tests compare with one device
         )
-        y_BTD, stats = body(x_BTD, segment_BT, *choice, *weights)
+        y_BTD, stats = body(x_BTD, segment_BT, choices and choices.expert, *choice, *weights)
     if cfg.shared_experts:
         y_BTD += gated_mlp(w.shared, x_BTD, policy)
     return y_BTD, stats
@@ -92,7 +109,7 @@ def moe_for_inference(
     valid_BT: jax.Array,
     cfg: ModelConfig,
     policy: Policy,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Compute `moe_forward` without statistics; weights of experts nobody chose are not read.
 
     Args:
@@ -103,6 +120,9 @@ def moe_for_inference(
         valid_BT: whether a token is one; others choose no expert.
         cfg: sizes.
         policy: how weights are read.
+
+    Returns:
+        The sum, and the experts of each token, int32 [rows, length, experts a token].
     """
 
     def on_device(x_BTD, valid_BT, logit_BTE, bias_E, layer, *stacks):
@@ -115,34 +135,46 @@ def moe_for_inference(
             return resident_mlp(x_MD, weight_M1, stacks, layer, size_E, hidden)
 
         y_ND = dispatch_to_resident(x_ND, expert_NK, routing.weight_NK, cfg.experts, run)
-        return sum_over(y_ND, hidden).reshape(x_BTD.shape)
+        chosen_BTK = routing.expert_NK.reshape(*valid_BT.shape, -1)
+        return sum_over(y_ND, hidden).reshape(x_BTD.shape), chosen_BTK
 
     leaves = (w.experts.gate, w.experts.up, w.experts.down)
     stacks = tuple(read_stack(leaf, policy) for leaf in leaves)
     choice = (router_logits(w, x_BTD, policy), read_weight(w.bias, policy, "float32"))
     if meshless():
-        y_BTD = on_device(x_BTD, valid_BT, *choice, layer, *stacks)
+        y_BTD, expert_BTK = on_device(x_BTD, valid_BT, *choice, layer, *stacks)
     else:
         rows, tokens = (storage_spec(("batch", "length", *more)) for more in ((), (None,)))
         body = jax.shard_map(
             on_device,
             in_specs=(tokens, rows, tokens, P(), P(), *specs_of(stacks)),
-            out_specs=tokens,
+            out_specs=(tokens, tokens),
             check_vma=False,  # loops whose length differs between devices
         )
-        y_BTD = body(x_BTD, valid_BT, *choice, layer, *stacks)
-    return y_BTD + gated_mlp(w.shared, x_BTD, policy) if cfg.shared_experts else y_BTD
+        y_BTD, expert_BTK = body(x_BTD, valid_BT, *choice, layer, *stacks)
+    if cfg.shared_experts:
+        y_BTD += gated_mlp(w.shared, x_BTD, policy)
+    return y_BTD, expert_BTK
 
 
 def _run_on_device(
-    x_BTD, segment_BT, logit_BTE, bias_E, *weights, cfg: ModelConfig, policy: Policy | None = None
+    x_BTD,
+    segment_BT,
+    choices: Choices | None,
+    logit_BTE,
+    bias_E,
+    *weights,
+    cfg: ModelConfig,
+    policy: Policy | None = None,
 ):
     """Run one device's share of the layer. `weights` are gate_eDF, up_eDF and down_eFD.
 
     With a `policy` there is a mesh.
     """
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg)
+    if choices is not None:
+        choices = choices._replace(expert=choices.expert.reshape(len(x_ND), -1))
+    routing = route(logit_BTE.reshape(len(x_ND), -1), bias_E, cfg, choices)
     chosen, dropped = (x_ND, routing.expert_NK, routing.weight_NK), jnp.zeros(())
     if isinstance(weights[0], LowBit):
         y_ND = _run_low_bit(*chosen, weights, cfg.experts, policy)
@@ -155,9 +187,14 @@ def _run_on_device(
             gate_up_eDG = gather_over(gate_up_eDG, axes, 1, policy.grad_dtype)
             down_eFD = gather_over(down_eFD, axes, 2, policy.grad_dtype)
         y_ND, dropped = _run_dispatched(*chosen, (gate_up_eDG, down_eFD), policy.dispatch)
-    return y_ND.reshape(x_BTD.shape), _router_stats(
-        routing, segment_BT, dropped, cfg, policy is not None
-    )
+    stats = _router_stats(routing, segment_BT, dropped, cfg, policy is not None)
+    if choices is not None:
+        counts = jnp.stack(
+            count_differences(routing.expert_NK, choices, segment_BT.reshape(-1) > 0)
+        )
+        differ, known = sum_over(counts, axes_of("batch", "length")) if policy else counts
+        stats = stats._replace(differ=differ / jnp.maximum(known, 1.0))
+    return y_ND.reshape(x_BTD.shape), stats
 
 
 def _run_dispatched(

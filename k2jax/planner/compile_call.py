@@ -68,6 +68,6 @@ def _trace(call: Call, mesh: Any, dtype: str) -> Any:
     )
 
     def run(weights: Any, pool: Any, chunks: Any) -> Any:
-        return network.forward(weights, pool, chunks, cfg, policy)
+        return network.forward(weights, pool, chunks, cfg, policy)[:2]
 
     return jax.jit(run, donate_argnums=1).trace(weights, pool, chunks)

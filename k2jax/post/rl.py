@@ -6,7 +6,6 @@ run that was killed at any moment ends, by the same command, with the same weigh
 
 import contextlib
 import dataclasses
-import functools
 import json
 import shutil
 import time
@@ -18,13 +17,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from k2jax import sharding
+from k2jax import cluster, sharding
 from k2jax.checkpoint import Checkpoints, preload_orbax
 from k2jax.config import ConfigError, RunConfig, to_json
 from k2jax.data import Batches, open_data
 from k2jax.inference.engine import Engine
 from k2jax.inference.request import EngineSettings
 from k2jax.model import Model
+from k2jax.params.arrays import Params
 from k2jax.post.environment import Environment
 from k2jax.post.rl_config import RlConfig, check_run
 from k2jax.post.rl_objective import make_objective
@@ -46,7 +46,7 @@ from k2jax.training.callbacks import (
     Track,
     WriteMetrics,
 )
-from k2jax.training.loop import fit
+from k2jax.training.loop import ADAPTER, fit
 from k2jax.training.metrics import METRICS
 from k2jax.training.recovery import Recovery
 from k2jax.training.saver import Saver
@@ -95,10 +95,12 @@ class _RlRun:
     """One call of `train_rl`: what its parts share."""
 
     def __init__(self, run: RunConfig, rl: RlConfig, env: Environment, out: Path, say: Say):
-        self.run, self.rl, self.env, self.out, self.say = run, rl, env, out, say
+        self.is_main = jax.process_index() == 0  # the others write nothing but checkpoints
+        self.run, self.rl, self.env, self.out = run, rl, env, out
+        self.say = say if self.is_main else lambda line: None
         self.program = build(run, make_objective(run, rl))  # type: ignore[arg-type]
         sharding.check_divisible(self.program.specs, run.mesh.sizes, run.data.context)
-        self.recovery = Recovery(run, out, say)
+        self.recovery = Recovery(run, out, self.say)
 
     def run_to_end(self, init: str) -> Model:
         run, last = self.run, self.run.train.steps
@@ -115,20 +117,25 @@ class _RlRun:
             if tokenizer is None:
                 raise ConfigError(f"{source.name} has no tokenizer")
             preload_orbax()
+            self.base = resume.open_base(run, init, self.out, latest)
+            self.program = resume.freeze_base(self.program, self.base)
             if latest is None:
-                state = resume.initial_state(self.program, init)
+                state = resume.initial_state(self.program, init, self.base)
                 self._write_run_files(init)
             else:
                 self.say(f"resuming from step {latest} in {self.out}")
-                state = resume.restore_state(self.program, checkpoints, latest)
-            model, step = Model(run.model, state.params, tokenizer), latest or 0
+                state = resume.restore_state(self.program, checkpoints, latest, self.base)
+            step = latest or 0
             if step < last:
                 provenance.record_start(run, self.out, step)
+                model = Model(run.model, resume.plain_params(self.program, state), tokenizer)
                 steps = self._prepare(model, pool)
                 state, step = self._fit(state, step, steps, checkpoints, signals)
             if step < last:
                 self.say(f"stopped and saved at step {step}; rerun the same command to resume")
-            return Model(run.model, state.params, tokenizer)
+            elif self.base:
+                resume.write_adapter(self.program, state.params, self.base, self.out / ADAPTER)
+            return Model(run.model, resume.plain_params(self.program, state), tokenizer)
 
     def _require_same_settings(self, resumed: bool) -> None:
         """Refuse to resume with another environment or other settings, which change the samples.
@@ -147,6 +154,8 @@ class _RlRun:
                 )
 
     def _write_run_files(self, init: str) -> None:
+        if not self.is_main:
+            return
         self.out.mkdir(parents=True, exist_ok=True)
         source = open_source(init)
         for name in source.companions:
@@ -164,8 +173,16 @@ class _RlRun:
         # A row of the cache holds a sample, and what rounding up to pages takes.
         engine = Engine(
             model,
-            EngineSettings(rows=rows, cache_tokens=rows * (longest + 32), prefill_share=1.0),
+            EngineSettings(
+                rows=rows,
+                cache_tokens=rows * (longest + 32),
+                prefill_share=1.0,
+                deterministic=False,  # a step's requests come together, in the same order again
+                experts=True,
+            ),
         )
+        if cluster.current().count > 1:
+            engine.warm_up()  # within a step nobody waits long for another's compiler
         sampler = Sampler(engine, model.tokenizer, self.env, rl.budget, longest)
         curated = None
         if rl.ptx:
@@ -185,21 +202,24 @@ class _RlRun:
         run, recovery, saver = self.run, self.recovery, Saver(checkpoints, self.say)
 
         def checkpoint_meta(step: int) -> dict[str, Any]:
-            return {"config": to_json(run)} | recovery.checkpoint_meta(step)
+            return resume.checkpoint_meta(run, self.base) | recovery.checkpoint_meta(step)
 
         def number_steps(start: int) -> Iterable[dict[str, np.ndarray]]:
             return ({"number": np.asarray(n)} for n in range(start, run.train.steps))
 
-        score = functools.partial(hold_scores, steps.sampler, self.rl, run.data.seed)
+        def score(params: Params) -> dict[str, float]:
+            steps.set_weights(params)
+            return hold_scores(steps.sampler, self.rl, run.data.seed)
+
         callbacks = [
             Recover(recovery, saver, self.program.schedule),
             ScoreHeldout(score, run.train.eval_every, run.train.steps),
-            WriteMetrics(self.out / METRICS, self.say),
+            WriteMetrics(self.out / METRICS if self.is_main else None, self.say),
             _ShowSteps(run, self.say),
             Track(run, self.out),
             Abort(recovery),
             _StopBetweenPolicies(signals, self.rl.updates),
-            Save(saver, run.train.save_every, checkpoint_meta),
+            Save(saver, run.train.save_every, checkpoint_meta, self.program.to_save),
         ]
         return fit(state, steps.take, number_steps, callbacks, start=start)
 

@@ -45,6 +45,7 @@ class RlConfig:
         unless={"toggle": 0},
     )
     updates: int = knob(1, "steps with the samples of one policy; 1: on policy", low=1)
+    replay_routing: bool = knob(False, "the trainer uses the experts that the sampler chose")
     clip_low: float = knob(0.2, "how far a ratio may fall below 1", low=0, high=1, unless=SQUARED)
     clip_high: float = knob(0.2, "how far a ratio may rise above 1", low=0, unless=SQUARED)
     band: float = knob(
@@ -105,8 +106,6 @@ def check_run(run: RunConfig, rl: RlConfig) -> None:
         raise ConfigError(
             f"train.save_every is {run.train.save_every}; rl.updates ({rl.updates}) must divide it"
         )
-    if run.lora.rank:
-        raise ConfigError("lora.rank must be 0: k2jax rl moves all weights")
     if run.model.mtp_layers:
         raise ConfigError("model.mtp_layers must be 0: MTP layers do not learn from samples")
     parts = run.train.accumulate * run.mesh.replica * run.mesh.data * run.mesh.expert

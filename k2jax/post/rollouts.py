@@ -42,6 +42,8 @@ class Rollout:
         is_truncated: it ran out of tokens, and was not judged.
         messages: of the conversation so far; empty where the prompt was plain text.
         failure: why its reward is unknown; "": it is known.
+        experts: of all ids but the last, int16 [tokens, layers, experts a token], where the engine
+            keeps them; those of the turn in which a token was first read.
     """
 
     ids: list[int] = dataclasses.field(default_factory=list)
@@ -51,6 +53,7 @@ class Rollout:
     is_truncated: bool = False
     messages: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
     failure: str = ""
+    experts: np.ndarray | None = None
 
     @property
     def reward(self) -> float:
@@ -159,6 +162,10 @@ class Sampler:
         rollout.ids += result.ids
         rollout.own += [True] * len(result.ids)
         rollout.logprobs += [entry.logprob for entry in result.logprobs]
+        if result.experts is not None:
+            before_this = [] if rollout.experts is None else [rollout.experts]
+            read = sum(map(len, before_this))
+            rollout.experts = np.concatenate([*before_this, result.experts[read:]])
         if result.finish_reason != "stop":
             rollout.is_truncated = True
             return None

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
+from k2jax import cluster
 from k2jax.config import RunConfig
 from k2jax.data.batches import shuffle
 from k2jax.post.environment import Environment
@@ -76,7 +76,7 @@ def lay_out(
     rollouts: Sequence[Rollout],
     reward_GK: np.ndarray,
     rl: RlConfig,
-    length: int,
+    run: RunConfig,
     temperature: float,
 ) -> dict[str, np.ndarray]:
     """Return the rows of a step, one sample a row; see `RlBatch`.
@@ -85,13 +85,13 @@ def lay_out(
         rollouts: group by group.
         reward_GK: from `compute_rewards`.
         rl: how they are weighed.
-        length: tokens of a row.
+        run: sizes.
         temperature: that they were drawn at.
     """
     counts_GK = np.isfinite(reward_GK)
     own_GK = np.array([r.own_count for r in rollouts]).reshape(reward_GK.shape)
     weighing = weigh_samples(reward_GK, counts_GK, own_GK, rl.loss, rl.baseline, rl.tau)
-    rows = empty_rows(len(rollouts), length)
+    rows = empty_rows(len(rollouts), run.data.context, run.model)
     rows["fresh"][:], rows["temperature"][:] = 1.0, temperature
     rows["advantage"][:] = weighing.advantage_GK.ravel()
     rows["share"][:] = weighing.share_GK.ravel()
@@ -102,22 +102,24 @@ def lay_out(
         rows["segment"][i, here], rows["position"][i, here] = 1, np.arange(len(ids) - 1)
         rows["weight"][i, here] = own[1:]
         rows["sampled"][i, here][own[1:]] = rollout.logprobs
+        if rollout.experts is not None:
+            rows["expert"][i, here] = rollout.experts
     return rows
 
 
 def add_curated(
-    rows: dict[str, np.ndarray], curated: dict[str, np.ndarray], accumulate: int
+    rows: dict[str, np.ndarray], curated: dict[str, np.ndarray], run: RunConfig
 ) -> dict[str, np.ndarray]:
     """Add rows of curated data to each micro-batch of samples."""
     count, length = curated["tokens"].shape
-    extra = empty_rows(count, length)
+    extra = empty_rows(count, length, run.model)
     names = {"token": "tokens", "target": "targets", "weight": "weights", "segment": "segments"}
     for name, theirs in (names | {"position": "positions"}).items():
         extra[name][:] = curated[theirs]
     extra["curated"][:] = 1 / max(curated["weights"].sum(), 1.0)
 
     def join(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        parts = [array.reshape(accumulate, -1, *array.shape[1:]) for array in (a, b)]
+        parts = [array.reshape(run.train.accumulate, -1, *array.shape[1:]) for array in (a, b)]
         return np.concatenate(parts, axis=1).reshape(-1, *a.shape[1:])
 
     return {name: join(array, extra[name]) for name, array in rows.items()}
@@ -135,17 +137,18 @@ def describe_rewards(rollouts: Sequence[Rollout], reward_GK: np.ndarray) -> dict
     return metrics
 
 
-def hold_scores(
-    sampler: Sampler, rl: RlConfig, seed: int, params: dict[str, jax.Array]
-) -> dict[str, float]:
+def hold_scores(sampler: Sampler, rl: RlConfig, seed: int) -> dict[str, float]:
     """Try held-out tasks, the same ones every time: sampled at temperature 1, and greedily."""
     env = sampler.env
     count = min(rl.eval_prompts, env.count("heldout"))
     numbers = shuffle(np.arange(count), env.count("heldout"), seed, 0)
     tries = [Try(int(n), make_seed(seed, int(n))) for n in numbers]
-    sampler.engine.set_weights(params)
-    scores = {}
-    for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-        summary = summarise(sampler.sample("heldout", tries, temperature))
-        scores[f"heldout_{name}"] = summary["accuracy"]
-    return scores
+
+    def score() -> dict[str, float]:
+        scores = {}
+        for name, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+            summary = summarise(sampler.sample("heldout", tries, temperature))
+            scores[f"heldout_{name}"] = summary["accuracy"]
+        return scores
+
+    return cluster.current().tell("held-out scores", sampler.engine.lead(score))

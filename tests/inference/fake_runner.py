@@ -10,6 +10,8 @@ import hashlib
 import jax.numpy as jnp
 import numpy as np
 
+from k2jax.inference.expert_log import ExpertLog
+
 EMPTY = -1
 
 
@@ -36,6 +38,7 @@ class FakeRunner:
         self.pool = np.full((pages, page), EMPTY)
         self.poison = EMPTY  # sequences with this token have logits that are no numbers
         self.calls: list[tuple[bool, int]] = []
+        self.log = ExpertLog(pages, page)  # of each token: itself
 
     def warm_up(self):
         pass
@@ -43,6 +46,11 @@ class FakeRunner:
     def forward(self, chunks, decode=False):
         assert 0 < len(chunks) <= (self.rows if decode else self.sizes[-1])
         self.calls.append((decode, len(chunks)))
+        places = {row: (c.start, len(c.tokens), c.pages) for row, c in enumerate(chunks)}
+        chosen = np.zeros((len(chunks), self.block, 1, 1), np.int16)
+        for row, chunk in enumerate(chunks):
+            chosen[row, : len(chunk.tokens), 0, 0] = chunk.tokens
+        self.log.add(places, chosen)
         for chunk in chunks:
             assert 1 <= len(chunk.tokens) <= (1 if decode else self.block)
             assert decode or chunk.start % self.block == 0
@@ -54,6 +62,9 @@ class FakeRunner:
         size = next(n for n in (1, self.rows, self.wanted) if n >= len(rows))
         padding = [np.full(self.vocab, np.nan, np.float32)] * (size - len(rows))
         return jnp.asarray(np.stack(rows + padding))
+
+    def read_experts(self, pages, count):
+        return self.log.read(pages, count)
 
     def draft(self, chunks):
         """Right for two in three; where the token is not stored yet, as its call comes later."""

@@ -1,5 +1,6 @@
 """The engine over a runner without a network: what is answered depends on the request alone."""
 
+import dataclasses
 import itertools
 import random
 import threading
@@ -85,6 +86,7 @@ def submit_at_random(ours: Engine, requests: list[Request]) -> list[list]:
     ],
 )
 def test_answers_are_those_of_requests_alone_under_any_order_of_events(settings, kind):
+    settings = dataclasses.replace(settings, experts=True)
     ours, requests = engine(settings, **kind), drawn(120)
     events = submit_at_random(ours, requests)
     alone = engine(pages=200)
@@ -98,6 +100,8 @@ def test_answers_are_those_of_requests_alone_under_any_order_of_events(settings,
             assert list(result.ids) == whole[: len(result.ids)]
         else:
             assert list(result.ids) == whole
+            read = [*request.prompt, *whole][:-1]  # FakeRunner's experts are tokens
+            assert result.experts[:, 0, 0].tolist() == read
             assert result.finish_reason == ("length" if result.stopped_by is None else "stop")
     assert aborts > 5
     stats = ours.stats()

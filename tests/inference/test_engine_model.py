@@ -72,6 +72,25 @@ def test_tokens_are_the_same_bits_alone_crowded_uncached_and_preempted(model):
         assert (alone.ids, alone.logprobs) == (result.ids, result.logprobs)
 
 
+def test_an_engine_of_wide_programs_gives_the_full_forwards_tokens(model):
+    requests = requests_of(70, greedy=True)
+    engine = Engine(model, EngineSettings(rows=70, deterministic=False))
+    check_greedy(model, requests, engine.run(requests))
+
+
+def test_keeping_experts_changes_no_bit_and_shared_prompts_have_theirs(model):
+    requests = requests_of(8)
+    plain = Engine(model, EngineSettings(rows=4)).run(requests)
+    keeping = Engine(model, EngineSettings(rows=4, experts=True)).run(requests)
+    assert keeping == plain
+    assert sum(r.cached_tokens for r in keeping) > 0
+    alone = Engine(model, EngineSettings(rows=4, experts=True, prefix_cache=False))
+    for request, result in zip(requests, keeping, strict=True):
+        tokens = len(request.prompt) + len(result.ids) - 1
+        assert result.experts.shape == (tokens, CFG.moe_layers, CFG.experts_per_token)
+        np.testing.assert_array_equal(alone.run([request])[0].experts, result.experts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [4, 20])  # a CPU's programs have 16 at most
 def test_a_warm_engine_compiles_nothing(rows, model):

@@ -10,7 +10,7 @@ import pytest
 from k2jax.config import ModelConfig
 from k2jax.model.moe import router_logits
 from k2jax.model.projection import Policy
-from k2jax.model.router import count_choices, route
+from k2jax.model.router import Choices, count_choices, count_differences, route
 from k2jax.params.arrays import bind
 from k2jax.params.kimi import Moe
 
@@ -36,6 +36,21 @@ def routed(x, w, bias, cfg):
         bind(moe, {"router": w, "bias": bias} | rest), x[None], Policy("float32")
     )
     return route(logits[0], bias, cfg)
+
+
+def test_replayed_experts_are_weighed_by_the_scores_of_this_pass():
+    cfg = ModelConfig(experts=4, experts_per_token=2, routed_scale=2.0)
+    logits, bias = jnp.asarray([[0.0, 3.0, 1.0, -1.0]] * 2), jnp.zeros(4)
+    theirs = jnp.asarray([[0, 3], [-1, -1]])
+    routing = route(logits, bias, cfg, Choices(theirs, True))
+    np.testing.assert_array_equal(routing.expert_NK, [[0, 3], [1, 2]])
+    score = 1 / (1 + np.exp(-np.array([0.0, -1.0])))
+    np.testing.assert_allclose(routing.weight_NK[0], 2 * score / score.sum(), rtol=1e-6)
+    own = route(logits, bias, cfg).expert_NK
+    valid = jnp.asarray([True, True])
+    assert count_differences(own, Choices(theirs, False), valid) == (2.0, 2.0)
+    assert count_differences(own, Choices(own[:, ::-1], False), valid) == (0.0, 4.0)
+    assert count_differences(own, Choices(theirs, False), ~valid) == (0.0, 0.0)
 
 
 def expected(x, w, bias, cfg):

@@ -1,19 +1,24 @@
 """Whole runs of reinforcement learning, as small as they come."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
-from small_model import SIZES
+from small_model import SIZES, end_often
 
+from k2jax import sharding
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import (
     ConfigError,
     DataConfig,
+    LoraConfig,
+    MeshConfig,
     ModelConfig,
     OptimConfig,
     RunConfig,
@@ -32,7 +37,8 @@ from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.weights.source import load
 
 MODEL = ModelConfig(**SIZES)
-# A drawn model writes odd lengths often: rewards differ, and there is something to learn.
+BYTES = Tokenizer({bytes([i]): i for i in range(256)})
+# The drawn model ends after 0 to 3 tokens: rewards differ, and there is something to learn.
 ENV = SingleTurn(
     "odd", 3, lambda split: list("abcdefgh"), lambda prompt, reply: float(len(reply) % 2)
 )
@@ -51,11 +57,11 @@ def make_run(steps=4, rows=8, **sections):
 def init(tmp_path_factory):
     """A run's folder with drawn weights and byte tokens."""
     folder = tmp_path_factory.mktemp("init")
-    params = initial(declare_kimi(MODEL), 0, 0.3)
+    params = end_often(initial(declare_kimi(MODEL), 0, 0.3), BYTES.stops)
     with Checkpoints(folder) as saved:
         saved.save(1, {"params": params}, {"config": to_json(make_run())})
     (folder / "config.json").write_text(json.dumps(to_json(make_run(steps=40))))
-    Tokenizer({bytes([i]): i for i in range(256)}).save(folder / "tiktoken.model")
+    BYTES.save(folder / "tiktoken.model")
     return str(folder)
 
 
@@ -74,7 +80,10 @@ def test_a_killed_run_ends_with_the_same_weights_and_ratios_are_one(init, tmp_pa
     lines = read(tmp_path / "whole")
     assert [line["log_ratio"] for line in lines] == [0.0] * 4
     assert max(line["sampler_max"] for line in lines) <= 1e-4
+    assert max(line["experts_differ"] for line in lines) <= 0.01
     assert all(line["skipped"] == 0 for line in lines)
+    assert max(line["groups_that_teach"] for line in lines) > 0
+    assert max(line["grad_norm"] for line in lines) > 0
     assert {"heldout_sampled", "reward", "truncated", "groups_that_teach"} <= set(lines[-1])
     # What a kill after the first save leaves.
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
@@ -90,7 +99,14 @@ def test_a_killed_run_ends_with_the_same_weights_and_ratios_are_one(init, tmp_pa
 
 def test_several_steps_on_one_policy_have_its_log_probabilities(init, tmp_path):
     run = make_run(train={"accumulate": 2})
-    rl = RlConfig(group=4, updates=2, eval_prompts=2, temperature=1.2, final_temperature=0.8)
+    rl = RlConfig(
+        group=4,
+        updates=2,
+        eval_prompts=2,
+        temperature=1.2,
+        final_temperature=0.8,
+        replay_routing=True,
+    )
     train_rl(run, rl, ENV, tmp_path / "run", init=init, say=lambda _: None)
     lines = read(tmp_path / "run")
     assert [line["policy_step"] for line in lines] == [0, 0, 2, 2]
@@ -99,6 +115,25 @@ def test_several_steps_on_one_policy_have_its_log_probabilities(init, tmp_path):
     )
     assert lines[0]["log_ratio"] == lines[2]["log_ratio"] == 0.0
     assert lines[1]["log_ratio"] > 0 and lines[3]["log_ratio"] > 0
+    assert [line["experts_differ"] for line in lines] == [0.0] * 4
+
+
+def test_adapters_learn_from_rewards_alone_and_a_killed_run_ends_with_the_same_ones(init, tmp_path):
+    run, rl = make_run(), RlConfig(group=4, eval_prompts=2, replay_routing=True)
+    run = dataclasses.replace(run, lora=LoraConfig(rank=2, targets="attention,experts"))
+    whole = train_rl(run, rl, ENV, tmp_path / "whole", init=init, say=lambda _: None)
+    base, lines = load(init).params, read(tmp_path / "whole")
+    same = {name for name in base if np.array_equal(base[name], whole.params[name])}
+    assert {"embed", "head", "layers.moe.router"} <= same
+    assert "layers.attention.q_up" not in same
+    assert [line["log_ratio"] for line in lines] == [0.0] * 4
+    assert max(line["sampler_max"] for line in lines) <= 1e-4
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
+    shutil.rmtree(tmp_path / "killed" / "adapter")
+    train_rl(run, rl, ENV, tmp_path / "killed", init=init, say=lambda _: None)
+    files = (tmp_path / out / "adapter/adapter_model.safetensors" for out in ("whole", "killed"))
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def test_an_engine_with_new_weights_answers_as_one_made_of_them():
@@ -115,6 +150,18 @@ def test_an_engine_with_new_weights_answers_as_one_made_of_them():
     engine.submit(requests[0], lambda _: None)
     with pytest.raises(RuntimeError, match="open"):
         engine.set_weights(first)
+
+
+def test_weights_of_another_mesh_are_laid_out_on_the_engines():
+    specs = declare_kimi(MODEL)
+    settings = EngineSettings(rows=4, cache_tokens=256)
+    requests = [Request((5, 6, 7, *range(20)), 6, Sampling(1.0, seed=s)) for s in range(3)]
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(expert=2))):
+        engine = Engine(Model(MODEL, initial(specs, 0, 0.3)), settings)
+    expected = Engine(Model(MODEL, initial(specs, 1, 0.3)), settings).run(requests)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, model=2))):
+        engine.set_weights(initial(specs, 1, 0.3))
+        assert [r.ids for r in engine.run(requests)] == [r.ids for r in expected]
 
 
 OWN = """

@@ -17,6 +17,15 @@ from k2jax.post.samples import (
 )
 from k2jax.post.toy_tasks import sum2
 
+RUN, HALVED = (
+    RunConfig(
+        model=ModelConfig(**SIZES),
+        data=DataConfig(rows=4, context=6),
+        train=TrainConfig(accumulate=accumulate),
+    )
+    for accumulate in (1, 2)
+)
+
 
 def rollout(reward=0.0, length=2, **fields):
     ids = [5, 6, *range(10, 10 + length)]
@@ -52,7 +61,7 @@ def test_shuffled_rewards_are_the_same_rewards_elsewhere():
 
 def test_a_row_is_a_sample_shifted_by_one():
     rows = lay_out(
-        [rollout(1.0, 2), rollout(0.0, 3)], np.array([[1.0, 0.0]]), RlConfig(group=2), 6, 0.7
+        [rollout(1.0, 2), rollout(0.0, 3)], np.array([[1.0, 0.0]]), RlConfig(group=2), RUN, 0.7
     )
     np.testing.assert_array_equal(rows["token"][0], [5, 6, 10, 0, 0, 0])
     np.testing.assert_array_equal(rows["target"][0], [6, 10, 11, 0, 0, 0])
@@ -62,13 +71,21 @@ def test_a_row_is_a_sample_shifted_by_one():
     np.testing.assert_allclose(rows["advantage"], [0.5, -0.5])
     np.testing.assert_allclose(rows["share"], [0.5, 0.5])
     np.testing.assert_allclose(rows["temperature"], 0.7)
+    assert (rows["expert"] == -1).all()
+
+
+def test_a_row_has_the_experts_of_all_tokens_but_the_last():
+    chosen = np.arange(6, dtype=np.int16).reshape(3, 1, 2)
+    rows = lay_out([rollout(experts=chosen)] * 2, np.zeros((1, 2)), RlConfig(group=2), RUN, 1.0)
+    np.testing.assert_array_equal(rows["expert"][1, :3], chosen)
+    assert (rows["expert"][:, 3:] == -1).all()
 
 
 def test_curated_rows_are_in_every_micro_batch_and_share_one_mean():
-    rows = lay_out([rollout()] * 4, np.zeros((2, 2)), RlConfig(group=2), 6, 1.0)
+    rows = lay_out([rollout()] * 4, np.zeros((2, 2)), RlConfig(group=2), RUN, 1.0)
     names = ("tokens", "targets", "weights", "segments", "positions")
     curated = {name: np.ones((2, 6), np.int32) for name in names}
-    joined = add_curated(rows, curated, accumulate=2)
+    joined = add_curated(rows, curated, HALVED)
     assert joined["token"].shape == (6, 6)
     np.testing.assert_allclose(joined["curated"], [0, 0, 1 / 12] * 2)
 

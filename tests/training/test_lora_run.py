@@ -3,14 +3,20 @@
 import dataclasses
 import json
 
+import httpx
 import numpy as np
 import pytest
 from small_runs import changed, losses, terminating
 
 import k2jax
+from k2jax import cli
 from k2jax.checkpoint import Checkpoints
 from k2jax.config import ConfigError, LoraConfig
+from k2jax.inference.engine import Engine
+from k2jax.inference.request import EngineSettings
 from k2jax.params.adapters import is_adapter
+from k2jax.serve.lifecycle import serve_in_thread
+from k2jax.serve.service import ModelCard, Service
 from k2jax.training.loop import train
 
 
@@ -61,6 +67,27 @@ def test_what_was_saved_loads_as_the_model_that_was_trained(adapted):
     loaded = k2jax.load(adapted[0])
     for name, w in adapted[1].params.items():
         np.testing.assert_allclose(loaded.params[name], w, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_a_served_run_answers_as_its_merged_weights_do(adapted, whole, tmp_path):
+    words = [str(whole[0]), str(tmp_path / "merged"), "--to", "hf", "--format", "float32"]
+    assert cli.main(["convert", *words, "--adapter", str(adapted[0])]) == 0
+
+    def answer(folder):
+        model = k2jax.load(folder)
+        card = ModelCard(("it",), model.tokenizer, model.config.vocab, model.config.context)
+        engine = Engine(model, EngineSettings(rows=2))
+        engine.warm_up = lambda: None  # compile what is used
+        body = {"prompt": "def f1_2(x):", "max_tokens": 8, "temperature": 0, "logprobs": 0}
+        with engine, serve_in_thread(Service(engine, card)) as url:
+            (choice,) = httpx.post(f"{url}/v1/completions", json=body, timeout=300).json()[
+                "choices"
+            ]
+        return choice["text"], choice["logprobs"]["token_logprobs"]
+
+    (text, logprobs), (merged, expected) = answer(adapted[0]), answer(tmp_path / "merged")
+    assert text == merged
+    np.testing.assert_allclose(logprobs, expected, rtol=0, atol=1e-5)
 
 
 def test_a_run_that_was_stopped_resumes_to_the_same_bits(adapted, lora_run, whole, tmp_path):

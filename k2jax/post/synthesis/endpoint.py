@@ -27,11 +27,13 @@ class Endpoint:
         url: with or without /chat/completions.
         model: its name there; "": the first that it lists.
         temperature: of sampling.
+        most_tokens: of an answer; 0: as many as the server allows.
     """
 
     url: str
     model: str = ""
     temperature: float = 0.6
+    most_tokens: int = 0
 
     def ask(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), seed: int = 0
@@ -44,6 +46,7 @@ class Endpoint:
         body: dict[str, Any] = {"model": self.model or self._first_model(), "messages": messages}
         body |= {"temperature": self.temperature, "seed": seed}
         body |= {"tools": list(tools)} if tools else {}
+        body |= {"max_tokens": self.most_tokens} if self.most_tokens else {}
         answer = self._request("/chat/completions", body)
         try:
             message = answer["choices"][0]["message"]
