@@ -141,21 +141,21 @@ def _list_checks(run: RunConfig, target: Target) -> Iterator[Listed]:
 
 def _list_sample(run: RunConfig, target: Target) -> Iterator[Listed]:
     """List what continues a prompt at the end: beside the state, and the weights once more."""
-    mesh = sample_mesh(run)
+    mesh, dtype = sample_mesh(run), run.train.dtype
     cfg = dataclasses.replace(run.model, mtp_layers=0)
 
     def state_bytes() -> float:
-        return _count_bytes(run, Program.abstract_state)
+        return _count_bytes(run, _describe_state_and_cast)
 
     def split() -> tuple[Compiled, float]:
         def trace(there: Any) -> Any:
-            params = place_on(there, abstract(declare_kimi(cfg)))
+            params = place_on(there, abstract(declare_kimi(cfg), dtype))
             return jax.jit(network.split_weights, static_argnums=1).trace(params, cfg)
 
         return compile_on(target, mesh, trace, inference=True), state_bytes()
 
     def compile_it(call: Call) -> tuple[Compiled, float]:
-        return compile_call(call, "float32"), state_bytes()
+        return compile_call(call, dtype), state_bytes()
 
     # Each weight is laid out for inference by a copy, which is an argument here.
     functions = frozenset({"_device_put_reshard", "split_weights"})
@@ -163,6 +163,12 @@ def _list_sample(run: RunConfig, target: Target) -> Iterator[Listed]:
     for name, tokens in (("read the prompt", SAMPLE_BLOCK), ("decode", 1)):
         call = Call(cfg, mesh, target, mesh.devices, tokens, SAMPLE_CONTEXT)
         yield Listed(f"sample: {name}", SAMPLING, functools.partial(compile_it, call))
+
+
+def _describe_state_and_cast(program: Program) -> Any:
+    state = program.abstract_state()
+    cast = program.run.train.dtype != "float32"
+    return state, jax.eval_shape(program.cast, state.params) if cast else ()
 
 
 def sample_mesh(run: RunConfig) -> MeshConfig:

@@ -4,6 +4,7 @@
 for other machines, and fails where a run compiles a program that is in no list.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from k2jax import cluster
+from k2jax.model import Model
 from k2jax.params.arrays import Params
 from k2jax.runtime import memory
 from k2jax.training.step import Program
@@ -83,6 +85,7 @@ PROGRAMS = {
     "learning rate": RunProgram(
         lambda p: p.schedule, lambda p: (jax.ShapeDtypeStruct((), np.int32),)
     ),
+    "cast for the sample": RunProgram(lambda p: p.cast, lambda p: (_params(p),), beside=_optimizer),
     "look for non-finite weights": RunProgram(
         lambda p: are_finite, lambda p: (_params(p),), beside=_optimizer
     ),
@@ -95,6 +98,7 @@ class Programs:
     def __init__(self, program: Program, pool: ThreadPoolExecutor):
         """Start to compile the step for the mesh in use, in a thread of `pool`."""
         mesh = jax.sharding.get_mesh()
+        self.learning_rate = PROGRAMS["learning rate"].jit(program)
         self.step = pool.submit(compile_step, program, mesh)
         self.start_evaluation: Callable[[], Future[Compiled]] = functools.cache(
             lambda: pool.submit(compile_evaluation, program, mesh)
@@ -145,6 +149,14 @@ def compile_evaluation(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
 def _compile_on(mesh: jax.sharding.Mesh, listed: RunProgram, program: Program) -> Compiled:
     with jax.set_mesh(mesh):  # once more: this is another thread
         return compile_lowered(listed.jit(program).lower(*listed.arguments(program)))
+
+
+def cast_model(program: Program, model: Model) -> Model:
+    """Return a model in the run's compute dtype; to sample it takes half the room of float32."""
+    if model.dtype == program.run.train.dtype:
+        return model
+    cast = PROGRAMS["cast for the sample"].jit(program)
+    return dataclasses.replace(model, params=cast(model.params))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

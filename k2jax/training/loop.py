@@ -43,7 +43,7 @@ from k2jax.training.callbacks import (
     Track,
     WriteMetrics,
 )
-from k2jax.training.compile import PROGRAMS, InReserve, Programs, wait_until_all_compiled
+from k2jax.training.compile import InReserve, Programs, cast_model, wait_until_all_compiled
 from k2jax.training.dashboard import Dashboard
 from k2jax.training.metrics import METRICS, metrics_to_host, plot_metrics
 from k2jax.training.profiling import Profiler, make_speed, time_waits
@@ -155,8 +155,8 @@ def train(
         init: weights to start from; a checkpoint in `out` wins over it.
         say: is called with each line worth printing.
         began: when the command started, on `time.perf_counter`'s clock; default: now.
-        closing: called with the trained model, on all processes, when the run has come to its end
-            and before its plot is drawn. What it leaves undone is done when the run is resumed.
+        closing: called with the trained model in the compute dtype, on all processes, when the run
+            has come to its end and before its plot is drawn. Undone, it is done on a resume.
 
     Returns:
         The trained model, on the mesh of the run.
@@ -306,7 +306,7 @@ class _Training:
             Profile(Profiler(run, self.out, recovery.events)),
             CompileEarly(programs.start_evaluation),
             MeasureSpeed(make_speed(run), saver),
-            Recover(recovery, saver, PROGRAMS["learning rate"].jit(self.program)),
+            Recover(recovery, saver, programs.learning_rate),
             ScoreHeldout(score, run.train.eval_every, run.train.steps),
             WriteMetrics(metrics_file, self.say, run.train.loads_every),
             ShowProgress(dashboard, recovery),
@@ -375,7 +375,7 @@ class _Training:
             if self.base:
                 resume.write_adapter(self.program, state.params, self.base, self.out / ADAPTER)
             if closing:
-                closing(model)
+                closing(model if self.base else cast_model(self.program, model))
             self._plot()
         except Interrupted:
             step = f"step {self.run.train.steps}"

@@ -267,6 +267,13 @@ class Program:
         """Rows, and tokens per row, of a micro-batch."""
         return self.run.data.rows // self.run.train.accumulate, self.run.data.context
 
+    def cast(self, params: Params) -> Params:
+        """Return weights in the compute dtype; router biases stay float32."""
+        return {
+            name: w if self.specs[name].group == "bias" else w.astype(self.run.train.dtype)
+            for name, w in params.items()
+        }
+
     def evaluate(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Sum the negative log likelihoods in nats, and count the targets.
 
