@@ -16,6 +16,7 @@ from typing import Any
 
 Line = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
+TRITON = "k2jax, Triton"  # our kernels but for those that Mosaic compiles
 SMALL_RUN = [
     *("--data.path=docs", "--data.rows=2", "--data.context=64", "--model.vocab=1024"),
     *("--model.moe_layers=1", "--model.experts=8", "--model.embed=64"),
@@ -119,13 +120,18 @@ def _draw_sizes(rows: int, groups: int, how: str):
 
 def multiply_groups(small: bool, dense: float) -> Iterator[Line]:
     """Grouped products at K2's widths, forward and backward, beside XLA's and tokamax'."""
+    import functools
+
     import jax
     import jax.numpy as jnp
 
     from k2jax.ops.moe import grouped_matmul
+    from k2jax.ops.mosaic import is_chosen
 
     groups, width, hidden = (4, 64, 128) if small else (12, 7_168, 2_048)
     ways: dict[str, Callable] = {"k2jax": grouped_matmul, "jax.lax.ragged_dot": jax.lax.ragged_dot}
+    if has_mosaic := is_chosen():
+        ways[TRITON] = functools.partial(grouped_matmul)  # one of its own, traced anew
     if importlib.util.find_spec("tokamax"):
         import tokamax
 
@@ -137,10 +143,18 @@ def multiply_groups(small: bool, dense: float) -> Iterator[Line]:
             x, w, dy = draw(rows, width), draw(groups, width, hidden), draw(rows, hidden)
             for way, product in ways.items():
                 line = {"rows": rows, "sizes": how, "way": way}
+                _choose_kernels(way, has_mosaic)
                 try:
                     yield line | _time_product(product, x, w, size, dy, dense)
                 except Exception as error:  # a peer may not take these sizes
                     yield line | {"refused": _first_line(error)}
+
+
+def _choose_kernels(way: str, has_mosaic: bool) -> None:
+    """Set what is traced from now on, in this process."""
+    from k2jax.ops.mosaic import SWITCH
+
+    os.environ[SWITCH] = str(int(has_mosaic and way != TRITON))
 
 
 def _time_product(product: Callable, x, w, size, dy, dense: float) -> Line:
@@ -167,7 +181,9 @@ def attend(small: bool, dense: float) -> Iterator[Line]:
     import jax.numpy as jnp
 
     from k2jax.ops.attention import blockwise_attention
+    from k2jax.ops.mosaic import is_chosen
 
+    has_mosaic = is_chosen()
     heads, wide, narrow = (2, 32, 16) if small else (64, 192, 128)
     for length in (1_024,) if small else (4_096, 32_768):
         shapes = ((1, heads, length, width) for width in (wide, wide, narrow))
@@ -188,7 +204,11 @@ def attend(small: bool, dense: float) -> Iterator[Line]:
 
         peer = functools.partial(theirs, implementation="xla" if small else "cudnn")
         flops = 2.0 * heads * (wide + narrow) * length * (length + 1) / 2
-        for way, run in {"k2jax": ours, "jax.nn.dot_product_attention": peer}.items():
+        ways: dict[str, Callable] = {"k2jax": ours, "jax.nn.dot_product_attention": peer}
+        if has_mosaic:
+            ways[TRITON] = functools.partial(ours, scale=scale)
+        for way, run in ways.items():
+            _choose_kernels(way, has_mosaic)
 
             def backward(q, k, v, run=run):
                 y, back = jax.vjp(run, q, k, v)

@@ -24,6 +24,7 @@ from k2jax.ops.moe import (
     grouped_matmul,
 )
 from k2jax.ops.moe.dispatch import AXIS
+from k2jax.ops.mosaic import SWITCH, is_chosen
 from k2jax.sharding import BATCH, meshless
 
 # Largest error over the largest correct value. bfloat16 rounds by 2^-9; a wrong kernel is off by
@@ -87,11 +88,13 @@ def check_kernels(dispatch: Dispatch, cfg: ModelConfig, context: int) -> None:
 
 def _compare_kernel(check: KernelCheck) -> None:
     errors = jax.device_get(jax.jit(check.kernel_errors)(*check.draw()))
+    remedy = f"; {SWITCH}=0 takes other kernels" if is_chosen() else ""
     for part, error in zip(check.parts, errors, strict=True):
         if not error <= LIMIT:  # not a number is wrong too
             raise ConfigError(
                 f"{check.name}: wrong {part} on {jax.devices()[0].device_kind}, off by {error:.1%};"
                 " another version of jax or of the driver may be right, this one must not train"
+                + remedy
             )
 
 

@@ -46,7 +46,8 @@ COLLECTIVES = (
 _LINE = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*)$")
 _HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _TOLD = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
-_TRITON = re.compile(r'\bname = "(\w+)", num_stages')  # the kernel of a call; no estimate is kept
+# The kernel of a call; no estimate is kept. Triton's and Mosaic's calls.
+_KERNEL = re.compile(r'\bname = "(\w+)", num_stages|"mosaic_gpu_v2".*op_name="[^"]*/(\w+)/\w+"')
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -188,9 +189,9 @@ def _flops(line: Instruction, shapes: dict) -> float:
         return _convolution(line, shapes)
     if stated := line.op == "custom-call" and _TOLD.search(line.rest):
         return float(stated[1])
-    if kernel := line.op == "custom-call" and _TRITON.search(line.rest):
+    if kernel := line.op == "custom-call" and _KERNEL.search(line.rest):
         operands = [shapes[name][0][1] for name in line.operands]
-        return _kernel(kernel[1], operands, line.shapes[0][1])
+        return _kernel(kernel[1] or kernel[2], operands, line.shapes[0][1])
     ragged = line.op == "ragged-dot"
     gemm = line.op == "custom-call" and "gemm" in line.attribute("custom_call_target")
     if not (line.op == "dot" or ragged or gemm):

@@ -19,6 +19,7 @@ from typing import Any
 # on the others. `setup.cfg` has the same bounds.
 TESTED = (("3.11", "0.10.2"), ("3.12", "0.11.2"), ("3.13", "0.12.0.1"))
 OLDEST, BEYOND = "0.10.2", "0.13"
+HOPPERS = tuple(f"NVIDIA {name}" for name in ("H100", "H200", "H800", "H20", "GH200"))
 
 
 def source_hash() -> str:
@@ -90,6 +91,32 @@ def pallas_triton() -> ModuleType | None:
         return importlib.import_module("jax.experimental.pallas.triton")
     except ImportError:
         return None
+
+
+def pallas_mosaic_gpu() -> ModuleType | None:
+    """Pallas' backend of Mosaic for GPUs; None where it does not load."""
+    try:
+        return importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    except ImportError:
+        return None
+
+
+def mosaic_gpu_interpreter(**settings: Any) -> Any:
+    """Parameters that run a kernel of Mosaic for GPUs without a GPU: `plgpu.kernel(interpret=)`."""
+    params = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params")
+    return params.InterpretGPUParams(**settings)
+
+
+def is_for_hopper() -> bool:
+    """Whether a Hopper GPU runs what is traced now: the mesh's in use, or this machine's."""
+    import jax
+
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind.startswith(HOPPERS)
+    if jax.default_backend() != "gpu":
+        return False
+    return getattr(jax.devices()[0], "compute_capability", "") == "9.0"
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ def test_the_largest_tiles_fit_too():
 
 def compiled_bytes(step, args, folder: Path) -> dict[str, int]:
     """What the compiler asks for, by kernel."""
-    with abstract_gpu("NVIDIA H100"):
+    with abstract_gpu("NVIDIA B200"):
         lowered = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",))
     lowered.compile(GPU_OPTIONS | {"xla_dump_to": str(folder)})
     (file,) = folder.glob("*.thunk_sequence.txt")
@@ -134,7 +134,9 @@ def compiled_bytes(step, args, folder: Path) -> dict[str, int]:
 @pytest.mark.compiles
 def test_the_compiler_takes_as_much_shared_memory_as_is_computed(tmp_path):
     pytest.importorskip("jax_plugins.xla_cuda13")
-    device = jax.sharding.SingleDeviceSharding(devices_of(targets.parse("h100:1x1"))[0])
+
+    # Hopper has other kernels, which Mosaic compiles.
+    device = jax.sharding.SingleDeviceSharding(devices_of(targets.parse("b200:1x1"))[0])
 
     def array(*shape, dtype="bfloat16"):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
@@ -164,7 +166,9 @@ def test_the_compiler_takes_as_much_shared_memory_as_is_computed(tmp_path):
         size = array(share.experts, dtype="int32")
         args = (array(rows, width), array(share.experts, width, wide), size, array(rows, wide))
         ours = compiled_bytes(multiply, args, tmp_path / f"grouped{width}")
-        assert ours == grouped_bytes(width, wide)
+        right = grouped_bytes(width, wide)
+        assert ours.keys() == right.keys()
+        assert all(size <= ours[name] <= size + SCRATCH for name, size in right.items())
 
 
 # The kernels, interpreted.

@@ -2,8 +2,8 @@
 
 `causal_attention` chooses by length: `dense_attention`, whole scores in plain JAX, is the reference
 and serves rows of up to `ATTENTION_BLOCK` tokens (`ops/limits.py`); `blockwise_attention` serves
-longer ones. `blockwise.py` has both. `gpu.py` and `tpu.py` are the kernels of a platform, and
-`block_pairs.py` is the table of blocks for the TPU's. Names load on first use.
+longer ones. `blockwise.py` has both. `hopper.py`, `gpu.py` and `tpu.py` are kernels of a platform,
+and `block_pairs.py` is the table of blocks for the TPU's. Names load on first use.
 """
 
 import importlib

@@ -1,12 +1,13 @@
 """Causal attention of one device: whole scores for short rows, blocks for long ones."""
 
 import functools
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from k2jax.ops.attention import gpu, tpu
+from k2jax.ops.attention import gpu, hopper, tpu
 from k2jax.ops.limits import ATTENTION_BLOCK, cut_into_query_blocks
 
 NEG_INF = -1e30  # below every logit; finite, so that differences are
@@ -109,16 +110,25 @@ def blockwise_attention(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale: float):
     """`causal_attention` by pairs of blocks of queries and keys.
 
     Softmax sums are carried along [Rabe & Staats 2021; Dao 2022]. TPUs have kernels of our own, and
-    so have GPUs where the dtype and the widths are supported.
+    so have GPUs where the dtype and the widths are supported: Mosaic compiles Hopper's, and Triton
+    Blackwell's as long as Pallas has it.
     """
     return _forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale)[0]
+
+
+def _gpu_kernels(q_BHTC: jax.Array, v_BHSV: jax.Array) -> ModuleType | None:
+    """The kernels that a GPU gets, if any, of those that are made for it."""
+    for kernels in (hopper, gpu):
+        if kernels.is_supported(q_BHTC, v_BHSV):
+            return kernels
+    return None
 
 
 def _forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
     args = q_BHTC, k_BHSC, v_BHSV, segment_BT
     kernels = {"default": functools.partial(_blocks_forward, scale=scale)}
-    if gpu.is_supported(q_BHTC, v_BHSV):
-        kernels["cuda"] = functools.partial(gpu.forward, scale=scale)
+    if on_gpu := _gpu_kernels(q_BHTC, v_BHSV):
+        kernels["cuda"] = functools.partial(on_gpu.forward, scale=scale)
     kernels["tpu"] = functools.partial(tpu.forward, params=tpu.KernelParams(scale))
     y_BHTV, top_BHT, logsum_BHT = jax.lax.platform_dependent(*args, **kernels)
     return (y_BHTV, top_BHT), (*args, y_BHTV, logsum_BHT)
@@ -126,8 +136,8 @@ def _forward(q_BHTC, k_BHSC, v_BHSV, segment_BT, scale):
 
 def _backward(scale, saved, grads):
     kernels = {"default": functools.partial(_blocks_backward, scale=scale)}
-    if gpu.is_supported(saved[0], saved[2]):
-        kernels["cuda"] = functools.partial(gpu.backward, scale=scale)
+    if on_gpu := _gpu_kernels(saved[0], saved[2]):
+        kernels["cuda"] = functools.partial(on_gpu.backward, scale=scale)
     kernels["tpu"] = functools.partial(tpu.backward, params=tpu.KernelParams(scale))
     return *jax.lax.platform_dependent(saved, grads[0], **kernels), None
 

@@ -3,9 +3,9 @@
 `dispatch_allgather` and `dispatch_alltoall` bring tokens to the devices of their experts
 (`dispatch.py`); `expert_mlp` runs those of one device, and `reference_expert_mlp` is its reference
 (`experts.py`; `experts_cpu.py` for CPUs); `grouped_matmul` multiplies rows by the matrix of their
-group (`grouped.py`; `grouped_gpu.py` and `grouped_tpu.py` are the kernels of a platform). For
-inference `dispatch_to_resident` and `resident_mlp` (`resident.py`) leave weights in the stack of
-all layers. Names load on first use.
+group (`grouped.py`; `grouped_hopper.py`, `grouped_gpu.py` and `grouped_tpu.py` are the kernels of a
+platform). For inference `dispatch_to_resident` and `resident_mlp` (`resident.py`) leave weights in
+the stack of all layers. Names load on first use.
 """
 
 import importlib

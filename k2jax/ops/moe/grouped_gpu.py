@@ -1,5 +1,7 @@
 """Grouped products on NVIDIA GPUs: Pallas kernels that Triton compiles (Ampere and later).
 
+On Hopper `grouped_hopper.py` comes first; these serve widths that it does not take.
+
 Rows are cut into tiles of one group each, so that the cost of a group is proportional to its rows.
 The tiles are a small table, made by ordinary operations and read by the kernel.
 """
