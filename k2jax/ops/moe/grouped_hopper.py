@@ -148,7 +148,9 @@ def _sum(columns, *refs):
     _contract(multiply, store, steps, columns, ((x_spec, x_ref), (dy_spec, dy_ref)))
 
 
-def _launch(body: Callable, programs: int, out: Any, columns: int, interpret: Any) -> Callable:
+def _launch(
+    body: functools.partial, programs: int, out: Any, columns: int, interpret: Any
+) -> Callable:
     """Make a kernel; its body gets the inputs, the output, and room for columns to be stored."""
     room = plgpu.SMEM((WORKERS, SHARE, min(columns, STORED)), out.dtype)
 

@@ -23,9 +23,7 @@ def cut_into_tiles(
     return group_T, first_T, begin_E[group_T] + size_E[group_T]
 
 
-def cut_into_blocks(
-    size_E: jax.Array, rows: int, count: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def cut_into_blocks(size_E: jax.Array, rows: int, count: int) -> tuple[jax.Array, ...]:
     """List each tile's group, block, and the group's first row and end in it; int32 [count].
 
     Args:
