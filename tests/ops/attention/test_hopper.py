@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from k2jax import sharding
+from k2jax.config import MeshConfig
+from k2jax.model.attention import sharded_attention
 from k2jax.ops import mosaic
 from k2jax.ops.attention import blockwise_attention, hopper
 from k2jax.planner import targets
@@ -63,6 +66,29 @@ def test_only_hopper_gets_the_kernels_and_only_for_16_bits_and_widths_that_fit()
     assert not is_supported("NVIDIA H200", dtype="float32")
     assert not is_supported("NVIDIA H200", 96) and not is_supported("NVIDIA H200", 256)
     assert not is_supported("NVIDIA H200", 192, 192)
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=2, model=2), MeshConfig(context=2)], ids=str)
+def test_programs_for_hopper_have_the_kernels_on_a_mesh_too(config):
+    def step(q, k, v, segment, dy):
+        def mix(q, k, v):
+            return sharded_attention(q, k, v, segment, SCALE)
+
+        y, back, top = jax.vjp(mix, q, k, v, has_aux=True)
+        return y, top, back(dy)
+
+    heads = ("batch", "heads", "length", None)
+    with sharding.use_abstract_mesh(config), versions.abstract_gpu("NVIDIA H200") as mesh:
+
+        def array(axes, *shape, dtype="bfloat16"):
+            layout = jax.NamedSharding(mesh, sharding.storage_spec(axes))
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+
+        wide, narrow = array(heads, 2, 2, 2048, 128), array(heads, 2, 2, 2048, 64)
+        segment = array(("batch", "length"), 2, 2048, dtype="int32")
+        traced = jax.jit(step).trace(wide, wide, narrow, segment, narrow)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 3
 
 
 # What a program may take of a Hopper GPU [CUDA C++ Programming Guide, "Technical Specifications per
