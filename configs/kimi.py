@@ -41,7 +41,7 @@ def kimi_k2() -> RunConfig:
             dispatch="alltoall",
             eval_every=1_000,
             save_every=1_000,
-            loads_every=100,  # all of them in every step: 110 kB a line, 25 GB a run
+            loads_every=100,  # all of them in every step: 210 kB a line, 49 GB a run
         ),
         mesh=MeshConfig(data=8, expert=128),
     )

@@ -138,12 +138,12 @@ def test_phases_of_a_host_have_bytes_seconds_and_memory(mesh):
     assert later.name == "read the weights of kimi_k2_anneal" and later.size < saved.size * 2
 
 
-def test_k2_writes_a_gigabyte_of_metrics_not_25():
+def test_k2_writes_a_gigabyte_of_metrics_not_49():
     run = dataclasses.replace(K2, optim=RUN.optim)  # which traces faster
     with sharding.use_abstract_mesh(MeshConfig()):
         phase = host_phases.count_metrics(build(run))
     assert phase.times * phase.size < 1.5e9
-    assert phase.times * phase.memory > 20e9
+    assert phase.times * phase.memory > 40e9
 
 
 def test_the_table_names_what_does_not_fit():
