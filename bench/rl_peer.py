@@ -55,15 +55,17 @@ def measure(args: argparse.Namespace, published: Path, place: Path) -> dict[str,
     """Let both take steps in turns; what they took."""
     began = time.perf_counter()
     workers = {who: start(who, published, place) for who in ("ours", "trl")}
-    for worker in 2 * list(workers.values()):  # the first steps compile and warm up
-        take_step(worker)
     steps: dict[str, list[dict[str, float]]] = {"ours": [], "trl": []}
-    while len(steps["trl"]) < args.steps and time.perf_counter() - began < args.seconds:
-        for who, worker in workers.items():
-            steps[who].append(take_step(worker))
-    for worker in workers.values():
-        worker.kill()
-        worker.wait()
+    try:
+        for worker in 2 * list(workers.values()):  # the first steps compile and warm up
+            take_step(worker)
+        while len(steps["trl"]) < args.steps and time.perf_counter() - began < args.seconds:
+            for who, worker in workers.items():
+                steps[who].append(take_step(worker))
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
     return sum_up(args, steps)
 
 
@@ -141,15 +143,11 @@ def be_ours(args: argparse.Namespace) -> None:
     from k2jax.training.metrics import read_metrics
     from k2jax.weights.source import open_source
 
+    precision = {"ns_dtype": "float32"} if args.optimizer == "muonclip" else {}
     run = configs.configure(
         args.run,
         data={"rows": args.rows, "context": args.prompt + args.new - 1},
-        optim={
-            "name": args.optimizer,
-            "learning_rate": 1e-4,
-            "ns_dtype": "float32",
-            "bias_rate": 0.0,
-        },
+        optim={"name": args.optimizer, "learning_rate": 1e-4, "bias_rate": 0.0} | precision,
         train={
             "dtype": "float32",
             "remat": "none",
@@ -181,6 +179,7 @@ def be_trl(args: argparse.Namespace) -> None:
     """Train with GRPOTrainer, step by step."""
     import torch
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -226,7 +225,8 @@ def be_trl(args: argparse.Namespace) -> None:
         disable_tqdm=True,
         generation_kwargs={"min_new_tokens": args.new},
     )
-    rows = Dataset.from_list([{"prompt": prompt} for prompt in prompts])
+    # Named: to find a fingerprint, datasets pickles what pyarrow has no name for.
+    rows = Dataset(InMemoryTable.from_pydict({"prompt": prompts}), fingerprint="prompts")
     trainer = Timed(
         model,
         lambda completions, **_: [reward(text) for text in completions],

@@ -22,7 +22,7 @@ from k2jax.post.synthesis.endpoint import parse_endpoint
 from k2jax.post.synthesis.rubric import is_same
 from k2jax.post.synthesis.stored import read_lines
 
-MOST = 200  # tokens of an answer; the oracle's calls have fewer
+MOST = 120  # tokens of an answer; the oracle's calls have fewer
 
 
 def main() -> None:
