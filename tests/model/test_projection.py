@@ -108,7 +108,7 @@ def decode_two(params, cfg, policy):
         start, count = (np.full(4, n, np.int32) for n in (begin, end - begin))
         wanted = np.arange(1, 5, dtype=np.int32) * (end - begin) - 1
         chunks = Chunks(*map(jnp.asarray, (token, start, count, table, wanted)))
-        y, pool = forward(split_weights(params, cfg), pool, chunks, cfg, policy)
+        y, pool, _ = forward(split_weights(params, cfg), pool, chunks, cfg, policy)
         logits_of.append(y)
     return logits_of
 
