@@ -106,8 +106,11 @@ def test_older_gpus_odd_widths_and_float32_get_no_kernel(monkeypatch):
     assert not is_supported(192, 128)
 
 
+@pytest.mark.parametrize(
+    ("query", "value", "kernel"), [(64, 32, "__gpu$xla.gpu.triton"), (128, 64, "mosaic_gpu_v2")]
+)
 @pytest.mark.parametrize("config", [MeshConfig(data=2, model=2), MeshConfig(context=2)], ids=str)
-def test_programs_for_gpus_have_the_kernels_on_a_mesh_too(config):
+def test_programs_for_hopper_have_the_kernels_on_a_mesh_too(config, query, value, kernel):
     def step(q, k, v, segment, dy):
         def mix(q, k, v):
             return sharded_attention(q, k, v, segment, SCALE)
@@ -122,8 +125,8 @@ def test_programs_for_gpus_have_the_kernels_on_a_mesh_too(config):
             layout = jax.NamedSharding(mesh, sharding.storage_spec(axes))
             return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
-        wide, narrow = array(heads, 2, 2, 2048, 64), array(heads, 2, 2, 2048, 32)
+        wide, narrow = (array(heads, 2, 2, 2048, width) for width in (query, value))
         segment = array(("batch", "length"), 2, 2048, dtype="int32")
         traced = jax.jit(step).trace(wide, wide, narrow, segment, narrow)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@__gpu$xla.gpu.triton") == 3
+    assert text.count(f"@{kernel}") == 3

@@ -1,16 +1,11 @@
 """Hopper's attention kernels, interpreted, are attention with its scores whole; they fit a GPU."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_code import assert_code_fits, dump_code
 
-from k2jax import sharding
-from k2jax.config import MeshConfig
-from k2jax.model.attention import sharded_attention
-from k2jax.ops import mosaic
 from k2jax.ops.attention import blockwise_attention, hopper
 from k2jax.planner import targets
 from k2jax.planner.compiler import GPU_OPTIONS, devices_of
@@ -68,40 +63,10 @@ def test_only_hopper_gets_the_kernels_and_only_for_16_bits_and_widths_that_fit()
     assert not is_supported("NVIDIA H200", 192, 192)
 
 
-@pytest.mark.parametrize("config", [MeshConfig(data=2, model=2), MeshConfig(context=2)], ids=str)
-def test_programs_for_hopper_have_the_kernels_on_a_mesh_too(config):
-    def step(q, k, v, segment, dy):
-        def mix(q, k, v):
-            return sharded_attention(q, k, v, segment, SCALE)
-
-        y, back, top = jax.vjp(mix, q, k, v, has_aux=True)
-        return y, top, back(dy)
-
-    heads = ("batch", "heads", "length", None)
-    with sharding.use_abstract_mesh(config), versions.abstract_gpu("NVIDIA H200") as mesh:
-
-        def array(axes, *shape, dtype="bfloat16"):
-            layout = jax.NamedSharding(mesh, sharding.storage_spec(axes))
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
-
-        wide, narrow = array(heads, 2, 2, 2048, 128), array(heads, 2, 2, 2048, 64)
-        segment = array(("batch", "length"), 2, 2048, dtype="int32")
-        traced = jax.jit(step).trace(wide, wide, narrow, segment, narrow)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2") == 3
-
-
-# What a program may take of a Hopper GPU [CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability"]: bytes of shared memory, and registers of all threads.
-SHARED_MEMORY, REGISTERS = 227 << 10, 64 << 10
-
-
 @pytest.mark.compiles
 def test_compiled_kernels_fit_hoppers_shared_memory_and_spill_no_register(tmp_path, monkeypatch):
     pytest.importorskip("jax_plugins.xla_cuda13")
-    for what in ("PTXAS", "MLIR_PASSES"):
-        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{what}", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    dump_code(monkeypatch, tmp_path)
     device = jax.sharding.SingleDeviceSharding(devices_of(targets.parse("h100:1x1"))[0])
 
     def array(*shape, dtype="bfloat16"):
@@ -120,12 +85,4 @@ def test_compiled_kernels_fit_hoppers_shared_memory_and_spill_no_register(tmp_pa
         lowered = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",))
     compiled = lowered.compile(GPU_OPTIONS)
     assert compiled.as_text().count('custom_call_target="mosaic_gpu_v2"') == 3
-    passes = "".join(path.read_text() for path in tmp_path.glob("*.mlir-passes.log"))
-    taken = {int(n) for n in re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes)}
-    assert taken and max(taken) <= SHARED_MEMORY
-    logs = [path.read_text() for path in tmp_path.glob("*.ptxas")]
-    assert len(logs) == 3
-    for log in logs:
-        assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"]
-        threads = (mosaic.WORKERS + 1) * 128
-        assert int(re.search(r"Used (\d+) registers", log)[1]) * threads <= REGISTERS
+    assert_code_fits(tmp_path, kernels=3)

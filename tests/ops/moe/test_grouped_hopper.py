@@ -1,11 +1,10 @@
 """Hopper's grouped products give what a loop over groups gives; their compiled code fits a GPU."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper_code import assert_code_fits, dump_code
 
 from k2jax.ops import mosaic
 from k2jax.ops.moe import grouped_hopper as hopper
@@ -106,18 +105,13 @@ def test_a_hopper_gets_the_kernels_unless_they_are_switched_off(monkeypatch):
     assert count_calls() == (0, 3)
 
 
-# What a kernel may take of a Hopper GPU [CUDA C++ Programming Guide, "Technical Specifications per
-# Compute Capability"]: bytes of shared memory, and registers of all threads of a program.
-SHARED_MEMORY, REGISTERS = 227 << 10, 64 << 10
 EXPERTS, EMBED, HIDDEN = 12, 7_168, 2_048  # K2's on one of 32 GPUs
 
 
 @pytest.mark.compiles
 def test_compiled_kernels_fit_hoppers_shared_memory_and_spill_no_register(tmp_path, monkeypatch):
     pytest.importorskip("jax_plugins.xla_cuda13")
-    for what in ("PTXAS", "MLIR_PASSES"):
-        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{what}", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    dump_code(monkeypatch, tmp_path)
     device = jax.sharding.SingleDeviceSharding(devices_of(targets.parse("h100:1x1"))[0])
 
     def array(*shape, dtype="bfloat16"):
@@ -134,12 +128,4 @@ def test_compiled_kernels_fit_hoppers_shared_memory_and_spill_no_register(tmp_pa
             lowered = jax.jit(step).trace(*args).lower(lowering_platforms=("cuda",))
         compiled = lowered.compile(GPU_OPTIONS)
         assert compiled.as_text().count('custom_call_target="mosaic_gpu_v2"') == 3
-    passes = "".join(path.read_text() for path in tmp_path.glob("*.mlir-passes.log"))
-    taken = {int(n) for n in re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes)}
-    assert taken and max(taken) <= SHARED_MEMORY
-    logs = [path.read_text() for path in tmp_path.glob("*.ptxas")]
-    assert len(logs) == 6
-    for log in logs:
-        assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"]
-        threads = (mosaic.WORKERS + 1) * 128
-        assert int(re.search(r"Used (\d+) registers", log)[1]) * threads <= REGISTERS
+    assert_code_fits(tmp_path, kernels=6)
