@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-Place = tuple[
-    int, int, Sequence[int] | np.ndarray
-]  # first token, number of tokens, pages of the sequence
+# First token, number of tokens, pages of the sequence.
+Place = tuple[int, int, Sequence[int] | np.ndarray]
 
 
 class ExpertLog:

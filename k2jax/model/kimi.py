@@ -66,21 +66,17 @@ def hidden(
         y_BTD = gated_mlp(layer.mlp, u_BTD, policy)
         return x_BTD + y_BTD, top_H
 
-    def moe_layer(x_BTD: jax.Array, layer: Layer):
-        return apply_moe_layer(layer, x_BTD, turn, batch.segment, cfg, policy)
-
-    def compared_layer(x_BTD: jax.Array, given: tuple[Layer, jax.Array]):
-        assert choices is not None
-        theirs = Choices(given[1], choices.replayed)
-        return apply_moe_layer(given[0], x_BTD, turn, batch.segment, cfg, policy, theirs)
+    def moe_layer(x_BTD: jax.Array, of_layer: tuple[Layer, Any]):
+        layer, expert_BTK = of_layer
+        theirs = choices and choices._replace(expert=expert_BTK)
+        return apply_moe_layer(layer, x_BTD, turn, batch.segment, cfg, policy, theirs)
 
     top_LH = jnp.zeros((0, cfg.heads), jnp.float32)
     if cfg.dense_layers:
         x_BTD, top_LH = run_stack(dense_layer, x_BTD, w.dense, cfg.dense_layers, policy)
-    layers: tuple[Callable[..., Any], Any] = moe_layer, w.layers
-    if choices is not None:
-        layers = compared_layer, (w.layers, jnp.moveaxis(choices.expert, -2, 0))
-    x_BTD, (top, stats) = run_stack(layers[0], x_BTD, layers[1], cfg.moe_layers, policy)
+    expert_LBTK = None if choices is None else jnp.moveaxis(choices.expert, -2, 0)
+    layers = (w.layers, expert_LBTK)
+    x_BTD, (top, stats) = run_stack(moe_layer, x_BTD, layers, cfg.moe_layers, policy)
     tops = jnp.concatenate([top_LH, top])
     metrics = {} if stats.differ is None else {"experts_differ": stats.differ.mean()}
     aux = Aux(tops, stats.load_E, stats.aux.mean(), stats.dropped.mean(), metrics)
