@@ -89,9 +89,12 @@ class Job:
         steps: int,
         port: int = 0,
         hosts: Hosts | None = None,
+        *,
         start_by: tuple[str, ...] = ("-m", "k2jax.cli"),
+        first_says: str = "",
         **settings,
     ):
+        """`first_says`: what process 0 must have said on stderr before the others are started."""
         if hosts is None:
             with socket.create_server(("127.0.0.1", port)) as free:
                 self.address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -120,6 +123,9 @@ class Job:
             by_hand = ["--coordinator", self.address, "--processes", count, "--process", number]
             command = [*train, *(map(str, by_hand) if count > 1 else ())]
             self.processes.append(start(command, make_environment(place), hosts, number))
+            if number == 0 and first_says:
+                lines = self.processes[0].stderr
+                assert any(line.startswith(first_says) for line in lines), first_says
 
     def until(self, step: int) -> None:
         """Read what process 0 says up to its line of a step."""
