@@ -3,10 +3,9 @@
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 
 from k2jax import cluster, configs
-from k2jax.config import ConfigError, to_json
+from k2jax.commands.train import choose_folder, run_together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,24 +60,15 @@ def main(args: argparse.Namespace) -> int:
     run = configs.configure(args.config, **settings)
     rl = configure_rl(own)
     check_run(run, rl)
-    out = Path(args.out or Path("runs") / f"{run.name}-rl")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; name a folder")
-    # Imported here so that help and mistakes answer before jax loads.
-    from k2jax.runtime import backend
+    out = choose_folder(args.out, f"{run.name}-rl")
 
-    place = cluster.find(args.coordinator, args.processes, args.process)
-    backend.prepare(run.mesh.devices, place.processes if place else 1)
-    options = {"--out": str(out.absolute()), "--init": args.init, "--env": args.env}
-    facts = to_json(run) | {"rl": dataclasses.asdict(rl)} | options
-    with cluster.member(place, facts, run.mesh, _say, out) as group:
-        from k2jax.checkpoint import Checkpoints
+    def work() -> None:
         from k2jax.post.environment import open_environment
         from k2jax.post.rl import train_rl
 
         train_rl(run, rl, open_environment(args.env), out, init=args.init, say=_say)
-        stopped = (Checkpoints(out).latest() or 0) < run.train.steps
-    return cluster.EXIT_RETRY if stopped and group.count > 1 else 0
+
+    return run_together(args, run, out, {"rl": dataclasses.asdict(rl), "--env": args.env}, work)
 
 
 def _say(line: str) -> None:

@@ -99,31 +99,61 @@ def main(args: argparse.Namespace) -> int:
     """Train; the exit code: 75 where one of several processes was asked to stop before the end."""
     began = time.perf_counter()
     run = configs.configure(args.config, **args.settings)
-    out = Path(args.out or Path("runs") / run.name)
-    if "://" in str(args.out):
-        raise ConfigError(f"--out {args.out} is no folder; mount the bucket and name its path")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file; name a folder")
-    # Imported here so that help and mistakes answer before jax loads.
-    from k2jax.runtime import backend as startup
+    out = choose_folder(args.out, run.name)
 
-    place = cluster.find(args.coordinator, args.processes, args.process)
-    startup.prepare(run.mesh.devices, place.processes if place else 1)
-    facts = to_json(run) | {"--out": str(out.absolute()), "--init": args.init}
-    with cluster.member(place, facts, run.mesh, _say, out) as group:
-        from k2jax.checkpoint import Checkpoints
+    def work() -> None:
         from k2jax.training import loop
 
-        if not place and not any(name.startswith("mesh.") for name in args.settings):
+        if cluster.current().count == 1 and not any(n.startswith("mesh.") for n in args.settings):
             _suggest_mesh_here(run)
-        loop.train(
-            run,
-            out,
-            init=args.init,
-            say=_say,
-            began=began,
-            closing=print_sample,
-        )
+        loop.train(run, out, init=args.init, say=_say, began=began, closing=print_sample)
+
+    return run_together(args, run, out, {}, work)
+
+
+def choose_folder(out: str | None, name: str) -> Path:
+    """Return the folder of a run, by default one called `name` in `runs`.
+
+    Raises:
+        ConfigError: `out` cannot be one.
+    """
+    if out and "://" in out:
+        raise ConfigError(f"--out {out} is no folder; mount the bucket and name its path")
+    folder = Path(out or Path("runs") / name)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file; name a folder")
+    return folder
+
+
+def run_together(
+    args: argparse.Namespace,
+    run: RunConfig,
+    out: Path,
+    facts: dict[str, Any],
+    work: Callable[[], None],
+) -> int:
+    """Prepare jax, join the run's other processes, and do its work.
+
+    Args:
+        args: of the command.
+        run: its settings, which must be the same in all processes.
+        out: folder of the run.
+        facts: what else must be the same.
+        work: trains, and leaves the last checkpoint.
+
+    Returns:
+        The exit code: 75 where one of several processes was asked to stop before the end.
+    """
+    # Imported here so that help and mistakes answer before jax loads.
+    from k2jax.runtime import backend
+
+    place = cluster.find(args.coordinator, args.processes, args.process)
+    backend.prepare(run.mesh.devices, place.processes if place else 1)
+    facts = to_json(run) | {"--out": str(out.absolute()), "--init": args.init} | facts
+    with cluster.member(place, facts, run.mesh, _say, out) as group:
+        from k2jax.checkpoint import Checkpoints
+
+        work()
         stopped = (Checkpoints(out).latest() or 0) < run.train.steps
     # Schedulers start a job again only where its processes fail.
     return cluster.EXIT_RETRY if stopped and group.count > 1 else 0

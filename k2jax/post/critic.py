@@ -9,8 +9,10 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from k2jax.post.environment import Comparison
 from k2jax.post.synthesis.endpoint import Endpoint
 
 RUBRICS = {
@@ -52,15 +54,16 @@ class Ranking:
 class Critic:
     """A judge behind an endpoint, at temperature 0."""
 
-    def __init__(self, endpoint: Endpoint, rubrics: Mapping[str, str] = RUBRICS):
+    def __init__(self, endpoint: Endpoint, rubrics: Mapping[str, str] = RUBRICS, workers: int = 8):
         """Judge by these rubrics.
 
         Args:
             endpoint: of the model; its own temperature does not count.
             rubrics: sentences by name.
+            workers: questions at a time.
         """
         self.endpoint = dataclasses.replace(endpoint, temperature=0.0)
-        self.rubrics = dict(rubrics)
+        self.rubrics, self.workers = dict(rubrics), workers
 
     def score(self, prompt: str, reply: str) -> dict[str, float]:
         """Score an answer by each rubric: parts of a reward, which add up to at most 1.
@@ -68,14 +71,23 @@ class Critic:
         Raises:
             CriticError: an answer of the judge cannot be read.
         """
-        parts = {}
-        for name, rubric in self.rubrics.items():
+
+        def score_one(name: str) -> float:
+            rubric = self.rubrics[name]
             text = f"Rubric: {rubric}\n\nPrompt:\n{prompt}\n\nAnswer:\n{reply}"
             value = self._ask(SCORE, text).get("score")
             if not isinstance(value, int | float) or not 0 <= value <= POINTS:
                 raise CriticError(f"{name}: the judge gives the score {value!r}")
-            parts[name] = value / POINTS / len(self.rubrics)
-        return parts
+            return value / POINTS / len(self.rubrics)
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            return dict(zip(self.rubrics, pool.map(score_one, self.rubrics), strict=True))
+
+    def compare(self, prompt: str, replies: Sequence[str]) -> Comparison:
+        """Reward each answer by its share of wins: `compare` of an environment (self-critique)."""
+        ranking = self.rank(prompt, replies)
+        notes = {"disagreement": ranking.disagreement, "unread": float(ranking.unread)}
+        return Comparison([{"wins": score} for score in ranking.scores], notes)
 
     def rank(self, prompt: str, replies: Sequence[str]) -> Ranking:
         """Compare each pair of answers in both orders.
@@ -86,12 +98,14 @@ class Critic:
         """
         wins = [0.0] * len(replies)
         pairs = list(itertools.combinations(range(len(replies)), 2))
+        orders = [order for one, other in pairs for order in ((one, other), (other, one))]
+        with ThreadPoolExecutor(self.workers) as pool:
+            answers = list(
+                pool.map(lambda o: self._compare(prompt, replies[o[0]], replies[o[1]]), orders)
+            )
         disagreed = unread = 0
-        for one, other in pairs:
-            verdicts = [
-                self._compare(prompt, replies[one], replies[other]),
-                _swap(self._compare(prompt, replies[other], replies[one])),
-            ]
+        for (one, other), first, second in zip(pairs, answers[::2], answers[1::2], strict=True):
+            verdicts = [first, _swap(second)]
             unread += verdicts.count("")
             agreed = verdicts[0] == verdicts[1] and verdicts[0] in ("first", "second")
             disagreed += verdicts[0] != verdicts[1]

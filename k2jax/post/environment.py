@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 from k2jax.config import ConfigError, nearest
 
 SPLITS = ("train", "heldout")
+SECONDS = 10.0  # for one step or reset in a process of its own, where the environment names none
 # Where each environment is made: a module and a function without arguments.
 REGISTRY = {
     "sum2": "k2jax.post.toy_tasks:sum2",
@@ -81,6 +82,18 @@ class StepResult(NamedTuple):
     observation: Observation | None = None
 
 
+class Comparison(NamedTuple):
+    """How the samples of one task compare.
+
+    Attributes:
+        rewards: of each sample, parts by name, which are added to its own.
+        notes: numbers by name that are logged, as `env_NAME`, and are no reward.
+    """
+
+    rewards: Sequence[Mapping[str, float]]
+    notes: Mapping[str, float] = {}
+
+
 class Episode(Protocol):
     """One task being tried."""
 
@@ -90,6 +103,11 @@ class Episode(Protocol):
 
 class Environment(Protocol):
     """Tasks by number.
+
+    An environment may have two members more. `seconds`: that a step may take, of one that runs in
+    a process of its own. `compare(split, number, replies)`: a `Comparison` of the samples of one
+    task by what each wrote last, called when all of them have ended; failed and truncated ones are
+    not among them. An exception fails all of them.
 
     Attributes:
         name: for reports.
@@ -108,14 +126,17 @@ class Environment(Protocol):
 
 
 class SingleTurn:
-    """Prompts of one turn, and a function of prompt and reply that gives the reward."""
+    """Prompts of one turn, and functions of a prompt and its replies that give rewards."""
 
     def __init__(
         self,
         name: str,
         budget: int,
         prompts: Callable[[str], Sequence[str]],
-        reward: Callable[[str, str], float | Mapping[str, float]],
+        reward: Callable[[str, str], float | Mapping[str, float]] | None = None,
+        *,
+        compare: Callable[[str, Sequence[str]], Comparison] | None = None,
+        seconds: float = SECONDS,
     ):
         """List the prompts of both splits.
 
@@ -123,10 +144,14 @@ class SingleTurn:
             name: for reports.
             budget: most new tokens of a reply.
             prompts: of "train" and of "heldout".
-            reward: of a prompt and a reply; one number, or parts by name.
+            reward: of a prompt and a reply; one number, or parts by name. None: nothing.
+            compare: of a prompt and the replies of its samples; None: they are not compared.
+            seconds: that each of both may take.
         """
-        self.name, self.budget, self._reward = name, budget, reward
+        self.name, self.budget, self.seconds = name, budget, seconds
+        self._reward, self._rank = reward or _give_nothing, compare
         self._prompts = {split: list(prompts(split)) for split in SPLITS}
+        self.compare = self._compare if compare else None
 
     def count(self, split: str) -> int:
         """Count the prompts of a split."""
@@ -136,6 +161,14 @@ class SingleTurn:
         """Begin with a prompt."""
         prompt = self._prompts[split][number]
         return _Judged(prompt, self._reward), Observation(prompt)
+
+    def _compare(self, split: str, number: int, replies: Sequence[str]) -> Comparison:
+        assert self._rank is not None
+        return self._rank(self._prompts[split][number], replies)
+
+
+def _give_nothing(prompt: str, reply: str) -> Mapping[str, float]:
+    return {}
 
 
 class _Judged:

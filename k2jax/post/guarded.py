@@ -17,9 +17,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k2jax.config import ConfigError, one_line
-from k2jax.post.environment import Episode, Observation, Reply, StepResult, make_environment
+from k2jax.post.environment import (
+    SECONDS,
+    SPLITS,
+    Comparison,
+    Environment,
+    Episode,
+    Observation,
+    Reply,
+    StepResult,
+    make_environment,
+)
 
-SECONDS = 10.0  # for one step or reset
 START = 120.0  # seconds to import what the environment needs
 
 
@@ -30,12 +39,12 @@ class RewardError(Exception):
 class Guarded:
     """An environment by its name, run in a child process with a time limit."""
 
-    def __init__(self, name: str, seconds: float = SECONDS):
+    def __init__(self, name: str, seconds: float = 0.0):
         """Start the process.
 
         Args:
             name: as `open_environment` takes it.
-            seconds: for each step and reset.
+            seconds: for each step, reset and comparison; 0: as the environment says, or 10.
 
         Raises:
             ConfigError: there is no such environment, or it cannot be made.
@@ -44,6 +53,7 @@ class Guarded:
         self._lock = threading.Lock()
         self._episodes = 0
         self._start()
+        self.compare = self._compare if self._compares else None
 
     def count(self, split: str) -> int:
         """Count the tasks of a split."""
@@ -59,6 +69,10 @@ class Guarded:
             except RewardError as error:
                 episode.failure = str(error)
                 return episode, Observation()
+
+    def _compare(self, split: str, number: int, replies: Sequence[str]) -> Comparison:
+        with self._lock:
+            return Comparison(*self._exchange(["compare", 0, [split, number, list(replies)]]))
 
     def close(self) -> None:
         """End the process."""
@@ -77,11 +91,11 @@ class Guarded:
         """Call a method of an episode in the child; the lock is held."""
         if episode.process is not self._process and method == "step":
             # The child that knew this episode is gone: play it again in this one.
-            self._exchange(["reset", episode.id, list(episode.begin)], self._seconds)
+            self._exchange(["reset", episode.id, list(episode.begin)])
             for reply in episode.replies:
-                self._exchange(["step", episode.id, reply], self._seconds)
+                self._exchange(["step", episode.id, reply])
         episode.process = self._process
-        return self._exchange([method, episode.id, arguments], self._seconds)
+        return self._exchange([method, episode.id, arguments])
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
@@ -98,13 +112,14 @@ class Guarded:
             self.close()
             raise ConfigError(about["error"])
         self.name, self.budget, self._counts = about["name"], about["budget"], about["counts"]
+        self._compares, self._seconds = about["compares"], self._seconds or about["seconds"]
 
-    def _exchange(self, message: Any, seconds: float) -> Any:
+    def _exchange(self, message: Any) -> Any:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
-            answer = self._receive(seconds)
+            answer = self._receive(self._seconds)
         except (RewardError, OSError) as error:
             self.close()
             self._start()
@@ -171,29 +186,58 @@ def serve_environment(name: str) -> int:
 
     try:
         environment = make_environment(name)
-        counts = {split: environment.count(split) for split in ("train", "heldout")}
+        about = _describe(environment)
     except Exception as error:
         answer({"error": one_line(error, typed=not isinstance(error, ConfigError))})
         return 2
-    answer({"name": environment.name, "budget": environment.budget, "counts": counts})
+    answer(about)
     episodes: dict[int, Episode] = {}
     for line in sys.stdin.buffer:
         method, id_, arguments = json.loads(line)
         try:
-            if method == "reset":
-                episodes[id_], seen = environment.reset(*arguments)
-                answer({"value": list(seen)})
-                continue
-            text, ids, message = arguments
-            result = episodes[id_].step(Reply(text, tuple(ids), message))
-            if result.observation is None:
-                del episodes[id_]
-            seen_ = None if result.observation is None else list(result.observation)
-            answer({"value": [dict(result.reward), seen_]})
+            value = _call(environment, episodes, method, id_, arguments)
+            answer({"value": value})
         except Exception as error:
             episodes.pop(id_, None)
             answer({"error": one_line(error, typed=True)})
     return 0
+
+
+def _describe(environment: Environment) -> dict[str, Any]:
+    return {
+        "name": environment.name,
+        "budget": environment.budget,
+        "counts": {split: environment.count(split) for split in SPLITS},
+        "seconds": getattr(environment, "seconds", SECONDS),
+        "compares": getattr(environment, "compare", None) is not None,
+    }
+
+
+def _call(
+    environment: Environment,
+    episodes: dict[int, Episode],
+    method: str,
+    id_: int,
+    arguments: Sequence[Any],
+) -> list[Any]:
+    """Call the environment or one of its episodes; what it returns, as JSON takes it."""
+    if method == "reset":
+        episodes[id_], seen = environment.reset(*arguments)
+        return list(seen)
+    if method == "compare":
+        rewards, notes = environment.compare(*arguments)  # type: ignore[attr-defined]
+        return [[_to_numbers(reward) for reward in rewards], _to_numbers(notes)]
+    text, ids, message = arguments
+    result = episodes[id_].step(Reply(text, tuple(ids), message))
+    if result.observation is None:
+        del episodes[id_]
+        return [_to_numbers(result.reward), None]
+    return [_to_numbers(result.reward), list(result.observation)]
+
+
+def _to_numbers(parts: Mapping[str, Any]) -> dict[str, float]:
+    """Return plain floats: JSON takes none of numpy's."""
+    return {name: float(value) for name, value in parts.items()}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +30,7 @@ from k2jax.post.rl_objective import make_objective
 from k2jax.post.rl_step import PolicySteps
 from k2jax.post.rollouts import Sampler
 from k2jax.post.samples import Tasks, hold_scores
-from k2jax.runtime.files import write_atomic
+from k2jax.runtime.files import name_outside_errors, write_atomic
 from k2jax.runtime.signals import StopSignals
 from k2jax.training import provenance, resume
 from k2jax.training.callbacks import (
@@ -54,6 +53,7 @@ from k2jax.training.step import State, build
 from k2jax.weights.source import OF_RUN, open_source
 
 SETTINGS = "rl.json"  # of the run's folder
+MOST_FAILURES = 20  # kinds that are printed
 Say = Callable[[str], None]
 
 
@@ -85,10 +85,11 @@ def train_rl(
         ConfigError: the run cannot work here; nothing that was saved is lost.
     """
     check_run(run, rl)
+    out = Path(out)
     # The loss of samples jumps with their rewards: only what is not finite is a bad step.
     run = dataclasses.replace(run, health=dataclasses.replace(run.health, spike=0.0))
-    with jax.set_mesh(sharding.make_mesh(run.mesh)):
-        return _RlRun(run, rl, env, Path(out), say).run_to_end(init)
+    with jax.set_mesh(sharding.make_mesh(run.mesh)), name_outside_errors(out):
+        return _RlRun(run, rl, env, out, say).run_to_end(init)
 
 
 class _RlRun:
@@ -215,7 +216,7 @@ class _RlRun:
             Recover(recovery, saver, self.program.schedule),
             ScoreHeldout(score, run.train.eval_every, run.train.steps),
             WriteMetrics(self.out / METRICS if self.is_main else None, self.say),
-            _ShowSteps(run, self.say),
+            _ShowSteps(run, steps.sampler, self.say),
             Track(run, self.out),
             Abort(recovery),
             _StopBetweenPolicies(signals, self.rl.updates),
@@ -241,13 +242,15 @@ class _StopBetweenPolicies(StopOnSignal):
 
 
 class _ShowSteps(Callback):
-    """Prints a line every `train.log_every` steps, and of every score."""
+    """Prints a line every `train.log_every` steps, of every score, and of each kind of failure."""
 
-    def __init__(self, run: RunConfig, say: Say):
-        self.run, self.say, self.began = run, say, time.perf_counter()
+    def __init__(self, run: RunConfig, sampler: Sampler, say: Say):
+        self.run, self.sampler, self.say = run, sampler, say
+        self.shown: set[str] = set()
 
     def on_step(self, step: int, state: Any, metrics: dict[str, Any]) -> Action:
         last = self.run.train.steps
+        self._show_failures(step)
         scored = "heldout_sampled" in metrics
         if scored or step % self.run.train.log_every == 0 or step == last:
             line = (
@@ -262,3 +265,10 @@ class _ShowSteps(Callback):
                 )
             self.say(line)
         return super().on_step(step, state, metrics)
+
+    def _show_failures(self, step: int) -> None:
+        """Print what a sample failed of, once each: `failed` in the metrics only counts them."""
+        for failure, count in self.sampler.failures.items():
+            if failure not in self.shown and len(self.shown) < MOST_FAILURES:
+                self.say(f"step {step}: samples without a reward: {count}, by {failure}")
+                self.shown.add(failure)

@@ -6,6 +6,7 @@ ids that it learns from: what the environment adds is appended, and nothing is t
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ class Rollout:
         own: of each id, whether the model wrote it.
         logprobs: of the model's own tokens in order, by the engine, at temperature 1.
         parts: rewards by name, summed over turns.
+        text: what the model wrote last, without the token that ended it.
+        notes: numbers by name that are logged and are no reward; see `Comparison`.
         is_truncated: it ran out of tokens, and was not judged.
         messages: of the conversation so far; empty where the prompt was plain text.
         failure: why its reward is unknown; "": it is known.
@@ -50,6 +53,8 @@ class Rollout:
     own: list[bool] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     parts: dict[str, float] = dataclasses.field(default_factory=dict)
+    text: str = ""
+    notes: Mapping[str, float] = dataclasses.field(default_factory=dict)
     is_truncated: bool = False
     messages: list[Mapping[str, Any]] = dataclasses.field(default_factory=list)
     failure: str = ""
@@ -67,7 +72,11 @@ class Rollout:
 
 
 class Sampler:
-    """Tries tasks of one environment with one engine."""
+    """Tries tasks of one environment with one engine.
+
+    Attributes:
+        failures: how many samples failed so far, by what the environment said.
+    """
 
     def __init__(
         self,
@@ -89,6 +98,7 @@ class Sampler:
         self.engine, self.tokenizer, self.env = engine, tokenizer, env
         self.budget = budget or env.budget
         self.length = min(length or engine.context, engine.context)
+        self.failures: Counter[str] = Counter()
 
     def sample(self, split: str, tries: Sequence[Try], temperature: float) -> list[Rollout]:
         """Try tasks to their end, all at once.
@@ -118,13 +128,42 @@ class Sampler:
                 if following is not None:
                     waiting[i] = following
             turn += 1
+        self._compare(split, tries, rollouts)
+        self.failures.update(r.failure for r in rollouts if r.failure)
         return rollouts
+
+    def _compare(self, split: str, tries: Sequence[Try], rollouts: Sequence[Rollout]) -> None:
+        """Let the environment compare a task's samples, where it does; truncated ones aside."""
+        compare = getattr(self.env, "compare", None)
+        if compare is None:
+            return
+        groups: dict[int, list[Rollout]] = {}
+        for task, rollout in zip(tries, rollouts, strict=True):
+            if not rollout.failure and not rollout.is_truncated:
+                groups.setdefault(task.number, []).append(rollout)
+        for number, group in groups.items():
+            if len(group) < 2:
+                continue
+            try:
+                rewards, notes = compare(split, number, [rollout.text for rollout in group])
+                for rollout, reward in zip(group, rewards, strict=True):
+                    _add_parts(rollout.parts, reward)
+                    rollout.notes = notes
+            except Exception as error:
+                for rollout in group:
+                    rollout.failure = one_line(error, typed=True)
 
     def _ask(
         self, rollout: Rollout, seen: Observation, seed: tuple[int, int], temperature: float
     ) -> Request | None:
-        """Append what is read next, and ask for the model's turn; None: no token is left for it."""
-        ids = self._encode(rollout, seen)
+        """Append what is read next, and ask for the model's turn; None: the sample has ended."""
+        try:
+            ids = self._encode(rollout, seen)
+        except ConfigError as error:
+            if not rollout.ids:
+                raise
+            rollout.failure = one_line(error)  # such as a result of no call, or two calls in one
+            return None
         left = min(self.budget - rollout.own_count, self.length - len(rollout.ids) - len(ids))
         if left < 1 and not rollout.ids:
             raise ConfigError(
@@ -173,9 +212,9 @@ class Sampler:
         if rollout.messages:
             message = parse(self.tokenizer, result.ids, rollout.ids[:before]).message()
             rollout.messages.append(message)
-        text = self.tokenizer.decode(result.ids[:-1])
+        rollout.text = self.tokenizer.decode(result.ids[:-1])
         try:
-            answer = episode.step(Reply(text, tuple(result.ids), message))
+            answer = episode.step(Reply(rollout.text, tuple(result.ids), message))
             _add_parts(rollout.parts, answer.reward)
         except Exception as error:
             rollout.failure = one_line(error, typed=True)

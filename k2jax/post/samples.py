@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from k2jax import cluster
-from k2jax.config import RunConfig
+from k2jax.config import ConfigError, RunConfig
 from k2jax.data.batches import shuffle
 from k2jax.post.environment import Environment
 from k2jax.post.losses import weigh_samples
@@ -18,7 +18,13 @@ class Tasks:
     """Which tasks a step tries: all in turn, in an order shuffled anew in every epoch."""
 
     def __init__(self, env: Environment, run: RunConfig, rl: RlConfig):
-        """Plan them; they depend on `data.seed` and the step alone."""
+        """Plan them; they depend on `data.seed` and the step alone.
+
+        Raises:
+            ConfigError: the environment has no tasks to learn from.
+        """
+        if not env.count("train"):
+            raise ConfigError(f"environment {env.name} has no tasks in its split 'train'")
         self.count, self.seed, self.group = env.count("train"), run.data.seed, rl.group
         self.prompts = run.data.rows // rl.group
 
@@ -127,20 +133,30 @@ def add_curated(
 
 def describe_rewards(rollouts: Sequence[Rollout], reward_GK: np.ndarray) -> dict[str, float]:
     """Return the metrics of a step's samples."""
-    spread_G = np.nanmax(reward_GK, axis=1) > np.nanmin(reward_GK, axis=1)
-    metrics = summarise(rollouts) | {"reward": float(np.nanmean(reward_GK))}
-    metrics["groups_that_teach"] = float(spread_G.mean())
-    names = sorted({name for r in rollouts for name in r.parts})
-    if len(names) > 1:
-        for name in names:
-            metrics[f"reward_{name}"] = float(np.mean([r.parts.get(name, 0.0) for r in rollouts]))
+    counts_GK = np.isfinite(reward_GK)
+    high_G = np.where(counts_GK, reward_GK, -np.inf).max(axis=1)
+    low_G = np.where(counts_GK, reward_GK, np.inf).min(axis=1)
+    mean = float(reward_GK[counts_GK].mean()) if counts_GK.any() else np.nan
+    metrics = summarise(rollouts) | {"reward": mean}
+    metrics["groups_that_teach"] = float((high_G > low_G).mean())
+    judged = [r for r in rollouts if not r.failure]
+    names = sorted({name for r in judged for name in r.parts})
+    for name in names if len(names) > 1 else ():
+        metrics[f"reward_{name}"] = float(np.mean([r.parts.get(name, 0.0) for r in judged]))
+    for name in sorted({name for r in judged for name in r.notes}):
+        metrics[f"env_{name}"] = float(np.mean([r.notes[name] for r in judged if name in r.notes]))
     return metrics
 
 
 def hold_scores(sampler: Sampler, rl: RlConfig, seed: int) -> dict[str, float]:
-    """Try held-out tasks, the same ones every time: sampled at temperature 1, and greedily."""
+    """Try held-out tasks, the same ones every time: sampled at temperature 1, and greedily.
+
+    Nothing is returned where there are none.
+    """
     env = sampler.env
     count = min(rl.eval_prompts, env.count("heldout"))
+    if not count:
+        return {}
     numbers = shuffle(np.arange(count), env.count("heldout"), seed, 0)
     tries = [Try(int(n), make_seed(seed, int(n))) for n in numbers]
 

@@ -16,13 +16,13 @@ import numpy as np
 
 from k2jax import cluster, sharding
 from k2jax.checkpoint import Checkpoints, preload_orbax
-from k2jax.config import ConfigError, RunConfig, to_json
+from k2jax.config import RunConfig, to_json
 from k2jax.data import Batches, Data, Mixture, check, compressors, open_data, prefetch
 from k2jax.evals.perplexity import heldout_loss
 from k2jax.model import Model
 from k2jax.model.batch import own_parts, to_devices
 from k2jax.model.kernel_check import check_kernels
-from k2jax.runtime.files import OUTSIDE, write_atomic
+from k2jax.runtime.files import name_outside_errors, write_atomic
 from k2jax.runtime.signals import Interrupted, StopSignals
 from k2jax.training import identity, provenance, resume, trackers
 from k2jax.training.callbacks import (
@@ -166,13 +166,8 @@ def train(
     """
     out = Path(out)
     began = time.perf_counter() if began is None else began
-    with jax.set_mesh(sharding.make_mesh(run.mesh)):
-        try:
-            return _Training(run, out, say, began).run_to_end(init, closing)
-        except OSError as error:
-            if error.errno not in OUTSIDE:
-                raise
-            raise ConfigError(f"{error.filename or out}: {error.strerror}") from error
+    with jax.set_mesh(sharding.make_mesh(run.mesh)), name_outside_errors(out):
+        return _Training(run, out, say, began).run_to_end(init, closing)
 
 
 class _Training:

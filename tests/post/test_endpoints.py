@@ -145,6 +145,22 @@ def test_an_endpoint_that_does_not_answer_is_one_line_and_is_resumed(tmp_path, c
     assert "2 trajectories" in capsys.readouterr().out
 
 
+def test_a_conversation_that_is_not_taken_ends_alone(tmp_path):
+    def answer(body):
+        refused = "airline" in str(body["messages"]) or len(body["messages"]) > 2
+        return 400 if refused else {"content": "Tell me more, please?"}
+
+    said = []
+    with Model(answer) as model:
+        settings = Settings(tasks=4, tools=6, agent=f"{model.url}#a")
+        synthesise(tmp_path / "out", settings, say=said.append)
+    ended = [line["ended"] for line in read_lines(tmp_path / "out" / FILES["run"])]
+    assert any("refuses: HTTP 400" in one for one in ended)
+    assert read_lines(tmp_path / "out" / FILES["write"]) == []
+    assert any("were not taken, such as refused: http" in line for line in said)
+    assert any("replay: 4 of 4" in line for line in said)
+
+
 def judge_by(better):
     """A judge that sees two answers and says which is better."""
 
@@ -162,6 +178,10 @@ def test_pairs_are_judged_in_both_orders_and_disagreement_is_reported():
         critic = Critic(parse_endpoint(f"{model.url}#judge"))
         assert critic.rank("?", answers) == Ranking((0.0, 1.0, 0.5), 0.0, 0)
         assert len(model.bodies) == 6
+        assert critic.compare("?", answers) == (
+            [{"wins": 0.0}, {"wins": 1.0}, {"wins": 0.5}],
+            {"disagreement": 0.0, "unread": 0.0},
+        )
         assert all(body["temperature"] == 0 for body in model.bodies)
         model.answer = judge_by(lambda x, y: "first")  # whatever is shown first
         assert critic.rank("?", answers) == Ranking((0.5, 0.5, 0.5), 1.0, 0)

@@ -22,6 +22,7 @@ def test_finetuning_is_training_on_data_that_is_named_into_a_folder_of_its_own(m
         (["finetune", "toy", "--data.path", "x"], "--init"),
         (["finetune", "toy", "--init", "x"], "--data.path"),
         (["rl", "toy_rl", "--init", "x"], "--env"),
+        (["rl", "toy_rl", "--init", "x", "--env", "sum2", "--out", "s3://x/y"], "is no folder"),
         (["rl", "toy_rl", "--init", "x", "--env", "sum3"], "sum2"),
         (["rl", "toy_rl", "--init", "x", "--env", "sum2", "--rl.tua", "1"], "tau"),
         (["rl", "toy_rl", "--init", "x", "--env", "sum2", "--rl.group", "7"], "252 or 259"),

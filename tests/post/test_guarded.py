@@ -10,7 +10,8 @@ from k2jax.post.guarded import Guarded, RewardError
 
 OWN = """
 import os, time
-from k2jax.post.environment import Observation, SingleTurn, StepResult
+import numpy as np
+from k2jax.post.environment import Comparison, Observation, SingleTurn, StepResult
 
 def reward(prompt, reply):
     print("this is no answer")
@@ -20,10 +21,18 @@ def reward(prompt, reply):
         time.sleep(1000)
     if reply == "exit":
         os._exit(3)
+    if reply == "numpy":
+        return {"right": np.float32(0.5)}
     return {"right": float(reply == prompt), "nan": float("nan") if reply == "nan" else 0.0}
 
 def own():
     return SingleTurn("own", 8, lambda split: ["a", "b", "c"], reward)
+
+def best(prompt, replies):
+    return Comparison([{"best": float(r == max(replies))} for r in replies], {"of": len(replies)})
+
+def compared():
+    return SingleTurn("compared", 8, lambda split: ["a"], compare=best, seconds=45)
 
 class Counting:
     name, budget = "counting", 8
@@ -82,6 +91,10 @@ def test_what_raises_fails_that_sample_alone(environment):
     assert step(environment, 0, "a").reward["right"] == 1
 
 
+def test_a_part_may_be_numpys(environment):
+    assert step(environment, 0, "numpy").reward == {"right": 0.5}
+
+
 def test_what_is_no_number_is_passed_on(environment):
     assert math.isnan(step(environment, 0, "nan").reward["nan"])
 
@@ -90,6 +103,15 @@ def test_what_ends_its_process_fails_that_sample_alone(environment):
     with pytest.raises(RewardError, match="its process ended"):
         step(environment, 0, "exit")
     assert step(environment, 2, "c").reward["right"] == 1
+
+
+def test_comparisons_are_made_there_too_and_an_environment_names_its_limit(environment, own):
+    made = open_environment(f"{own}:compared")
+    assert (made._seconds, environment._seconds, environment.compare) == (45, 10, None)
+    assert made.compare("train", 0, ["x", "y"]) == ([{"best": 0.0}, {"best": 1.0}], {"of": 2})
+    with pytest.raises(RewardError, match="ValueError"):
+        made.compare("train", 0, [])
+    made.close()
 
 
 def test_other_episodes_outlive_one_that_hangs(own):

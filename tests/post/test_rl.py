@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -31,7 +33,7 @@ from k2jax.model import Model
 from k2jax.params.arrays import initial
 from k2jax.params.kimi import declare_kimi
 from k2jax.post.environment import SingleTurn
-from k2jax.post.rl import train_rl
+from k2jax.post.rl import _ShowSteps, train_rl
 from k2jax.post.rl_config import RlConfig
 from k2jax.text.kimi_tokenizer import Tokenizer
 from k2jax.weights.source import load
@@ -134,6 +136,18 @@ def test_adapters_learn_from_rewards_alone_and_a_killed_run_ends_with_the_same_o
     train_rl(run, rl, ENV, tmp_path / "killed", init=init, say=lambda _: None)
     files = (tmp_path / out / "adapter/adapter_model.safetensors" for out in ("whole", "killed"))
     assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_what_samples_fail_of_is_printed_once():
+    failures, said = Counter({"KeyError: 'x'": 3}), []
+    show = _ShowSteps(make_run(), SimpleNamespace(failures=failures), said.append)
+    show._show_failures(1)
+    failures.update(["KeyError: 'x'", "ValueError"])
+    show._show_failures(2)
+    assert said == [
+        "step 1: samples without a reward: 3, by KeyError: 'x'",
+        "step 2: samples without a reward: 1, by ValueError",
+    ]
 
 
 def test_an_engine_with_new_weights_answers_as_one_made_of_them():

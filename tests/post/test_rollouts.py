@@ -6,7 +6,7 @@ import pytest
 
 from k2jax.config import ConfigError
 from k2jax.inference.request import Result, TokenLogprob
-from k2jax.post.environment import Observation, SingleTurn, StepResult, open_environment
+from k2jax.post.environment import Comparison, Observation, SingleTurn, StepResult, open_environment
 from k2jax.post.rollouts import Sampler, Try, summarise
 from k2jax.post.toy_tasks import is_held_out, list_sortings, list_sums, sum2
 from k2jax.text.kimi_template import encode
@@ -128,6 +128,31 @@ def test_turns_are_appended_as_the_template_writes_them_and_never_tokenised_agai
     ]
     assert second == encode(TOKENIZER, history)
     assert sum(rollout.own) == rollout.own_count == len(written) + 2
+
+
+def test_a_turn_that_cannot_be_continued_fails_its_sample_alone():
+    """The model calls twice under one id, so results could not be told apart."""
+    call = CALL.removeprefix("<|tool_calls_section_begin|>").partition("<|tool_calls_section_e")[0]
+    twice = CALL.replace(call, 2 * call)
+    (rollout,), _ = sample(Talk(), twice)
+    assert "two tool calls with the id 'functions.f:0'" in rollout.failure
+    assert summarise([rollout])["failed"] == 1
+
+
+def test_samples_of_a_task_are_compared_when_all_have_ended():
+    def compare(prompt, replies):
+        assert (prompt, replies) == ("a=", ["1", "22"])
+        return Comparison([{"wins": 0.25}, {"wins": 0.75}], {"disagreement": 0.5})
+
+    env = SingleTurn("own", 3, lambda split: ["a="], lambda p, r: 0.5, compare=compare)
+    rollouts, _ = sample(env, "1", "22", "4100", tries=3)
+    assert [r.parts.get("wins") for r in rollouts] == [0.25, 0.75, None]
+    assert rollouts[0].reward == 0.75 and rollouts[0].notes == {"disagreement": 0.5}
+    rollouts, _ = sample(env, "1", "4100", tries=2)
+    assert not rollouts[0].failure and rollouts[0].reward == 0.5  # alone, it is not compared
+    env = SingleTurn("own", 3, lambda split: ["a="], compare=lambda p, r: 1 / 0)
+    rollouts, _ = sample(env, "1", "2", "4100", tries=3)
+    assert [bool(r.failure) for r in rollouts] == [True, True, False]
 
 
 def test_no_token_left_for_a_turn_is_a_truncation():

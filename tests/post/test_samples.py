@@ -1,10 +1,14 @@
 """Rewards of a step, and the rows that its samples become."""
 
+import warnings
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from small_model import SIZES
 
 from k2jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
+from k2jax.post.environment import SingleTurn
 from k2jax.post.rl_config import RlConfig, check_run, configure_rl, split_settings
 from k2jax.post.rollouts import Rollout
 from k2jax.post.samples import (
@@ -13,6 +17,7 @@ from k2jax.post.samples import (
     compute_rewards,
     describe_rewards,
     find_temperature,
+    hold_scores,
     lay_out,
 )
 from k2jax.post.toy_tasks import sum2
@@ -41,6 +46,19 @@ def test_truncated_samples_get_the_penalty_and_failed_ones_nothing():
     np.testing.assert_array_equal(reward, [[1.0, -0.5], [np.nan, 0.0]])
     metrics = describe_rewards(rollouts, reward)
     assert metrics["failed"] == 1 and metrics["groups_that_teach"] == 0.5
+
+
+def test_metrics_leave_failed_samples_out_where_all_of_them_fail_too():
+    rl = RlConfig(group=2)
+    good, bad = rollout(1.0, notes={"disagreement": 0.5}), rollout(0.0, failure="x")
+    good.parts["form"], bad.parts["form"] = 0.5, 0.0
+    metrics = describe_rewards([good, bad], compute_rewards([good, bad], rl, 0, 0))
+    assert (metrics["reward_form"], metrics["reward_reward"]) == (0.5, 1.0)
+    assert (metrics["reward"], metrics["env_disagreement"]) == (1.5, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = describe_rewards([bad, bad], compute_rewards([bad, bad], rl, 0, 0))
+    assert np.isnan(metrics["reward"]) and metrics["groups_that_teach"] == 0
 
 
 def test_toggle_takes_the_reward_of_long_answers_in_every_second_phase_where_most_are_right():
@@ -93,6 +111,13 @@ def test_curated_rows_are_in_every_micro_batch_and_share_one_mean():
 def test_temperature_falls_evenly():
     rl = RlConfig(temperature=1.0, final_temperature=0.5)
     assert [find_temperature(rl, step, 11) for step in (0, 5, 10)] == [1.0, 0.75, 0.5]
+
+
+def test_an_empty_split_is_named_or_not_scored():
+    empty = SingleTurn("none", 4, lambda split: [], lambda prompt, reply: 0.0)
+    with pytest.raises(ConfigError, match="none has no tasks in its split 'train'"):
+        Tasks(empty, RUN, RlConfig(group=2))
+    assert hold_scores(SimpleNamespace(env=empty), RlConfig(), 0) == {}
 
 
 def run_of(**train):

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k2jax.config import ConfigError, one_line
-from k2jax.post.synthesis.simulate import STOP, Message
+from k2jax.post.synthesis.simulate import STOP, Message, RefusedError
 
 TRIES = 4  # of one request
 WAIT = 600.0  # seconds for one answer
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # answers that a later try may not give
+REFUSALS = (400, 413, 422)  # answers that are about this conversation, not about the server
 KEYS = ("K2JAX_API_KEY", "OPENAI_API_KEY")  # where the key is read from
 
 
@@ -41,6 +42,7 @@ class Endpoint:
         """The model's next message.
 
         Raises:
+            RefusedError: the server does not take this conversation; others it may.
             ConfigError: it does not answer, or with something else; one line says what.
         """
         body: dict[str, Any] = {"model": self.model or self._first_model(), "messages": messages}
@@ -76,6 +78,8 @@ class Endpoint:
                     return json.loads(response.read())
             except urllib.error.HTTPError as error:
                 why = f"HTTP {error.code}: {one_line(ValueError(error.read().decode()))}"
+                if error.code in REFUSALS and body is not None:
+                    raise RefusedError(f"{url} refuses: {why}") from None
                 if error.code not in AGAIN:
                     break
             except (OSError, ValueError, http.client.HTTPException) as error:
@@ -162,13 +166,16 @@ def ask_judge(
 ) -> tuple[bool, str]:
     """Let a model judge a trajectory by its rubric: whether it succeeds, and why.
 
-    An answer that cannot be read counts as a failure.
+    An answer that cannot be read counts as a failure, as does a conversation that is not taken.
     """
     rubric = json.dumps(task["rubric"], ensure_ascii=False)
     shown = json.dumps(list(messages), ensure_ascii=False)
     text = f"Rubric:\n{rubric}\n\nConversation:\n{shown}"
     asked = [{"role": "system", "content": JUDGE}, {"role": "user", "content": text}]
-    content = dataclasses.replace(endpoint, temperature=0.0).ask(asked)["content"]
+    try:
+        content = dataclasses.replace(endpoint, temperature=0.0).ask(asked)["content"]
+    except RefusedError as error:
+        return False, str(error)
     try:
         verdict = json.loads(content[content.index("{") : content.rindex("}") + 1])
         return verdict["success"] is True, str(verdict.get("reason", ""))

@@ -5,8 +5,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from k2jax.post.synthesis.endpoint import (
 from k2jax.post.synthesis.imported import import_file
 from k2jax.post.synthesis.oracle import Oracle
 from k2jax.post.synthesis.rubric import replay
+from k2jax.post.synthesis.simulate import REFUSED
 from k2jax.post.synthesis.task_maker import Task, judge_task, make_task, play
 from k2jax.post.synthesis.toolset import compose_tools
 from k2jax.post.synthesis.users import ScriptedUser
@@ -256,7 +256,7 @@ class _Pipeline:
         remote = self.settings.agent or self.settings.user
         workers = self.settings.workers if remote else 1
         self.trajectories = self._write(
-            "run", lambda start: _in_order(self._converse, jobs[start:], workers)
+            "run", lambda start: stored.map_in_order(self._converse, jobs[start:], workers)
         )
         calls = sum(len(one["calls"]) for one in self.trajectories)
         agent, user = self.settings.agent or "scripted oracle", self.settings.user or "scripted"
@@ -264,6 +264,9 @@ class _Pipeline:
             f"run: {len(self.trajectories):,} trajectories, {calls:,} calls; agent: {agent}, users:"
             f" {user}"
         )
+        refused = [one["ended"] for one in self.trajectories if one["ended"].startswith(REFUSED)]
+        if refused:
+            self.say(f"run: {len(refused):,} of them were not taken, such as {refused[0]}")
 
     def _converse(self, job: tuple[Task, int]) -> dict[str, Any]:
         task, sample = job
@@ -298,7 +301,8 @@ class _Pipeline:
 
         workers = self.settings.workers if endpoint else 1
         self.verdicts = self._write(
-            "judge", lambda start: _in_order(judge_one, self.trajectories[start:], workers)
+            "judge",
+            lambda start: stored.map_in_order(judge_one, self.trajectories[start:], workers),
         )
         kept = sum(one["success"] for one in self.verdicts)
         self.say(f"judge: {kept:,} of {len(self.verdicts):,} trajectories succeed")
@@ -386,15 +390,3 @@ class _Pipeline:
         self.say(f"replay: {len(lines) - len(bad):,} of {len(lines):,} logs make the same worlds")
         if bad:
             raise ConfigError(f"{bad[0]['task']} cannot be replayed: {bad[0]['differs']}")
-
-
-def _in_order(work: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Results in the order of jobs, `workers` at a time."""
-    if workers == 1:
-        yield from map(work, jobs)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            yield from pool.map(work, jobs)
-        finally:
-            pool.shutdown(cancel_futures=True)

@@ -191,7 +191,9 @@ def _check_answers(messages: Sequence[Message], ended: str) -> str:
             waiting = False
     if waiting or messages[-1]["role"] != "assistant":
         return "the last message of the user has no answer"
-    return "" if ended == "done" else f"the conversation was ended by the limit of {ended}"
+    if ended in ("turns", "calls"):
+        return f"the conversation was ended by the limit of {ended}"
+    return "" if ended == "done" else f"the conversation was {ended}"
 
 
 def _is_reached(

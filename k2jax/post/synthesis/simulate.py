@@ -5,13 +5,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from k2jax.config import ConfigError
 from k2jax.post.synthesis.world import World
 
 TURNS = 24  # messages of the user at most
 CALLS = 60  # calls at most
+REFUSED = "refused"  # begins why a conversation ended that a server did not take
 STOP = "###STOP###"  # what a user of an endpoint says at the end
 
 Message = dict[str, Any]
+
+
+class RefusedError(ConfigError):
+    """A model's server does not take this conversation, such as one longer than its context."""
 
 
 class User(Protocol):
@@ -49,7 +55,7 @@ class Trajectory:
         messages: from the system prompt to the last answer.
         calls: tool, arguments as they were written, result, and digest of the world after it.
         start: digest of the world before the first call.
-        ended: "done" by the user, or "turns", "calls": a limit.
+        ended: "done" by the user; "turns", "calls": a limit; "refused: ...": by a model's server.
     """
 
     task: str
@@ -119,19 +125,25 @@ def converse(session: Session, user: User, agent: Agent, tools: Sequence[Any]) -
         agent: answers; may call tools before it does.
         tools: as the OpenAI API declares them.
     """
-    trajectory = session.trajectory
+    try:
+        session.trajectory.ended = _take_turns(session, user, agent, tools)
+    except RefusedError as error:
+        session.trajectory.ended = f"{REFUSED}: {error}"
+    return session.trajectory
+
+
+def _take_turns(session: Session, user: User, agent: Agent, tools: Sequence[Any]) -> str:
+    """Let both talk; why they ended."""
     said: str | None = user.open()
     for _ in range(TURNS):
         if said is None or said.strip() == STOP:
-            return trajectory
+            return "done"
         session.hear(said)
         text = _let_agent_work(session, agent, tools)
         if text is None:
-            trajectory.ended = "calls"
-            return trajectory
+            return "calls"
         said = user.reply(text)
-    trajectory.ended = "turns"
-    return trajectory
+    return "turns"
 
 
 def _let_agent_work(session: Session, agent: Agent, tools: Sequence[Any]) -> str | None:
