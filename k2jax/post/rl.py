@@ -7,6 +7,7 @@ run that was killed at any moment ends, by the same command, with the same weigh
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -128,14 +129,15 @@ class _RlRun:
                 state = resume.restore_state(self.program, checkpoints, latest, self.base)
             step = latest or 0
             if step < last:
+                self._introduce()
                 provenance.record_start(run, self.out, step)
                 model = Model(run.model, resume.plain_params(self.program, state), tokenizer)
                 steps = self._prepare(model, pool)
                 state, step = self._fit(state, step, steps, checkpoints, signals)
             if step < last:
                 self.say(f"stopped and saved at step {step}; rerun the same command to resume")
-            elif self.base:
-                resume.write_adapter(self.program, state.params, self.base, self.out / ADAPTER)
+            else:
+                self._finish(state, latest == last)
             return Model(run.model, resume.plain_params(self.program, state), tokenizer)
 
     def _require_same_settings(self, resumed: bool) -> None:
@@ -165,6 +167,26 @@ class _RlRun:
         settings = {"env": self.env.name} | dataclasses.asdict(self.rl)
         write_atomic(self.out / SETTINGS, json.dumps(settings, indent=1) + "\n")
         write_atomic(self.out / "config.json", json.dumps(to_json(self.run), indent=1) + "\n")
+
+    def _introduce(self) -> None:
+        """Say what learns and from what: the first step takes a while to come."""
+        run, env = self.run, self.env
+        count = sum(math.prod(leaf.shape) for leaf in self.program.specs.values())
+        self.say(
+            f"{run.name}: {count / 1e6:.1f}M parameters on {run.mesh}; {env.name}:"
+            f" {env.count('train'):,} tasks, {env.count('heldout'):,} held out; a step tries"
+            f" {run.data.rows // self.rl.group}, {self.rl.group} times each"
+        )
+
+    def _finish(self, state: State, was_finished: bool) -> None:
+        """Write the adapter, if any, and say where everything is."""
+        if self.base:
+            resume.write_adapter(self.program, state.params, self.base, self.out / ADAPTER)
+        if was_finished:
+            step = self.run.train.steps
+            self.say(f"{self.out} is finished: step {step}; raise --train.steps to train on")
+        else:
+            self.say(f"{self.out}: checkpoints, {METRICS}")
 
     def _prepare(self, model: Model, pool: ThreadPoolExecutor) -> PolicySteps:
         """Compile, and make an engine that holds a step's samples."""

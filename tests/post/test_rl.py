@@ -90,8 +90,13 @@ def test_a_killed_run_ends_with_the_same_weights_and_ratios_are_one(init, tmp_pa
     # What a kill after the first save leaves.
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "4")
-    again = train_rl(run, rl, ENV, tmp_path / "killed", init=init, say=lambda _: None)
+    said = []
+    again = train_rl(run, rl, ENV, tmp_path / "killed", init=init, say=said.append)
     require_equal(whole.params, again.params)
+    assert said[0].startswith("resuming from step 2") and "odd: 8 tasks, 8 held out" in said[1]
+    assert said[-1] == f"{tmp_path / 'killed'}: checkpoints, metrics.jsonl"
+    train_rl(run, rl, ENV, tmp_path / "killed", init=init, say=said.append)
+    assert "is finished: step 4; raise --train.steps" in said[-1]
     assert [line["loss"] for line in read(tmp_path / "killed")] == [line["loss"] for line in lines]
     with pytest.raises(ConfigError, match=r"tau 0.1, not 0.2"):
         train_rl(
