@@ -31,7 +31,7 @@ from k2jax.post.rl_objective import make_objective
 from k2jax.post.rl_step import PolicySteps
 from k2jax.post.rollouts import Sampler
 from k2jax.post.samples import Tasks, hold_scores
-from k2jax.runtime.files import name_outside_errors, write_atomic
+from k2jax.runtime.files import write_atomic
 from k2jax.runtime.signals import StopSignals
 from k2jax.training import provenance, resume
 from k2jax.training.callbacks import (
@@ -89,7 +89,7 @@ def train_rl(
     out = Path(out)
     # The loss of samples jumps with their rewards: only what is not finite is a bad step.
     run = dataclasses.replace(run, health=dataclasses.replace(run.health, spike=0.0))
-    with jax.set_mesh(sharding.make_mesh(run.mesh)), name_outside_errors(out):
+    with jax.set_mesh(sharding.make_mesh(run.mesh)), resume.name_outside_errors(out):
         return _RlRun(run, rl, env, out, say).run_to_end(init)
 
 

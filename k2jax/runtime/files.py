@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from k2jax.config import ConfigError
-
 # What a user can put right, where the program is not at fault.
 OUTSIDE = (
     errno.ENOSPC,
@@ -24,24 +22,6 @@ OUTSIDE = (
     errno.ENOTDIR,
     errno.ESTALE,
 )
-
-
-@contextlib.contextmanager
-def name_outside_errors(folder: Path) -> Iterator[None]:
-    """Turn an error of `OUTSIDE` into one line.
-
-    Args:
-        folder: that is named where the error names no file.
-
-    Raises:
-        ConfigError: with the file and the system's reason.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in OUTSIDE:
-            raise
-        raise ConfigError(f"{error.filename or folder}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from k2jax.evals.perplexity import heldout_loss
 from k2jax.model import Model
 from k2jax.model.batch import own_parts, to_devices
 from k2jax.model.kernel_check import check_kernels
-from k2jax.runtime.files import name_outside_errors, write_atomic
+from k2jax.runtime.files import write_atomic
 from k2jax.runtime.signals import Interrupted, StopSignals
 from k2jax.training import identity, provenance, resume, trackers
 from k2jax.training.callbacks import (
@@ -166,7 +166,7 @@ def train(
     """
     out = Path(out)
     began = time.perf_counter() if began is None else began
-    with jax.set_mesh(sharding.make_mesh(run.mesh)), name_outside_errors(out):
+    with jax.set_mesh(sharding.make_mesh(run.mesh)), resume.name_outside_errors(out):
         return _Training(run, out, say, began).run_to_end(init, closing)
 
 

@@ -1,7 +1,8 @@
 """Decides where a run begins: at its newest intact checkpoint, given weights, or drawn ones."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,29 @@ from k2jax.model.lora import merge_adapters
 from k2jax.params.adapters import is_adapter
 from k2jax.params.arrays import Params, initial
 from k2jax.params.kimi import declare_kimi
+from k2jax.runtime.files import OUTSIDE
 from k2jax.training.compile import PROGRAMS
 from k2jax.training.step import Program, State
 from k2jax.weights.adapter_files import write_peft
 from k2jax.weights.source import Source, initial_params, open_source
+
+
+@contextlib.contextmanager
+def name_outside_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system refuses, such as a full disk, into one line.
+
+    Args:
+        folder: that is named where the error names no file.
+
+    Raises:
+        ConfigError: with the file and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        raise ConfigError(f"{error.filename or folder}: {error.strerror}") from error
 
 
 def find_start(

@@ -29,7 +29,8 @@ def own():
     return SingleTurn("own", 8, lambda split: ["a", "b", "c"], reward)
 
 def best(prompt, replies):
-    return Comparison([{"best": float(r == max(replies))} for r in replies], {"of": len(replies)})
+    top = max(replies)
+    return Comparison([{"best": float(r == top)} for r in replies], {"of": len(replies)})
 
 def compared():
     return SingleTurn("compared", 8, lambda split: ["a"], compare=best, seconds=45)
