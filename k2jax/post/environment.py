@@ -104,10 +104,11 @@ class Episode(Protocol):
 class Environment(Protocol):
     """Tasks by number.
 
-    An environment may have two members more. `seconds`: that a step may take, of one that runs in
-    a process of its own. `compare(split, number, replies)`: a `Comparison` of the samples of one
-    task by what each wrote last, called when all of them have ended; failed and truncated ones are
-    not among them. An exception fails all of them.
+    An environment may have three members more. `seconds`: that a step may take, of one that runs in
+    a process of its own. `workers`: how many steps are taken at a time, by as many such processes
+    or by threads. `compare(split, number, replies)`: a `Comparison` of the samples of one task by
+    what each wrote last, called when all of them have ended; failed and truncated ones are not
+    among them. An exception fails all of them.
 
     Attributes:
         name: for reports.
@@ -137,6 +138,7 @@ class SingleTurn:
         *,
         compare: Callable[[str, Sequence[str]], Comparison] | None = None,
         seconds: float = SECONDS,
+        workers: int = 1,
     ):
         """List the prompts of both splits.
 
@@ -147,8 +149,14 @@ class SingleTurn:
             reward: of a prompt and a reply; one number, or parts by name. None: nothing.
             compare: of a prompt and the replies of its samples; None: they are not compared.
             seconds: that each of both may take.
+            workers: how many of them are computed at a time.
+
+        Raises:
+            ConfigError: nothing gives a reward.
         """
-        self.name, self.budget, self.seconds = name, budget, seconds
+        if reward is None and compare is None:
+            raise ConfigError(f"environment {name} has neither a reward nor a comparison")
+        self.name, self.budget, self.seconds, self.workers = name, budget, seconds, workers
         self._reward, self._rank = reward or _give_nothing, compare
         self._prompts = {split: list(prompts(split)) for split in SPLITS}
         self.compare = self._compare if compare else None
@@ -182,7 +190,7 @@ class _Judged:
 
 
 def open_environment(name: str) -> Environment:
-    """Make an environment; what is not ours runs in a process of its own, within a time limit.
+    """Make an environment; what is not ours runs in processes of its own, within a time limit.
 
     Args:
         name: one of REGISTRY; `FAMILY:TEXT` of FAMILIES; or `FILE.py:FUNCTION`, a function without
@@ -195,9 +203,10 @@ def open_environment(name: str) -> Environment:
     if name in REGISTRY or family in OURS:
         return make_environment(name)
     _check_name(name)
-    from k2jax.post.guarded import Guarded
+    from k2jax.post.guarded import Guarded, GuardedTeam
 
-    return Guarded(name)
+    guarded = Guarded(name)
+    return GuardedTeam(guarded) if guarded.workers > 1 else guarded
 
 
 def make_environment(name: str) -> Environment:

@@ -6,6 +6,7 @@ from k2jax.config import ConfigError
 from k2jax.evals.task import Answer, Call, Generate, Item, Task
 from k2jax.post.environment import Episode, Observation, Reply, StepResult
 from k2jax.post.splits import split_tasks
+from k2jax.runtime.hardware import count_cores
 
 BUDGET = 1024  # new tokens of an episode
 
@@ -13,13 +14,18 @@ BUDGET = 1024  # new tokens of an episode
 class GradedTasks:
     """The questions of a task of `k2jax.evals` that are answered by text, in one turn or more."""
 
-    def __init__(self, task: Task, budget: int = BUDGET):
+    def __init__(self, task: Task, budget: int = BUDGET, workers: int = 1):
         """Take a task's questions.
+
+        Args:
+            task: grades.
+            budget: new tokens of an episode.
+            workers: threads that grade.
 
         Raises:
             ConfigError: they are no questions that are answered by text.
         """
-        self.task, self.name, self.budget = task, task.name, budget
+        self.task, self.name, self.budget, self.workers = task, task.name, budget, workers
         items = list(task.items())
         if not all(isinstance(item.ask, Generate) for item in items):
             raise ConfigError(f"{task.name} asks for choices, not for text: it gives no reward")
@@ -77,4 +83,4 @@ def open_code(path: str) -> GradedTasks:
     """The environment `code:FILE`: problems in HumanEval's format, their tests in the sandbox."""
     from k2jax.evals.code_problems import HumanEval
 
-    return GradedTasks(HumanEval(path))
+    return GradedTasks(HumanEval(path), workers=count_cores())

@@ -7,6 +7,7 @@ next step comes: episodes follow from their arguments and replies alone.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import selectors
@@ -37,7 +38,11 @@ class RewardError(Exception):
 
 
 class Guarded:
-    """An environment by its name, run in a child process with a time limit."""
+    """An environment by its name, run in a child process with a time limit.
+
+    Attributes:
+        workers: how many such processes the environment asks for.
+    """
 
     def __init__(self, name: str, seconds: float = 0.0):
         """Start the process.
@@ -49,7 +54,7 @@ class Guarded:
         Raises:
             ConfigError: there is no such environment, or it cannot be made.
         """
-        self._spec, self._seconds = name, seconds
+        self.spec, self._seconds = name, seconds
         self._lock = threading.Lock()
         self._episodes = 0
         self._start()
@@ -99,7 +104,7 @@ class Guarded:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "k2jax.post.guarded", self._spec],
+            [sys.executable, "-m", "k2jax.post.guarded", self.spec],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -107,12 +112,13 @@ class Guarded:
         try:
             about = self._receive(START)
         except RewardError as error:
-            raise ConfigError(f"environment {self._spec!r} does not start: {error}") from None
+            raise ConfigError(f"environment {self.spec!r} does not start: {error}") from None
         if "error" in about:
             self.close()
             raise ConfigError(about["error"])
         self.name, self.budget, self._counts = about["name"], about["budget"], about["counts"]
         self._compares, self._seconds = about["compares"], self._seconds or about["seconds"]
+        self.workers = about["workers"]
 
     def _exchange(self, message: Any) -> Any:
         assert self._process.stdin is not None
@@ -142,6 +148,33 @@ class Guarded:
                 self._rest += part
         line, _, self._rest = self._rest.partition(b"\n")
         return json.loads(line)
+
+
+class GuardedTeam:
+    """Several processes of one environment, which are used in turn."""
+
+    def __init__(self, first: Guarded):
+        """Start as many more as the environment asks for."""
+        self.name, self.budget, self.workers = first.name, first.budget, first.workers
+        self._members = [first, *(Guarded(first.spec) for _ in range(first.workers - 1))]
+        self._next = itertools.cycle(self._members)
+        self.compare = self._compare if first.compare else None
+
+    def count(self, split: str) -> int:
+        """Count the tasks of a split."""
+        return self._members[0].count(split)
+
+    def reset(self, split: str, number: int, seed: int) -> tuple[Episode, Observation]:
+        """Begin a task, in the next process."""
+        return next(self._next).reset(split, number, seed)
+
+    def _compare(self, split: str, number: int, replies: Sequence[str]) -> Comparison:
+        return next(self._next)._compare(split, number, replies)
+
+    def close(self) -> None:
+        """End the processes."""
+        for member in self._members:
+            member.close()
 
 
 @dataclasses.dataclass
@@ -209,6 +242,7 @@ def _describe(environment: Environment) -> dict[str, Any]:
         "budget": environment.budget,
         "counts": {split: environment.count(split) for split in SPLITS},
         "seconds": getattr(environment, "seconds", SECONDS),
+        "workers": getattr(environment, "workers", 1),
         "compares": getattr(environment, "compare", None) is not None,
     }
 

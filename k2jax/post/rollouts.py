@@ -7,7 +7,8 @@ ids that it learns from: what the environment adds is appended, and nothing is t
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,50 +109,52 @@ class Sampler:
             RuntimeError: the model's logits are not finite.
         """
         rollouts = [Rollout() for _ in tries]
-        episodes: dict[int, Episode] = {}
-        waiting: dict[int, Observation] = {}
-        for i, task in enumerate(tries):
-            episodes[i], waiting[i] = self.env.reset(split, task.number, task.seed)
-        turn = 0
-        while waiting:
-            requests = {}
-            for i, seen in waiting.items():
-                request = self._ask(rollouts[i], seen, (tries[i].seed, turn), temperature)
-                if request is not None:
-                    requests[i] = request
-            waiting = {}
-            results = self.engine.run(requests.values()) if requests else []
-            for i, result in zip(requests, results, strict=True):
-                if result.error:
-                    raise RuntimeError(f"a sample failed: {result.error}")
-                following = self._take(rollouts[i], episodes[i], result)
-                if following is not None:
-                    waiting[i] = following
-            turn += 1
-        self._compare(split, tries, rollouts)
+        workers = getattr(self.env, "workers", 1)
+        with ThreadPoolExecutor(workers) as pool:
+            run: Callable[..., Iterable[Any]] = pool.map if workers > 1 else map
+            begun = [*run(lambda task: self.env.reset(split, task.number, task.seed), tries)]
+            waiting = {i: seen for i, (_, seen) in enumerate(begun)}
+            turn = 0
+            while waiting:
+                requests = {}
+                for i, seen in waiting.items():
+                    request = self._ask(rollouts[i], seen, (tries[i].seed, turn), temperature)
+                    if request is not None:
+                        requests[i] = request
+                results = self.engine.run(requests.values()) if requests else []
+                if wrong := next((result.error for result in results if result.error), ""):
+                    raise RuntimeError(f"a sample failed: {wrong}")
+                on = [(rollouts[i], begun[i][0]) for i in requests]
+                answers = run(self._take, *zip(*on, strict=True), results) if on else ()
+                waiting = {
+                    i: seen for i, seen in zip(requests, answers, strict=True) if seen is not None
+                }
+                turn += 1
+            groups = self._group(tries, rollouts)
+            list(run(lambda number: self._compare(split, number, groups[number]), groups))
         self.failures.update(r.failure for r in rollouts if r.failure)
         return rollouts
 
-    def _compare(self, split: str, tries: Sequence[Try], rollouts: Sequence[Rollout]) -> None:
-        """Let the environment compare a task's samples, where it does; truncated ones aside."""
-        compare = getattr(self.env, "compare", None)
-        if compare is None:
-            return
+    def _group(self, tries: Sequence[Try], rollouts: Sequence[Rollout]) -> dict[int, list[Rollout]]:
+        """Return what is to be compared, by task: nothing where the environment does not."""
         groups: dict[int, list[Rollout]] = {}
-        for task, rollout in zip(tries, rollouts, strict=True):
-            if not rollout.failure and not rollout.is_truncated:
-                groups.setdefault(task.number, []).append(rollout)
-        for number, group in groups.items():
-            if len(group) < 2:
-                continue
-            try:
-                rewards, notes = compare(split, number, [rollout.text for rollout in group])
-                for rollout, reward in zip(group, rewards, strict=True):
-                    _add_parts(rollout.parts, reward)
-                    rollout.notes = notes
-            except Exception as error:
-                for rollout in group:
-                    rollout.failure = one_line(error, typed=True)
+        if getattr(self.env, "compare", None) is not None:
+            for task, rollout in zip(tries, rollouts, strict=True):
+                if not rollout.failure and not rollout.is_truncated:
+                    groups.setdefault(task.number, []).append(rollout)
+        return {number: group for number, group in groups.items() if len(group) > 1}
+
+    def _compare(self, split: str, number: int, group: Sequence[Rollout]) -> None:
+        """Let the environment compare a task's samples."""
+        texts = [rollout.text for rollout in group]
+        try:
+            rewards, notes = self.env.compare(split, number, texts)  # type: ignore[attr-defined]
+            for rollout, reward in zip(group, rewards, strict=True):
+                _add_parts(rollout.parts, reward)
+                rollout.notes = notes
+        except Exception as error:
+            for rollout in group:
+                rollout.failure = one_line(error, typed=True)
 
     def _ask(
         self, rollout: Rollout, seen: Observation, seed: tuple[int, int], temperature: float

@@ -153,6 +153,34 @@ def test_samples_of_a_task_are_compared_when_all_have_ended():
     env = SingleTurn("own", 3, lambda split: ["a="], compare=lambda p, r: 1 / 0)
     rollouts, _ = sample(env, "1", "2", "4100", tries=3)
     assert [bool(r.failure) for r in rollouts] == [True, True, False]
+    with pytest.raises(ConfigError, match="own has neither a reward nor a comparison"):
+        SingleTurn("own", 3, lambda split: ["a="])
+
+
+TEAM = """
+import os, time
+from k2jax.post.environment import Comparison, SingleTurn
+
+def reward(prompt, reply):
+    time.sleep(0.2)  # the other process takes the next one meanwhile
+    return {"process": os.getpid()}
+
+def best(prompt, replies):
+    return Comparison([{"best": reply == max(replies)} for reply in replies], {"of": len(replies)})
+
+def team():
+    return SingleTurn("team", 8, lambda split: ["a="], reward, compare=best, workers=2)
+"""
+
+
+def test_an_environment_may_ask_for_several_processes(tmp_path):
+    (tmp_path / "own.py").write_text(TEAM)
+    made = open_environment(f"{tmp_path / 'own.py'}:team")
+    rollouts, _ = sample(made, *"wxyz", tries=4)
+    assert [r.parts["best"] for r in rollouts] == [0, 0, 0, 1]
+    assert len({r.parts["process"] for r in rollouts}) == 2
+    assert rollouts[0].notes == {"of": 4} and made.count("train") == 1
+    made.close()
 
 
 def test_no_token_left_for_a_turn_is_a_truncation():
