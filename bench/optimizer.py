@@ -10,9 +10,12 @@ are the largest of any entry of a matrix's update over 0.2 lr, what such entries
 """
 
 import json
+import os
 import platform
 import sys
 import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
