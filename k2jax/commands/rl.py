@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--env",
         required=True,
         metavar="ENV",
-        help="what gives rewards: sum2, sort6, tools:FOLDER, math:FILE, code:FILE,"
+        help="what gives rewards: sum2, sort6, tools:FOLDER, math:FILE, code:FILE, code-chat:FILE,"
         " reasoning-gym:NAME, or one's own as FILE.py:FUNCTION",
     )
     parser.add_argument("--out", metavar="DIR", help="run folder; default: runs/CONFIG-rl")

@@ -36,9 +36,14 @@ FAMILIES = {
     "tools": "k2jax.post.tool_worlds:open_tool_worlds",
     "math": "k2jax.post.graded_tasks:open_math",
     "code": "k2jax.post.graded_tasks:open_code",
+    "code-chat": "k2jax.post.graded_tasks:open_code_chat",
     "reasoning-gym": "k2jax.post.reasoning:open_generator",
 }
-OURS = ("tools", "code")  # families whose steps need no guard: they end, or a sandbox ends them
+OURS = (
+    "tools",
+    "code",
+    "code-chat",
+)  # families whose steps need no guard: they end, or a sandbox ends them
 
 
 class Observation(NamedTuple):

@@ -81,6 +81,15 @@ def open_math(path: str) -> GradedTasks:
 
 def open_code(path: str) -> GradedTasks:
     """The environment `code:FILE`: problems in HumanEval's format, their tests in the sandbox."""
+    return _open_human_eval(path, chat=False)
+
+
+def open_code_chat(path: str) -> GradedTasks:
+    """The environment `code-chat:FILE`: the same in chat; the answer's last code block is run."""
+    return _open_human_eval(path, chat=True)
+
+
+def _open_human_eval(path: str, chat: bool) -> GradedTasks:
     from k2jax.evals.code_problems import HumanEval
 
-    return GradedTasks(HumanEval(path), workers=count_cores())
+    return GradedTasks(HumanEval(path, chat), workers=count_cores())

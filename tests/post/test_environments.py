@@ -111,6 +111,23 @@ def test_mathematics_is_graded_as_in_evaluation(tmp_path):
         }
 
 
+@pytest.mark.parametrize(("family", "form"), [("code", "{}"), ("code-chat", "So:\n```py\n{}\n```")])
+def test_programs_are_run_in_the_sandbox(family, form, tmp_path):
+    file = tmp_path / "code.jsonl"
+    head = "def twice(x):\n"
+    tests = "def check(candidate):\n    assert candidate(2) == 4\n"
+    problem = {"prompt": head, "entry_point": "twice", "test": tests, "canonical_solution": ""}
+    file.write_text("".join(json.dumps({**problem, "task_id": i}) + "\n" for i in "abc"))
+    environment = open_environment(f"{family}:{file}")
+    assert environment.workers >= 1
+    for body, score in (("    return 2 * x", 1), ("    return x", 0)):
+        episode, seen = environment.reset("train", 0, 0)
+        text = form.format(body if family == "code" else head + body)
+        message = {"role": "assistant", "content": text} if seen.messages else None
+        assert bool(seen.messages) == (family == "code-chat")
+        assert episode.step(Reply(text, message=message)).reward == {"score": score}
+
+
 def test_a_task_of_choices_is_no_environment():
     from k2jax.evals.task import Choose, Item, Task
 
