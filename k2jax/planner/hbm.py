@@ -6,6 +6,7 @@ from k2jax.params.spec import ParamSpec
 from k2jax.planner import newton
 from k2jax.planner.partition import device_size
 from k2jax.planner.step_flops import Case
+from k2jax.sharding.table import STORAGE
 
 
 def arguments(case: Case) -> dict[str, float]:
@@ -29,12 +30,13 @@ def arguments(case: Case) -> dict[str, float]:
 def moments(case: Case) -> dict[str, dict[str, float]]:
     """What is there besides the arguments, at each moment that may be the worst.
 
-    Keys: "layers" (the backward pass of one layer), "head", "optimizer".
+    Keys: "layers" (the backward pass of one layer), "head", "between" (head and the backward pass
+    of layers), "optimizer".
     """
     specs = declare_kimi(case.model)
     trained = sum(device_size(leaf, case.mesh) for leaf in specs.values() if leaf.group != "bias")
     gradients = 4 * trained * (2 if case.accumulate > 1 else 1)
-    kept = {"kept activations": activations(case)} | _cast_weights(case)
+    kept = {"kept activations": activations(case)} | _cast_weights(case) | _turned_weights(case)
     head = specs["head"]
     whole = case.width * device_size(head, case.mesh, gathered=True)
     attention = _attention(case)
@@ -45,6 +47,7 @@ def moments(case: Case) -> dict[str, dict[str, float]]:
     return {
         "layers": layers | busiest,
         "head": kept | {"head": whole} | _logits(case),
+        "between": kept | _turned_stack(case) | _logits(case),
         "optimizer": {"gradients": gradients} | newton.moment(case, trained),
     }
 
@@ -112,10 +115,43 @@ def _cast_weights(case: Case) -> dict[str, float]:
     A layer casts its own, but the TPU compiler casts those of all layers before it loops over them,
     and keeps them for the backward pass. No barrier between the two holds it off.
     """
-    if not case.tpu or case.width == 4:
+    if case.chip != "tpu" or case.width == 4:
         return {}
     numbers = sum(device_size(leaf, case.mesh) for leaf in _stacked(case))
     return {"cast weights": case.width * numbers}
+
+
+def _is_turned(case: Case, leaf: ParamSpec) -> bool:
+    """Whether the GPU compiler turns a weight so that the axis which is gathered comes first.
+
+    A gather puts devices' parts one after another.
+    """
+    used, stored = (device_size(leaf, case.mesh, gathered) for gathered in (True, False))
+    return case.chip == "gpu" and used > stored and leaf.axes[1] not in STORAGE
+
+
+def _turned_weights(case: Case) -> dict[str, float]:
+    """Weights of all layers once more, as they rest, turned for gathering.
+
+    A layer gathers its own, but the GPU compiler turns those of all layers before it loops over
+    them, and keeps them for the backward pass.
+    """
+    turned = [leaf for leaf in _stacked(case) if _is_turned(case, leaf) and not _stays(case, leaf)]
+    numbers = sum(device_size(leaf, case.mesh) for leaf in turned)
+    return {"turned weights": 4 * numbers} if numbers else {}
+
+
+def _turned_stack(case: Case) -> dict[str, float]:
+    """The largest stack of kept weights once more: between the passes it is turned back.
+
+    Weights of gate and up are one stack.
+    """
+    turned = [leaf for leaf in _stacked(case) if _is_turned(case, leaf) and _stays(case, leaf)]
+    stacks = [
+        device_size(leaf, case.mesh, gathered=True) * (2 if leaf.axes[-1] == "expert_ffw" else 1)
+        for leaf in turned
+    ]
+    return {"turned stack": case.width * max(stacks, default=0.0)}
 
 
 def _layer_weights(case: Case) -> dict[str, float]:
@@ -126,7 +162,11 @@ def _layer_weights(case: Case) -> dict[str, float]:
     ]
     weights = sum(size for leaf, size in used if not _stays(case, leaf))
     gradients = sum(size for _, size in used)
-    return {"layer weights": case.width * weights, "layer gradients": case.width * gradients}
+    routed = sum(size for leaf, size in used if leaf.routed)
+    # Experts' gradients add up in float32 over the rounds of an exchange, beside a round's own.
+    summed = {"summed gradients": 4 * routed} if case.chip == "gpu" and case.exchanges else {}
+    parts = {"layer weights": case.width * weights, "layer gradients": case.width * gradients}
+    return parts | summed
 
 
 def _stacked(case: Case) -> list[ParamSpec]:

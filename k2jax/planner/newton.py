@@ -133,7 +133,8 @@ def moment(case: Case, trained: float) -> dict[str, float]:
     """Find the bytes on top of the gradients at the worst moment, of which group it may be.
 
     All momenta in Nesterov's form wait in the dtype of the iteration; other groups are done, their
-    updates float32 as the step's metrics read them.
+    updates float32 as the step's metrics read them. The GPU compiler leaves updates in the dtype of
+    the iteration, where momenta were, but for one parameter at a time.
 
     Args:
         case: run and mesh.
@@ -148,7 +149,9 @@ def moment(case: Case, trained: float) -> dict[str, float]:
         work = group.busiest * _one_matrix(group, each)
         if each * held > SLICE_BYTES:  # whole, slice by slice in place
             work = each * held + max(_one_matrix(group, each), min(work, 4 * SLICE_BYTES))
-        updates = 4 * (trained - held)
+        others = [spec for g in groups(case) if g is not group for spec in g.specs]
+        largest = max((device_size(spec, case.mesh) for spec in others), default=0.0)
+        updates = 4 * (largest if case.chip == "gpu" else trained - held)
         moments.append({"updates": updates, "momenta": waiting, "newton-schulz": work})
     return max(moments, key=lambda parts: sum(parts.values()))
 

@@ -14,7 +14,7 @@ class Case:
     run: RunConfig
     mesh: MeshConfig
     accumulate: int
-    tpu: bool = False  # whose compiler casts weights ahead, and fills lanes
+    chip: str = "cpu"  # "tpu", "gpu" or "cpu": whose compiler it is
 
     @property
     def model(self) -> ModelConfig:
@@ -69,7 +69,7 @@ class Case:
     @property
     def hidden(self) -> int:
         """An expert's hidden width on a device, as it lies in memory: TPUs fill lanes of 128."""
-        lane = 128 if self.tpu else 1
+        lane = 128 if self.chip == "tpu" else 1
         return -(-self.model.expert_ffw // (self.mesh.model * lane)) * lane
 
     @property

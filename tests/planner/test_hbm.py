@@ -77,3 +77,22 @@ def test_what_is_kept_where_nothing_is_made_again(name, mesh, more):
         planned += 2.25 * case.logits
     # Norms, masks and padding are not planned.
     assert planned == pytest.approx(kept(run, mesh), rel=0.07)
+
+
+def test_gpus_turn_the_weights_whose_gathered_side_is_not_their_first():
+    run = override(configs.load("kimi_k2"), {"data.rows": "1024", "train.accumulate": "1"})
+    specs, mesh = declare_kimi(run.model), MeshConfig(data=8, expert=128)
+    turned = sum(
+        4 * device_size(specs[f"layers.{name}"], mesh)
+        for name in (
+            *(f"moe.experts.{matrix}" for matrix in ("gate", "up", "down")),
+            "moe.shared.down",
+            "attention.out",
+        )
+    )
+    moments = memory.moments(Case(run, mesh, 1, "gpu"))
+    assert moments["layers"]["turned weights"] == moments["head"]["turned weights"] == turned
+    whole = memory.moments(Case(run, MeshConfig(model=8), 1, "gpu"))
+    assert "turned weights" not in whole["layers"]  # nothing is gathered
+    for chip in ("cpu", "tpu"):
+        assert "turned weights" not in memory.moments(Case(run, mesh, 1, chip))["layers"]
