@@ -126,10 +126,10 @@ def test_the_best_is_the_fastest_of_all_that_fit():
 
 
 def test_a_plan_keeps_the_headroom_that_compilers_took_before():
-    """By the compiler data=4 expert=64 in 8 micro-batches takes 156 GB of 143, 142 by formulas."""
+    """Compilers for GPUs took up to 12% more temporaries than the formulas."""
     best = search(K2, targets.parse("h200:32x8"), {}, keep=False).best
-    assert best.fits and best.peak_with_headroom > 1.1 * best.peak
-    refused = estimate(K2, MeshConfig(data=4, expert=64), 8, best.target)
+    assert best.fits and best.peak_with_headroom > 1.08 * best.peak
+    refused = estimate(K2, MeshConfig(data=16, expert=16), 16, best.target)
     assert refused.peak < refused.target.hbm and not refused.fits
 
 
