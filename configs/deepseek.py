@@ -40,8 +40,6 @@ def deepseek_v3() -> RunConfig:
             steps=235_000,
             accumulate=15,
             dispatch="alltoall",
-            eval_every=1_000,
-            save_every=1_000,
             loads_every=100,
         ),
         mesh=MeshConfig(data=16, expert=32, model=2),

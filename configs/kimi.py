@@ -39,8 +39,6 @@ def kimi_k2() -> RunConfig:
             steps=231_000,
             accumulate=16,
             dispatch="alltoall",
-            eval_every=1_000,
-            save_every=1_000,
             loads_every=100,  # all of them in every step: 210 kB a line, 49 GB a run
         ),
         mesh=MeshConfig(data=8, expert=128),
@@ -76,7 +74,7 @@ def kimi_k2_128k() -> RunConfig:
     """
     optim = OptimConfig(learning_rate=7e-6, final_rate=1.0, warmup=0, decay=0.0)
     mesh = MeshConfig(expert=64, context=16)
-    run = _stage("kimi_k2_128k", steps=100, context=131_072, optim=optim, mesh=mesh)
+    run = _stage("kimi_k2_128k", steps=100, every=10, context=131_072, optim=optim, mesh=mesh)
     return dataclasses.replace(run, model=kimi_k2().model)
 
 
@@ -103,9 +101,18 @@ def _release(name: str, **changes) -> RunConfig:
 
 
 def _stage(
-    name: str, *, steps: int, context: int, optim: OptimConfig, mesh: MeshConfig | None = None
+    name: str,
+    *,
+    steps: int,
+    context: int,
+    optim: OptimConfig,
+    mesh: MeshConfig | None = None,
+    every: int = 100,
 ) -> RunConfig:
-    """The same tokens a step, one row a group of devices in each micro-batch."""
+    """The same tokens a step, one row a group of devices in each micro-batch.
+
+    A save and a score every `every` steps: 100 of them take hours, even on 1,024 chips.
+    """
     run = kimi_k2()
     mesh = mesh or run.mesh
     rows = run.data.rows * run.data.context // context
@@ -116,7 +123,11 @@ def _stage(
         data=DataConfig(rows=rows, context=context),
         optim=optim,
         train=dataclasses.replace(
-            run.train, steps=steps, accumulate=rows // (mesh.data * mesh.expert)
+            run.train,
+            steps=steps,
+            accumulate=rows // (mesh.data * mesh.expert),
+            eval_every=every,
+            save_every=every,
         ),
         mesh=mesh,
     )

@@ -38,8 +38,6 @@ def moonlight_16b_a3b() -> RunConfig:
             steps=340_000,
             accumulate=8,
             dispatch="alltoall",
-            eval_every=1_000,
-            save_every=1_000,
             loads_every=100,
         ),
         mesh=MeshConfig(data=4, expert=16),

@@ -300,7 +300,7 @@ def _rehearse(run: RunConfig, best: Estimate) -> dict[str, Any]:
     def say(line: str) -> None:
         sys.stderr.write(line + "\n")
 
-    return rehearse(run, best.target, print_sample, say)
+    return rehearse(run, best.target, best.seconds, print_sample, say)
 
 
 TRIES = 4  # plans that are compiled until one fits

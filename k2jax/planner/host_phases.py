@@ -64,7 +64,11 @@ def devices_per_host(target: Target) -> int:
 
 
 def count_phases(
-    program: Program, target: Target, mesh: jax.sharding.Mesh, begins_with: str
+    program: Program,
+    target: Target,
+    mesh: jax.sharding.Mesh,
+    begins_with: str,
+    step_seconds: float,
 ) -> list[Phase]:
     """Count what a host of a target does in a run.
 
@@ -73,6 +77,7 @@ def count_phases(
         target: the machines.
         mesh: of the target's devices, in use.
         begins_with: a stage whose weights the run starts from; empty: they are drawn.
+        step_seconds: of a step, as planned.
     """
     per_host = devices_per_host(target)
     hosts = target.devices // per_host
@@ -81,7 +86,7 @@ def count_phases(
     writes, checks, reads = _time_checkpoint()
     params, whole = (host_bytes(tree, devices) for tree in (state.params, state))
     copies = sum(_device_bytes(tree) * per_host for tree in (state.params, state.opt))
-    saved = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)) / hosts
+    share = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state)) / hosts
     restore = Phase(
         "restore a checkpoint",
         1,
@@ -109,22 +114,32 @@ def count_phases(
         Phase(
             "save a checkpoint",
             math.ceil(run.train.steps / run.train.save_every),
-            saved,
-            max(saved / STORAGE, saved / (writes * CORES)),
+            share,
+            max(share / STORAGE, share / (writes * CORES)),
             copies,
             f"{STORAGE / 1e9:g} GB/s of storage, in the background; a core here writes and"
-            f" reads again {writes / 1e9:.2f} GB/s",
+            f" reads again {writes / 1e9:.2f} GB/s; {_describe_saves(run, step_seconds)}"
+            f" {share * hosts / 1e12:.3g} TB from all hosts",
         ),
         Phase(
             "check a checkpoint",
             1,
-            saved,
-            max(saved / STORAGE, saved / (checks * CORES)),
+            share,
+            max(share / STORAGE, share / (checks * CORES)),
             CORES * BLOCK,
             f"its share, before a restore; a core here sums up {checks / 1e9:.2f} GB/s",
         ),
         restore,
     ]
+
+
+def _describe_saves(run: RunConfig, step_seconds: float) -> str:
+    """Say what is lost with a host, and how many saves the storage holds."""
+    steps, keep_every = run.train.steps, run.train.keep_every
+    hours = min(run.train.save_every, steps) * step_seconds / 3600
+    # One more is there while the next one is written.
+    kept = run.train.keep + 1 + (steps // keep_every if keep_every else 0)
+    return f"a lost host costs up to {hours:.2g} hours of steps; storage for {kept} of"
 
 
 def _devices_of_a_host(mesh: jax.sharding.Mesh, count: int) -> list[Any]:
@@ -239,7 +254,7 @@ def _scoring(run: RunConfig, hosts: int, feeding: Phase) -> Phase:
     share = batches * micro / max(run.data.rows, 1)
     return Phase(
         "make held-out rows",
-        run.train.steps // run.train.eval_every if run.train.eval_every else 0,
+        math.ceil(run.train.steps / run.train.eval_every) if run.train.eval_every else 1,
         share * feeding.size,
         share * feeding.seconds,
         feeding.memory,

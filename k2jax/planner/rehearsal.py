@@ -57,13 +57,18 @@ class Listed(NamedTuple):
 
 
 def rehearse(
-    run: RunConfig, target: Target, closing: Callable[[Any], None], say: Callable[[str], None]
+    run: RunConfig,
+    target: Target,
+    step_seconds: float,
+    closing: Callable[[Any], None],
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Rehearse a run: `programs`, `host` and `fits`, as `k2jax plan --rehearse --json` has them.
 
     Args:
         run: on the mesh of the target.
         target: the machines.
+        step_seconds: of a step, as planned.
         closing: what `train` does with the trained model.
         say: called with a line when a program is about to be compiled.
 
@@ -81,7 +86,8 @@ def rehearse(
         say(f"compiling for {target.name}: {listed.name}")
         rows.append(_compile(listed, target))
     with jax.set_mesh(mesh := mesh_over(devices_of(target)[: run.mesh.devices], run.mesh)):
-        phases = count_phases(build(run), target, mesh, before.name if before else "")
+        begins_with = before.name if before else ""
+        phases = count_phases(build(run), target, mesh, begins_with, step_seconds)
     host = [_describe_phase(phase, target) for phase in [*phases, _compiling(rows)]]
     return {
         "programs": rows,

@@ -36,7 +36,7 @@ RUN = RunConfig(
     model=ModelConfig(**SIZES),
     data=DataConfig(rows=8, context=32),
     optim=OptimConfig(name="adamw"),
-    train=TrainConfig(dtype="bfloat16", remat="none"),
+    train=TrainConfig(steps=150, dtype="bfloat16", remat="none"),
 )
 K2 = configs.load("kimi_k2")
 
@@ -127,15 +127,24 @@ def test_a_host_draws_the_numbers_that_are_counted(mesh, monkeypatch):
 def test_phases_of_a_host_have_bytes_seconds_and_memory(mesh):
     run = dataclasses.replace(RUN, mesh=MeshConfig(data=2, expert=2, model=2))
     target = targets.parse("h100:2x4")
-    phases = host_phases.count_phases(build(run), target, mesh, "")
+    phases = host_phases.count_phases(build(run), target, mesh, "", 36.0)
     names = [phase.name for phase in phases]
     assert names[0] == "draw the weights" and "save a checkpoint" in names
     assert all(p.size > 0 and p.seconds > 0 and p.memory > 0 for p in phases)
     saved = phases[names.index("save a checkpoint")]
     count = sum(math.prod(leaf.shape) for leaf in specs(Kimi(RUN.model)).values())
     assert saved.size == pytest.approx(12 * count / 2, rel=0.01)  # weights, and Adam's two
-    later = host_phases.count_phases(build(run), target, mesh, "kimi_k2_anneal")[0]
+    # 150 steps, a save and a score in every 100, and after the last one.
+    scored = phases[names.index("make held-out rows")]
+    assert (saved.times, scored.times) == (2, 2)
+    assert "a lost host costs up to 1 hours of steps; storage for 3 of" in saved.how
+    later = host_phases.count_phases(build(run), target, mesh, "kimi_k2_anneal", 36.0)[0]
     assert later.name == "read the weights of kimi_k2_anneal" and later.size < saved.size * 2
+
+
+def test_a_stage_of_the_recipe_is_saved_more_often_than_once():
+    for run in map(configs.load, configs.RECIPE):
+        assert run.train.save_every <= run.train.steps / 8
 
 
 def test_k2_writes_a_gigabyte_of_metrics_not_49():
