@@ -10,9 +10,12 @@ anonymous memory. 384 experts need 21 GB of disk.
 import dataclasses
 import json
 import math
+import os
 import sys
 import tempfile
 from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 from convert import GB, POOL, measured
