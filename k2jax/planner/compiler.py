@@ -5,11 +5,13 @@ describes the GPU. Both come with the extra `plan`. Run as on a machine without 
 (`JAX_PLATFORMS=cpu`).
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from k2jax.config import ConfigError, MeshConfig, RunConfig, one_line
@@ -140,7 +142,7 @@ def compile_on(
     mesh = sharding.mesh_over(devices_of(target)[: config.devices], config)
     mesh = sharding.inference_mesh(mesh, {}) if inference else mesh
     platform = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}[target.chip.kind]
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), _never_cached():
         lowered = trace(mesh).lower(lowering_platforms=(platform,))
         began = time.perf_counter()
         try:
@@ -160,6 +162,20 @@ def compile_on(
         host_peak=1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         limit=target.hbm,
     )
+
+
+@contextlib.contextmanager
+def _never_cached() -> Iterator[None]:
+    """Keep programs out of jax's cache: one for devices that are not here cannot be read again."""
+    import jax
+
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _memory(analysis: Any) -> dict[str, float]:

@@ -1,15 +1,17 @@
 """Real compilers: what they say of a small step; and the line a user reads without them."""
 
 import importlib.util
+import math
 import sys
 
+import jax
 import pytest
 
 from k2jax import configs
-from k2jax.config import ConfigError, override
+from k2jax.config import ConfigError, MeshConfig, override
 from k2jax.planner import hbm as memory
 from k2jax.planner import targets
-from k2jax.planner.compiler import compile_evaluation, compile_step, gpu_config
+from k2jax.planner.compiler import compile_evaluation, compile_on, compile_step, gpu_config
 from k2jax.planner.step_flops import Case
 
 SMALL = {
@@ -62,6 +64,18 @@ def test_the_held_out_score_of_k2_fits_the_chips_that_train_it():
     pytest.importorskip(COMPILERS["v"])
     found = compile_evaluation(configs.load("kimi_k2"), targets.parse("v5p:8x8x16"))
     assert found.memory["peak"] <= 12e9  # beside the state of training; gathered tokens: 118 GB
+
+
+def test_a_program_for_devices_that_are_not_here_is_not_cached():
+    """None of them can be read again: the next plan would warn of each."""
+    name, seen = "jax_persistent_cache_min_compile_time_secs", []
+
+    def trace(mesh):
+        seen.append(getattr(jax.config, name))
+        return jax.jit(jax.numpy.sin).trace(jax.ShapeDtypeStruct((), "float32"))
+
+    compile_on(targets.parse("cpu:1"), MeshConfig(), trace)
+    assert seen == [math.inf] and getattr(jax.config, name) < math.inf  # as before
 
 
 def test_without_the_plugin_the_line_names_the_extra(monkeypatch):
