@@ -19,7 +19,7 @@ VERBS = {
     "finetune": ("k2jax.commands.finetune", "learn from conversations, from weights that exist"),
     "rl": ("k2jax.commands.rl", "improve a model by rewards for its own samples"),
     "data": ("k2jax.commands.data", "tokenise a data set once, in parallel, for fast training"),
-    "evaluate": ("k2jax.commands.evaluate", "score text: perplexity and bits per byte"),
+    "evaluate": ("k2jax.commands.evaluate", "score text, or answers to benchmarks"),
     "generate": ("k2jax.commands.generate", "continue a prompt or answer a conversation"),
     "serve": ("k2jax.commands.serve", "answer over HTTP, with a page to chat"),
     "synth": ("k2jax.commands.synth", "make tools, tasks and conversations to train agents on"),
