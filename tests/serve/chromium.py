@@ -7,6 +7,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -109,7 +110,8 @@ def browser(*flags):
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
 
-    with tempfile.TemporaryDirectory() as profile:
+    # Its own processes may outlive it for a moment, and write to the profile while it is deleted.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # The protocol wants descriptors 3 and 4.
         words = [find(), *FLAGS, *flags, f"--user-data-dir={profile}"]
         shell = f'exec "$@" 3<&{to_read} 4>&{from_write}'
@@ -118,6 +120,7 @@ def browser(*flags):
             pass_fds=(to_read, from_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(to_read)
         os.close(from_write)
@@ -125,6 +128,10 @@ def browser(*flags):
             yield Tab(to_write, from_read)
         finally:
             process.terminate()
-            process.wait(10)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # whatever is left of it
+            process.wait()
             os.close(to_write)
             os.close(from_read)
