@@ -1,6 +1,7 @@
 """Commands in several processes, over loopback or on hosts of their own."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def end(processes: list[subprocess.Popen], seconds: float) -> list[tuple[int, st
             printed, errors = process.communicate(timeout=seconds)
             ours = [line for line in errors.splitlines() if line.startswith("k2jax: ")]
             assert "Traceback" not in errors, errors
+            assert process.returncode != -signal.SIGABRT, errors[-3000:]  # XLA's and gloo's way out
             ended.append((process.returncode, printed, ours))
     finally:
         for process in processes:
