@@ -126,8 +126,9 @@ def _is_turned(case: Case, leaf: ParamSpec) -> bool:
 
     A gather puts devices' parts one after another.
     """
-    used, stored = (device_size(leaf, case.mesh, gathered) for gathered in (True, False))
-    return case.chip == "gpu" and used > stored and leaf.axes[1] not in STORAGE
+    if case.chip != "gpu" or leaf.axes[1] in STORAGE:
+        return False
+    return device_size(leaf, case.mesh, gathered=True) > device_size(leaf, case.mesh)
 
 
 def _turned_weights(case: Case) -> dict[str, float]:

@@ -143,14 +143,14 @@ def moment(case: Case, trained: float) -> dict[str, float]:
     if case.run.optim.name != "muonclip":
         return {"updates": 4 * trained}
     moments, each = [], itemsize(case)
-    held_by = [sum(device_size(spec, case.mesh) for spec in g.specs) for g in groups(case)]
-    waiting = each * sum(held_by)
-    for group, held in zip(groups(case), held_by, strict=True):
+    sizes = [[device_size(spec, case.mesh) for spec in group.specs] for group in groups(case)]
+    waiting = each * sum(map(sum, sizes))
+    for i, group in enumerate(groups(case)):
+        held, others = sum(sizes[i]), sizes[:i] + sizes[i + 1 :]
         work = group.busiest * _one_matrix(group, each)
         if each * held > SLICE_BYTES:  # whole, slice by slice in place
             work = each * held + max(_one_matrix(group, each), min(work, 4 * SLICE_BYTES))
-        others = [spec for g in groups(case) if g is not group for spec in g.specs]
-        largest = max((device_size(spec, case.mesh) for spec in others), default=0.0)
+        largest = max(map(max, others), default=0.0)
         updates = 4 * (largest if case.chip == "gpu" else trained - held)
         moments.append({"updates": updates, "momenta": waiting, "newton-schulz": work})
     return max(moments, key=lambda parts: sum(parts.values()))
