@@ -9,10 +9,10 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from k2jax.post.environment import Comparison
+from k2jax.post.parallel import map_in_order
 from k2jax.post.synthesis.endpoint import Endpoint
 
 RUBRICS = {
@@ -80,8 +80,8 @@ class Critic:
                 raise CriticError(f"{name}: the judge gives the score {value!r}")
             return value / POINTS / len(self.rubrics)
 
-        with ThreadPoolExecutor(self.workers) as pool:
-            return dict(zip(self.rubrics, pool.map(score_one, self.rubrics), strict=True))
+        scores = map_in_order(score_one, list(self.rubrics), self.workers)
+        return dict(zip(self.rubrics, scores, strict=True))
 
     def compare(self, prompt: str, replies: Sequence[str]) -> Comparison:
         """Reward each answer by its share of wins: `compare` of an environment (self-critique)."""
@@ -99,10 +99,11 @@ class Critic:
         wins = [0.0] * len(replies)
         pairs = list(itertools.combinations(range(len(replies)), 2))
         orders = [order for one, other in pairs for order in ((one, other), (other, one))]
-        with ThreadPoolExecutor(self.workers) as pool:
-            answers = list(
-                pool.map(lambda o: self._compare(prompt, replies[o[0]], replies[o[1]]), orders)
-            )
+
+        def compare_one(order: tuple[int, int]) -> str:
+            return self._compare(prompt, *(replies[i] for i in order))
+
+        answers = list(map_in_order(compare_one, orders, self.workers))
         disagreed = unread = 0
         for (one, other), first, second in zip(pairs, answers[::2], answers[1::2], strict=True):
             verdicts = [first, _swap(second)]

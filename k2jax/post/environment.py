@@ -39,11 +39,8 @@ FAMILIES = {
     "code-chat": "k2jax.post.graded_tasks:open_code_chat",
     "reasoning-gym": "k2jax.post.reasoning:open_generator",
 }
-OURS = (
-    "tools",
-    "code",
-    "code-chat",
-)  # families whose steps need no guard: they end, or a sandbox ends them
+# Families whose steps need no guard: they end, or a sandbox ends them.
+OURS = ("tools", "code", "code-chat")
 
 
 class Observation(NamedTuple):

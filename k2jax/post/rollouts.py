@@ -5,10 +5,10 @@ ids that it learns from: what the environment adds is appended, and nothing is t
 """
 
 import dataclasses
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from k2jax.config import ConfigError, one_line
 from k2jax.inference.engine import Engine
 from k2jax.inference.request import Request, Result, Sampling
 from k2jax.post.environment import Environment, Episode, Observation, Reply
+from k2jax.post.parallel import map_in_order
 from k2jax.text import kimi_template
 from k2jax.text.interface import TokenizerLike
 from k2jax.text.messages import check_messages, renumber_calls
@@ -109,29 +110,30 @@ class Sampler:
             RuntimeError: the model's logits are not finite.
         """
         rollouts = [Rollout() for _ in tries]
-        workers = getattr(self.env, "workers", 1)
-        with ThreadPoolExecutor(workers) as pool:
-            run: Callable[..., Iterable[Any]] = pool.map if workers > 1 else map
-            begun = [*run(lambda task: self.env.reset(split, task.number, task.seed), tries)]
-            waiting = {i: seen for i, (_, seen) in enumerate(begun)}
-            turn = 0
-            while waiting:
-                requests = {}
-                for i, seen in waiting.items():
-                    request = self._ask(rollouts[i], seen, (tries[i].seed, turn), temperature)
-                    if request is not None:
-                        requests[i] = request
-                results = self.engine.run(requests.values()) if requests else []
-                if wrong := next((result.error for result in results if result.error), ""):
-                    raise RuntimeError(f"a sample failed: {wrong}")
-                on = [(rollouts[i], begun[i][0]) for i in requests]
-                answers = run(self._take, *zip(*on, strict=True), results) if on else ()
-                waiting = {
-                    i: seen for i, seen in zip(requests, answers, strict=True) if seen is not None
-                }
-                turn += 1
-            groups = self._group(tries, rollouts)
-            list(run(lambda number: self._compare(split, number, groups[number]), groups))
+        run = functools.partial(map_in_order, workers=getattr(self.env, "workers", 1))
+        begun = list(run(lambda task: self.env.reset(split, task.number, task.seed), tries))
+
+        def take(answer: tuple[int, Result]) -> Observation | None:
+            i, result = answer
+            return self._take(rollouts[i], begun[i][0], result)
+
+        waiting = {i: seen for i, (_, seen) in enumerate(begun)}
+        turn = 0
+        while waiting:
+            requests = {}
+            for i, seen in waiting.items():
+                request = self._ask(rollouts[i], seen, (tries[i].seed, turn), temperature)
+                if request is not None:
+                    requests[i] = request
+            results = self.engine.run(requests.values()) if requests else []
+            if wrong := next((result.error for result in results if result.error), ""):
+                raise RuntimeError(f"a sample failed: {wrong}")
+            following = run(take, list(zip(requests, results, strict=True)))
+            pairs = zip(requests, following, strict=True)
+            waiting = {i: seen for i, seen in pairs if seen is not None}
+            turn += 1
+        groups = self._group(tries, rollouts)
+        list(run(lambda number: self._compare(split, number, groups[number]), list(groups)))
         self.failures.update(r.failure for r in rollouts if r.failure)
         return rollouts
 

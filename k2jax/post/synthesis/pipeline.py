@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from k2jax.config import ConfigError
+from k2jax.post.parallel import map_in_order
 from k2jax.post.synthesis import stored
 from k2jax.post.synthesis.applications import (
     TOOLS,
@@ -256,7 +257,7 @@ class _Pipeline:
         remote = self.settings.agent or self.settings.user
         workers = self.settings.workers if remote else 1
         self.trajectories = self._write(
-            "run", lambda start: stored.map_in_order(self._converse, jobs[start:], workers)
+            "run", lambda start: map_in_order(self._converse, jobs[start:], workers)
         )
         calls = sum(len(one["calls"]) for one in self.trajectories)
         agent, user = self.settings.agent or "scripted oracle", self.settings.user or "scripted"
@@ -302,7 +303,7 @@ class _Pipeline:
         workers = self.settings.workers if endpoint else 1
         self.verdicts = self._write(
             "judge",
-            lambda start: stored.map_in_order(judge_one, self.trajectories[start:], workers),
+            lambda start: map_in_order(judge_one, self.trajectories[start:], workers),
         )
         kept = sum(one["success"] for one in self.verdicts)
         self.say(f"judge: {kept:,} of {len(self.verdicts):,} trajectories succeed")

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,18 +87,6 @@ def write_stage(
             file.flush()
             values.append(json.loads(line))
     return values
-
-
-def map_in_order(work: Callable[[Any], Any], jobs: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Results in the order of jobs, `workers` at a time."""
-    if workers == 1:
-        yield from map(work, jobs)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            yield from pool.map(work, jobs)
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def read_field(data: dict[str, Any]) -> Field:
