@@ -7,7 +7,6 @@ run that was killed at any moment ends, by the same command, with the same weigh
 import contextlib
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ import numpy as np
 
 from k2jax import cluster, sharding
 from k2jax.checkpoint import Checkpoints, preload_orbax
-from k2jax.config import ConfigError, RunConfig, to_json
+from k2jax.config import ConfigError, RunConfig
 from k2jax.data import Batches, open_data
 from k2jax.inference.engine import Engine
 from k2jax.inference.request import EngineSettings
@@ -166,16 +165,15 @@ class _RlRun:
                 shutil.copyfile(source.folder / name, self.out / name)
         settings = {"env": self.env.name} | dataclasses.asdict(self.rl)
         write_atomic(self.out / SETTINGS, json.dumps(settings, indent=1) + "\n")
-        write_atomic(self.out / "config.json", json.dumps(to_json(self.run), indent=1) + "\n")
+        provenance.write_config(self.run, self.out)
 
     def _introduce(self) -> None:
         """Say what learns and from what: the first step takes a while to come."""
         run, env = self.run, self.env
-        count = sum(math.prod(leaf.shape) for leaf in self.program.specs.values())
         self.say(
-            f"{run.name}: {count / 1e6:.1f}M parameters on {run.mesh}; {env.name}:"
-            f" {env.count('train'):,} tasks, {env.count('heldout'):,} held out; a step tries"
-            f" {run.data.rows // self.rl.group}, {self.rl.group} times each"
+            f"{provenance.introduce(self.program)}; {env.name}: {env.count('train'):,} tasks,"
+            f" {env.count('heldout'):,} held out; a step tries {run.data.rows // self.rl.group},"
+            f" {self.rl.group} times each"
         )
 
     def _finish(self, state: State, was_finished: bool) -> None:

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import json
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,13 +14,12 @@ import numpy as np
 
 from k2jax import cluster, sharding
 from k2jax.checkpoint import Checkpoints, preload_orbax
-from k2jax.config import RunConfig, to_json
+from k2jax.config import RunConfig
 from k2jax.data import Batches, Data, Mixture, check, compressors, open_data, prefetch
 from k2jax.evals.perplexity import heldout_loss
 from k2jax.model import Model
 from k2jax.model.batch import own_parts, to_devices
 from k2jax.model.kernel_check import check_kernels
-from k2jax.runtime.files import write_atomic
 from k2jax.runtime.signals import Interrupted, StopSignals
 from k2jax.training import identity, provenance, resume, trackers
 from k2jax.training.callbacks import (
@@ -258,11 +255,10 @@ class _Training:
             identity.complete(data, self.out)
         else:
             identity.record(data, self.out, init, trained and bool(data.heldout_names))
-        write_atomic(self.out / "config.json", json.dumps(to_json(self.run), indent=1) + "\n")
-        count = sum(math.prod(leaf.shape) for leaf in self.program.specs.values())
+        provenance.write_config(self.run, self.out)
         self.say(
-            f"{self.run.name}: {count / 1e6:.1f}M parameters on {self.run.mesh};"
-            f" {data.train.size / 1e6:.2f}M tokens of {data.title},"
+            f"{provenance.introduce(self.program)}; {data.train.size / 1e6:.2f}M tokens of"
+            f" {data.title},"
             f" {data.heldout_bytes:,} bytes held out"
         )
 

@@ -1,8 +1,9 @@
-"""What made a run: `run.json`, one entry for each start that trained."""
+"""What made a run: `config.json`, and `run.json` with one entry for each start that trained."""
 
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,14 +14,26 @@ from typing import Any
 import jax
 
 from k2jax.checkpoint.checkpoints import PACKAGES
-from k2jax.config import RunConfig
+from k2jax.config import RunConfig, to_json
 from k2jax.runtime.files import write_atomic
 from k2jax.runtime.versions import source_hash, versions
+from k2jax.training.step import Program
 
 NAME = "run.json"
 ROOT = Path(__file__).parents[2]
 # Settings of jax and its compilers that come from outside of the config.
 FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "JAX_", "NVIDIA_TF32_OVERRIDE")
+
+
+def write_config(run: RunConfig, out: Path) -> None:
+    """Write every setting of a run to `out/config.json`."""
+    write_atomic(out / "config.json", json.dumps(to_json(run), indent=1) + "\n")
+
+
+def introduce(program: Program) -> str:
+    """Name the run, its size and its mesh."""
+    count = sum(math.prod(leaf.shape) for leaf in program.specs.values())
+    return f"{program.run.name}: {count / 1e6:.1f}M parameters on {program.run.mesh}"
 
 
 def record_start(run: RunConfig, out: Path, step: int) -> None:

@@ -128,7 +128,11 @@ def test_the_best_is_the_fastest_of_all_that_fit():
 def test_a_plan_keeps_the_headroom_that_compilers_took_before():
     """Compilers for GPUs took up to 12% more temporaries than the formulas."""
     best = search(K2, targets.parse("h200:32x8"), {}, keep=False).best
-    assert best.fits and best.peak_with_headroom > 1.08 * best.peak
+    held = sum(best.arguments.values())
+    assert best.fits and best.worst == "layers"
+    assert best.peak_with_headroom == pytest.approx(held + 1.12 * (best.peak - held), rel=1e-12)
+    # This one takes 156 GB of 143 by the compiler.
+    assert not estimate(K2, MeshConfig(data=4, expert=64), 8, best.target).fits
     refused = estimate(K2, MeshConfig(data=16, expert=16), 16, best.target)
     assert refused.peak < refused.target.hbm and not refused.fits
 

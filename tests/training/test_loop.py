@@ -121,7 +121,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch)
     def fail(path, text):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("k2jax.training.loop.write_atomic", fail)
+    monkeypatch.setattr("k2jax.training.provenance.write_atomic", fail)
     with pytest.raises(ConfigError, match=r"config.json: Read-only file system$"):
         train(run, tmp_path / "out", say=lambda line: None)
 
